@@ -1,0 +1,1168 @@
+"""The model: a Transformer whose softmax attention can be replaced by a hybrid xLSTM mixer.
+
+"Effective Distillation to Hybrid xLSTM Architectures" (arXiv 2603.15590), called "the paper"
+below, keeps everything of a pretrained Transformer but the way its heads look back. Softmax
+attention reads all T previous tokens, so its cache grows with T. The hybrid mixes two readers
+whose memory is constant:
+
+    window + sinks   exact softmax attention, over the last W tokens and the first few
+    mLSTM            a D x D matrix per head that every token is written into and fades from
+
+and a learned scalar gate per head and token chooses between them (Eq. 11).
+
+One Transformer, one Block, two mixers: `Attention` (the teacher's) and `HybridAttention`, which
+inherits the projections and overrides `mix`. That override is the paper's contribution, and the
+part above it is all one needs to read first; caches, files and tokenizer follow and can wait.
+
+Contents: 1 configuration · 2 norm, RoPE, softmax attention · 3 the mLSTM · 4 window and sinks ·
+5 the hybrid mixer · 6 the Transformer · 7 cache and generation · 8 weights on disk · 9 tokenizer
+
+Glossary (code: meaning, symbol in the paper)
+    B, T, V         batch, tokens, vocabulary
+    H, K, G         query heads, key/value heads, query heads per key/value head (H = K * G)
+    D, E            width of a query or key head, of a value head (D = E in every teacher here)
+    W, S            window length, number of sink tokens; (S, z, m) is the mLSTM's state
+    log_i           input-gate preactivation, log i_t
+    log_f           log sigmoid(forget-gate preactivation), log f_t
+    S, z, m         mLSTM matrix state, normaliser, stabiliser; the true state is (S, z) * e^m
+    o               output gate, o_t
+
+Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), scoring
+(evaluate.py), merging (merge.py), GPU kernels (kernels.py).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# ----------------------------------------------------------------------------------------------
+# 1. Configuration: what a folder's config.json says, in one vocabulary for all families
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position settings of a kind of layer (RoFormer, arXiv 2104.09864)."""
+
+    theta: float
+    kind: str = "default"  # "default", "linear", "llama3" or "yarn"
+    factor: float = 1.0
+    original: int = 0  # context length of pretraining, before the stretch by `factor`
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn: multiplies cos AND sin, so q.k scales by its square
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid:
+    """The student's part of the configuration: the "hybrid" object in its config.json."""
+
+    window: int = 512  # W: tokens the softmax branch sees, the current one included
+    sinks: int = 4  # first tokens of the document that every later token sees
+    mixer: str = "hybrid"  # a key of MIXERS
+    folded: bool = False  # output gate folded into one map of x (`fold_output_gate`)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a teacher or a student; every setting that changes a logit is here."""
+
+    family: str  # "llama", "mistral", "qwen2", "qwen3", "olmo2" or "olmo3"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    tied: bool  # lm_head is the embedding matrix
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    rope: Rope
+    sliding_rope: Rope  # differs from `rope` only in Olmo 3
+    layer_windows: tuple  # per layer: the TEACHER's own window (tokens, itself included) or None
+    max_positions: int
+    eos_ids: tuple  # ids that end a generation
+    hybrid: Hybrid | None = None  # None: a teacher
+
+    @property
+    def qk_norm(self):
+        """Width over which q and k are normalised: "head" (Qwen3), "projection" (Olmo), None."""
+        return {"qwen3": "head", "olmo2": "projection", "olmo3": "projection"}.get(self.family)
+
+    @property
+    def is_olmo(self):
+        """Olmo 2/3: norms on the branch outputs, and other rounding orders in bf16."""
+        return self.family in ("olmo2", "olmo3")
+
+    @staticmethod
+    def from_hf(directory):
+        """Read a Hugging Face folder's config.json (and generation_config.json for the eos ids).
+
+        Raises FileNotFoundError when there is no config.json, ValueError naming the file and the
+        setting when the family or a setting is one this file does not implement.
+        """
+        path = Path(directory) / "config.json"
+        c = _read_json(path)
+        try:
+            config = _parse_config(c, path)
+        except KeyError as missing:
+            raise ValueError(f"{path}: the key {missing} is missing; is the file complete?") from None
+        except TypeError as wrong:
+            raise ValueError(f"{path}: a setting has the wrong type ({wrong})") from None
+        generation = Path(directory) / "generation_config.json"
+        if generation.exists():  # overrides config.json: instruct models stop at more ids
+            eos = _as_tuple(_read_json(generation).get("eos_token_id"))
+            config = dataclasses.replace(config, eos_ids=eos or config.eos_ids)
+        return config
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3")
+
+
+def _parse_config(c, path):
+    """config.json's dictionary -> ModelConfig, with each family's defaults where it is silent."""
+    family = c.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
+                         + ", ".join(FAMILIES))
+    if c.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
+    layers, hidden, heads = c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"]
+    kv_heads = c.get("num_key_value_heads") or (8 if family == "mistral" else heads)
+    for name, value, most in (("num_hidden_layers", layers, 1024), ("hidden_size", hidden, 1 << 17),
+                              ("num_attention_heads", heads, 4096), ("vocab_size", c["vocab_size"], 1 << 24),
+                              ("num_key_value_heads", kv_heads, 4096),
+                              ("intermediate_size", c["intermediate_size"], 1 << 20)):
+        if not (isinstance(value, int) and 1 <= value <= most):
+            raise ValueError(f"{path}: {name} = {value!r} is not an integer from 1 to {most}")
+    if heads % kv_heads:
+        raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
+                         f"num_key_value_heads {kv_heads}")
+    head_dim = c.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
+    if head_dim % 2 or (c.get("head_dim") is None and family != "qwen3" and hidden % heads):
+        raise ValueError(f"{path}: hidden_size {hidden} over {heads} heads gives no even head_dim")
+    rope, sliding_rope = _parse_rope(c, family, head_dim, path)
+    attention_bias = c.get("attention_bias", False)
+    return ModelConfig(
+        family=family, vocab_size=c["vocab_size"], hidden_size=hidden,
+        intermediate_size=c["intermediate_size"], num_layers=layers, num_heads=heads,
+        num_kv_heads=kv_heads, head_dim=head_dim,
+        norm_eps=c.get("rms_norm_eps", 1e-5 if family in ("olmo2", "olmo3") else 1e-6),
+        tied=c.get("tie_word_embeddings", False),
+        # Qwen2 always has biases on q, k, v and none on o, and no key that says so.
+        qkv_bias=family == "qwen2" or attention_bias, o_bias=attention_bias and family != "qwen2",
+        mlp_bias=family == "llama" and c.get("mlp_bias", False),
+        rope=rope, sliding_rope=sliding_rope, layer_windows=_parse_windows(c, family, layers, path),
+        max_positions=c.get("max_position_embeddings", 2048),
+        eos_ids=_as_tuple(c.get("eos_token_id")),
+        hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None)
+
+
+def _parse_windows(c, family, layers, path):
+    """The teacher's own sliding windows: one entry a layer, None for full attention."""
+    window = c.get("sliding_window", 4096 if family in ("mistral", "olmo3") else None)
+    if family == "mistral":
+        return (window,) * layers
+    if family in ("qwen2", "qwen3"):
+        window = window if c.get("use_sliding_window") else None
+        first = c.get("max_window_layers", 28)
+        default = ["sliding_attention" if i >= first and window else "full_attention"
+                   for i in range(layers)]
+    elif family == "olmo3":
+        default = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention"
+                   for i in range(layers)]
+    else:
+        return (None,) * layers
+    kinds = c.get("layer_types") or default
+    if len(kinds) != layers:
+        raise ValueError(f"{path}: layer_types has {len(kinds)} entries for {layers} layers")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _parse_rope(c, family, head_dim, path):
+    """The three ways to write RoPE settings -> (Rope of full layers, Rope of sliding layers)."""
+    theta = c.get("rope_theta") or (500000.0 if family == "olmo3" else 10000.0)
+    settings = c.get("rope_parameters") or {}
+    if "full_attention" in settings or "sliding_attention" in settings:  # nested: one per kind
+        full, sliding = settings.get("full_attention") or {}, settings.get("sliding_attention") or {}
+    else:  # flat, old (rope_scaling + rope_theta) or new (rope_parameters with theta inside)
+        full = {**settings, **(c.get("rope_scaling") or {})}
+        # Olmo 3 stretches its full-attention layers only; its sliding layers keep plain RoPE.
+        sliding = {"rope_theta": full.get("rope_theta", theta)} if family == "olmo3" else full
+
+    def rope(r):
+        kind = r.get("rope_type") or r.get("type") or "default"
+        base = r.get("rope_theta") or theta
+        if kind == "default":
+            return Rope(theta=base)
+        if kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(f"{path}: rope type {kind!r} is not supported; supported: default, "
+                             "linear, llama3, yarn")
+        if r.get("mscale") or r.get("mscale_all_dim") or r.get("truncate", True) is not True:
+            raise ValueError(f"{path}: yarn's mscale and truncate settings are not supported")
+        factor = float(r["factor"])
+        stretch = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1 else 1.0
+        return Rope(theta=base, kind=kind, factor=factor,
+                    original=r.get("original_max_position_embeddings")
+                    or c.get("original_max_position_embeddings")
+                    or c.get("max_position_embeddings", 2048),
+                    low_freq_factor=r.get("low_freq_factor", 1.0),
+                    high_freq_factor=r.get("high_freq_factor", 4.0),
+                    beta_fast=r.get("beta_fast") or 32.0, beta_slow=r.get("beta_slow") or 1.0,
+                    attention_factor=r.get("attention_factor") or stretch)
+
+    return rope(full), rope(sliding)
+
+
+def _as_tuple(value):
+    """eos_token_id may be absent, null, one id or a list of ids."""
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+def _read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist; name a folder with a Hugging Face "
+                                "config.json, *.safetensors and tokenizer.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from None
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Norm, rotary positions, softmax attention: the parts a teacher and its student share
+# ----------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; statistics in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, width, eps, round_last):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps, self.round_last = eps, round_last
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.round_last:  # Olmo: multiply in fp32, round once
+            return (self.weight * normed).to(x.dtype)
+        return self.weight * normed.to(x.dtype)  # Llama, Qwen, Mistral: round, then multiply
+
+
+def rope_frequencies(rope, head_dim):
+    """Angle per position of each pair of features, (D / 2,) fp32, stretched as `rope` says."""
+    k = torch.arange(0, head_dim, 2, dtype=torch.float32)
+    f = 1.0 / rope.theta ** (k / head_dim)
+    if rope.kind == "linear":
+        return f / rope.factor
+    if rope.kind == "llama3":  # low frequencies are slowed, high ones kept, a ramp between
+        wavelength = 2 * math.pi / f
+        keep = (rope.original / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor)
+        keep = keep.clamp(0, 1)
+        return (1 - keep) * f / rope.factor + keep * f
+    if rope.kind == "yarn":  # the same idea, with the ramp over feature index (arXiv 2309.00071)
+        def index(rotations):
+            return head_dim * math.log(rope.original / (rotations * 2 * math.pi)) / (
+                2 * math.log(rope.theta))
+        low = max(math.floor(index(rope.beta_fast)), 0)
+        high = min(math.ceil(index(rope.beta_slow)), head_dim - 1)
+        slow = ((k / 2 - low) / max(high - low, 0.001)).clamp(0, 1)
+        return f / rope.factor * slow + f * (1 - slow)
+    return f
+
+
+def rope_tables(rope, positions, head_dim):
+    """cos and sin of every position's angles: positions (B, T) -> two (B, 1, T, D) fp32."""
+    f = rope_frequencies(rope, head_dim).to(positions.device)
+    angle = positions[:, None, :, None].float() * torch.cat((f, f))
+    return angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor
+
+
+def rotate(x, tables, in_fp32):
+    """Rotate x (B, H, T, D) by its positions. The halves of D are the pairs (x1, x2)."""
+    cos, sin = tables if in_fp32 else (table.to(x.dtype) for table in tables)
+    x1, x2 = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+
+
+def document_starts(document_ids):
+    """Index of the first token of each token's document: (B, T) ids -> (B, T) int64.
+
+    A document is a run of equal ids, so ids may be reused by documents that do not touch.
+    """
+    B, T = document_ids.shape
+    index = torch.arange(T, device=document_ids.device).expand(B, T)
+    first = torch.ones_like(document_ids, dtype=torch.bool)
+    first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(first, index, 0).cummax(dim=1).values
+
+
+def _pad_starts(starts, length):
+    """Lengthen starts (B, T) to (B, length): padding belongs to the last document."""
+    return torch.cat((starts, starts[:, -1:].expand(-1, length - starts.shape[1])), dim=1)
+
+
+def _grouped_attention(q, k, v, visible):
+    """Softmax attention of q (B, H, L, D) on fewer heads k, v (B, K, N, D), as mask says.
+
+    The G query heads that share a key/value head are laid along the query axis, so k and v are
+    read once and never copied G times. visible: bool, broadcastable to (B, L, N), or None.
+    """
+    B, H, L, D = q.shape
+    K = k.shape[1]
+    q = q.reshape(B, K, H // K * L, D)
+    if visible is not None:
+        visible = visible[:, None].expand(-1, H // K, -1, -1).flatten(1, 2)[:, None]  # (B,1,GL,N)
+    h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return h.reshape(B, H, L, -1)
+
+
+def softmax_attention(q, k, v, *, window=None, document_ids=None):
+    """The teacher's attention: causal, optionally over a window, never across documents.
+
+    q (B, H, T, D); k, v (B, K, N, D) with N >= T: queries are the last T of N positions (N > T
+    when a cache holds the first). window: keys visible, itself included; None for all.
+    document_ids (B, N) or None. Returns (B, H, T, D). Scale 1/sqrt(D).
+    """
+    T, N = q.shape[2], k.shape[2]
+    if T == N and document_ids is None and (window is None or window >= N):
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # never forms (T, T)
+    starts = None if document_ids is None else document_starts(document_ids)
+    outputs = []
+    for a in range(N - T, N, 512):  # blocks of queries: memory O(512 N), not O(T N)
+        t = torch.arange(a, min(a + 512, N), device=q.device)[:, None]
+        low = 0 if window is None else max(0, a - window + 1)
+        s = torch.arange(low, int(t[-1]) + 1, device=q.device)
+        visible = (s <= t)[None]
+        if window is not None:
+            visible = visible & (s > t - window)
+        if starts is not None:
+            visible = visible & (s >= starts[:, t])
+        rows = slice(a - (N - T), a - (N - T) + len(t))
+        outputs.append(_grouped_attention(q[:, :, rows], k[:, :, s[0]:s[-1] + 1],
+                                          v[:, :, s[0]:s[-1] + 1], None if T == 1 else visible))
+    return torch.cat(outputs, dim=2)
+
+
+class Attention(nn.Module):
+    """The teacher's attention block: project, normalise and rotate, mix over time, project back.
+
+    Subclasses override `mix` and nothing else. Parameter names are Hugging Face's.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        c = config
+        self.config, self.window = c, c.layer_windows[layer]
+        q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q_width, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(q_width, c.hidden_size, bias=c.o_bias)
+        if c.qk_norm:
+            per_head = c.qk_norm == "head"
+            self.q_norm = RMSNorm(c.head_dim if per_head else q_width, c.norm_eps, c.is_olmo)
+            self.k_norm = RMSNorm(c.head_dim if per_head else kv_width, c.norm_eps, c.is_olmo)
+
+    def project(self, x):
+        """x (B, T, hidden) -> q (B, T, H D), k and v (B, T, K D).  Eq. 1"""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def split(self, q, k, v, tables):
+        """Projections -> per-head q (B, H, T, D), k and v (B, K, T, D), q and k rotated."""
+        D, norm = self.config.head_dim, self.config.qk_norm
+        if norm == "projection":  # Olmo: over the whole width, before the heads are split
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.unflatten(-1, (-1, D)).transpose(1, 2) for x in (q, k, v))
+        if norm == "head":  # Qwen3
+            q, k = self.q_norm(q), self.k_norm(k)
+        return (rotate(q, tables, self.config.is_olmo), rotate(k, tables, self.config.is_olmo), v)
+
+    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
+        """How heads look back: rotated q, k and v -> h (B, H, T, D).
+
+        x (B, T, hidden) and raw (projections before norm and rotation) are for subclasses'
+        gates. cache: this layer's `KVCache`, or None.
+        """
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return softmax_attention(q, k, v, window=self.window, document_ids=document_ids)
+
+    def forward(self, x, tables, *, document_ids=None, cache=None):
+        raw = self.project(x)
+        h = self.mix(x, raw, *self.split(*raw, tables), document_ids=document_ids, cache=cache)
+        return self.o_proj(h.transpose(1, 2).flatten(2))
+
+    def new_cache(self, batch, max_length, like):
+        return KVCache(batch, self.config, max_length, like)
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. The mLSTM: definition, then the chunkwise form that trains
+# ----------------------------------------------------------------------------------------------
+# The input gate is an exponential, so S and z are kept divided by e^m, m a running maximum of the
+# exponents. The factor cancels in h = q S / q z: no clamp of the denominator, no epsilon, no
+# 1/sqrt(D). (xLSTM's max(|q z|, e^-m) belongs to the version with a norm layer behind it.)
+# Everything here runs in fp32: bf16 gates alone would cost up to 1 % of the output.
+
+EMPTY = -1e30  # log of nothing: the stabiliser of an empty state (finite, so EMPTY - EMPTY = 0)
+
+
+def empty_state(batch, heads, D, E, device):
+    """The mLSTM state before the first token: S (B, H, D, E), z (B, H, D), m (B, H), fp32."""
+    return (torch.zeros(batch, heads, D, E, device=device),
+            torch.zeros(batch, heads, D, device=device),
+            torch.full((batch, heads), EMPTY, device=device))
+
+
+def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
+    """The definition (Eq. 8-10), one token at a time. Also the decoding step, with T = 1.
+
+    q (B, H, T, D), k (B, K, T, D): feature-mapped, non-negative. v (B, K, T, E).
+    log_i, log_f (B, H, T) fp32: log input gate, log forget gate (at most 0).
+    state: (S, z, m) of the tokens before, fp32 (`empty_state` when None).
+    Returns h (B, H, T, E) in v's dtype and the state after the last token. In float64 inputs the
+    whole computation is float64: that is the tests' reference.
+    """
+    dtype = v.dtype
+    B, H, T, D = q.shape
+    S, z, m = state or empty_state(B, H, D, v.shape[-1], q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(wide).repeat_interleave(H // x.shape[1], dim=1) for x in (q, k, v))
+    h = []
+    for t in range(T):
+        i, f, k_t, v_t, q_t = log_i[:, :, t], log_f[:, :, t], k[:, :, t], v[:, :, t], q[:, :, t]
+        m_new = torch.maximum(m + f, i)
+        keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()[..., None]
+        S = keep[..., None] * S + (write * k_t)[..., None] * v_t[..., None, :]  # Eq. 8
+        z = keep * z + write * k_t                                              # Eq. 9
+        m = m_new
+        h.append((q_t[..., None, :] @ S).squeeze(-2) / (q_t * z).sum(-1, keepdim=True))  # Eq. 10
+    return torch.stack(h, dim=2).to(dtype), (S, z, m)
+
+
+def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chunk_size=64):
+    """The same function as `mlstm_recurrent`, in parallel over chunks of L tokens.
+
+    Inside a chunk: attention with the decay matrix W_ts = exp(log_i_s + sum of log_f after s up
+    to t). Between chunks: the state, in a loop over T / L chunks. Memory O(T (L + D E / L)), no
+    (T, T) matrix, any T, differentiable in all inputs.
+
+    Shapes as in `mlstm_recurrent`. document_ids (B, T): the state restarts where they change; a
+    given `state` belongs to the first document, the returned one to the last.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        return _mlstm_chunkwise(q, k, v, log_i, log_f, state, document_ids, chunk_size)
+
+
+def _mlstm_chunkwise(q, k, v, log_i, log_f, state, document_ids, chunk_size):
+    dtype = v.dtype
+    B, H, T, D = q.shape
+    K, E, L = k.shape[1], v.shape[-1], min(chunk_size, T)
+    G, N = H // K, -(-T // L)  # N chunks; the last one is padded with tokens that write nothing
+    pad = N * L - T
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = F.pad(q.to(wide), (0, 0, 0, pad)).view(B, K, G, N, L, D)
+    k = F.pad(k.to(wide), (0, 0, 0, pad)).view(B, K, N, L, D)
+    v = F.pad(v.to(wide), (0, 0, 0, pad)).view(B, K, N, L, E)
+    log_i = F.pad(log_i, (0, pad), value=EMPTY).view(B, K, G, N, L)
+    log_f = F.pad(log_f, (0, pad)).view(B, K, G, N, L)
+    S, z, m = state or empty_state(B, H, D, E, q.device)
+    S, z, m = S.view(B, K, G, D, E), z.view(B, K, G, D), m.view(B, K, G)
+    same, continues, survives, is_last = _chunk_documents(document_ids, B, N, L, q.device)
+
+    # log W_ts, laid out [s, t]: a sum over just the gates between s and t, not a difference of
+    # two cumulative sums. That keeps fp32 accurate when forget gates are near 0 (the sums reach
+    # thousands, the difference matters to 1e-6) and keeps documents independent to the last bit.
+    after = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)  # t > s
+    decay = torch.where(after, log_f[..., None, :], 0).cumsum(-1)
+    log_w = torch.where(same, decay + log_i[..., :, None], -math.inf)  # (B, K, G, N, L, L)
+    log_carry = torch.where(continues, log_f.cumsum(-1), -math.inf)  # chunk's start -> t
+    log_write = torch.where(is_last, decay[..., -1] + log_i, -math.inf)  # s -> chunk's end
+    log_keep = torch.where(survives, log_f.sum(-1), -math.inf)  # chunk's start -> end
+
+    # The state that enters each chunk. First the stabilisers, then sums written with those very
+    # values: another formula for m that rounds differently would be an error of scale.
+    ms = [m]
+    for keep, write in zip(log_keep.unbind(-1), log_write.amax(-1).unbind(-1)):
+        ms.append(torch.maximum(ms[-1] + keep, write))
+    m_in, m_out = torch.stack(ms[:-1], -1), torch.stack(ms[1:], -1)  # (B, K, G, N)
+    write = (log_write - m_out[..., None]).exp()
+    keep = (m_in + log_keep - m_out).exp()
+    new_S = torch.einsum("bknsd,bkgns,bknse->bkgnde", k, write, v)
+    new_z = torch.einsum("bknsd,bkgns->bkgnd", k, write)
+    Ss, zs = [S], [z]
+    for n, (a, dS, dz) in enumerate(zip(keep.unbind(3), new_S.unbind(3), new_z.unbind(3))):
+        Ss.append(a[..., None, None] * Ss[n] + dS)
+        zs.append(a[..., None] * zs[n] + dz)
+
+    # Outputs: r, the largest exponent a row meets, cancels in the ratio and needs no gradient.
+    log_carry = m_in[..., None] + log_carry
+    r = torch.maximum(log_carry, log_w.amax(-2)).detach()
+    carry = (log_carry - r).exp()  # (B, K, G, N, L)
+    P = torch.einsum("bknsd,bkgntd->bkgnst", k, q) * (log_w - r[..., None, :]).exp()
+    q = q * carry[..., None]
+    num = P.transpose(-1, -2) @ v[:, :, None] + q @ torch.stack(Ss[:-1], 3)
+    den = P.sum(-2) + (q * torch.stack(zs[:-1], 3)[..., None, :]).sum(-1)
+    h = num / den.clamp_min(1e-30)[..., None]  # the clamp only keeps padded rows from 0 / 0
+    h = h.view(B, H, N * L, E)[:, :, :T].to(dtype)
+    return h, (Ss[-1].view(B, H, D, E), zs[-1].view(B, H, D), ms[-1].view(B, H))
+
+
+def _chunk_documents(document_ids, B, N, L, device):
+    """Which (token, token) and (token, state) pairs of each chunk share a document.
+
+    Returns bool tensors that broadcast against (B, K, G, N, ...): same (L, L) [s, t] with s <= t;
+    continues (L): the token's document was open when the chunk began; survives (): ... and is
+    open at its end; is_last (L): the token's document is open at the chunk's end.
+    """
+    causal = torch.ones(L, L, dtype=torch.bool, device=device).triu()  # s <= t
+    if document_ids is None:
+        yes = torch.ones((), dtype=torch.bool, device=device)
+        return causal, yes, yes, yes
+    doc = _pad_starts(document_starts(document_ids), N * L).view(B, 1, 1, N, L)
+    before = torch.cat((torch.zeros_like(doc[..., :1, 0]), doc[..., :-1, -1]), dim=-1)
+    continues = doc == before[..., None]
+    return (causal & (doc[..., :, None] == doc[..., None, :]), continues, continues[..., -1],
+            doc == doc[..., -1:])
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Sliding window with sinks
+# ----------------------------------------------------------------------------------------------
+
+
+def window_attention(q, k, v, *, window, sinks, document_ids=None):
+    """Softmax attention over the last `window` tokens and the document's first `sinks` (Eq. 3, 4).
+
+    q (B, H, T, D), k and v (B, K, T, D), rotated; document_ids (B, T) or None. The current token
+    counts as one of the window; a sink inside the window counts once. Returns (B, H, T, D).
+
+    Queries go in blocks of L. A block needs the L + W - 1 keys that end with it, and of older
+    tokens only the sinks of the document its first query stands in: every document that starts
+    later has its sinks inside the band. So memory is O(T (W + L) / L * D) and no T x T mask exists.
+    """
+    B, H, T, D = q.shape
+    K, L = k.shape[1], min(T, max(64, window // 2))
+    W, S, N = min(window, T), min(sinks, T), -(-T // L)
+    pad, device = N * L - T, q.device
+    starts = torch.zeros_like(q[:, 0, :, 0], dtype=torch.long) if document_ids is None else (
+        document_starts(document_ids))
+
+    # Positions of queries, of the keys in each block's band, of each block's sinks; then who sees
+    # whom. All are laid out (B, N, query, key).
+    own = _pad_starts(starts, N * L).view(B, N, L, 1)  # where the query's document starts
+    t = torch.arange(N * L, device=device).view(1, N, L, 1)
+    band = torch.arange(L + W - 1, device=device) - (W - 1) + t[:, :, :1]
+    sink = own[:, :, :1] + torch.arange(S, device=device)
+    see_band = (band <= t) & (band >= own) & ((band > t - W) | (band < own + S))
+    see_sink = (sink >= own) & (sink < band[..., :1])  # unless it is in the band already
+    visible = torch.cat((see_sink, see_band), dim=-1).flatten(0, 1)  # (B N, L, S + L + W - 1)
+    at = sink.clamp(max=T - 1).view(B, 1, N * S, 1)
+
+    def blocks(x):  # (B, K, T, D) -> (B N, K, S + L + W - 1, D)
+        sunk = x.gather(2, at.expand(-1, K, -1, x.shape[-1])).unflatten(2, (N, S))
+        banded = F.pad(x, (0, 0, W - 1, pad)).unfold(2, L + W - 1, L).transpose(-1, -2)
+        return torch.cat((sunk, banded), dim=3).transpose(1, 2).flatten(0, 1)
+
+    q = F.pad(q, (0, 0, 0, pad)).view(B, H, N, L, D).transpose(1, 2).flatten(0, 1)
+    h = _grouped_attention(q, blocks(k), blocks(v), visible)
+    return h.view(B, N, H, L, -1).transpose(1, 2).flatten(2, 3)[:, :, :T]
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. The hybrid mixer, built up as the paper's ablation (Fig. 15) takes it apart
+# ----------------------------------------------------------------------------------------------
+
+
+class FeatureMap(nn.Module):
+    """phi(x) = softmax(x W) over the FEATURES, one W per head (Hedgehog, arXiv 2402.04347).
+
+    (B, heads, T, D) -> the same shape in fp32, positive, each feature vector summing to 1.
+    """
+
+    def __init__(self, heads, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, width, width))
+
+    def forward(self, x):
+        features = torch.einsum("bhtd,hde->bhte", x, self.weight)
+        return features.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class OutputGate(nn.Module):
+    """Logit of o_t per head from that head's [q; k; v], before norm and rotation (Eq. 11)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_heads, 3, config.head_dim))
+        self.bias = nn.Parameter(torch.empty(config.num_heads))
+
+    def forward(self, x, raw):
+        """raw: projections q (B, T, H D), k and v (B, T, K D) -> logits (B, H, T) fp32."""
+        H, _, D = self.weight.shape
+        logits = self.bias.float()
+        for flat, w in zip(raw, self.weight.float().unbind(1)):
+            per_head = flat.float().unflatten(-1, (-1, D))  # (B, T, H or K, D)
+            w = w.view(per_head.shape[2], -1, D)  # (K, G, D): a group's heads read the same k, v
+            logits = logits + torch.einsum("btkd,kgd->btkg", per_head, w).flatten(2)
+        return logits.transpose(1, 2)
+
+
+class Gate(nn.Linear):
+    """A linear map of x with one output per head, computed in fp32 whatever the weights' dtype."""
+
+    def forward(self, x, raw=None):
+        """x (B, T, hidden) -> (B, H, T) fp32. (raw: so that a folded OutputGate can be a Gate.)"""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float()).transpose(1, 2)
+
+
+class WindowAttention(Attention):
+    """"swa", the control: window and sinks alone. No new parameters."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        hybrid, own = config.hybrid, self.window
+        # A teacher layer that never looked further than W is kept as it was, without sinks; one
+        # with a longer window of its own (Olmo 3's sliding layers: 4096) is shortened as others.
+        exact = own is not None and own <= hybrid.window
+        self.short_window, self.sinks = (own, 0) if exact else (hybrid.window, hybrid.sinks)
+
+    def window_branch(self, q, k, v, document_ids, cache):
+        if cache is not None:
+            return cache.window_attention(q, k, v)
+        return window_attention(q, k, v, window=self.short_window, sinks=self.sinks,
+                                document_ids=document_ids)
+
+    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
+        return self.window_branch(q, k, v, document_ids, cache)
+
+    def new_cache(self, batch, max_length, like):
+        return HybridCache(batch, self.config, self.short_window, self.sinks, like)
+
+
+class LinearAttention(WindowAttention):
+    """"linear": the recurrence with feature maps and no gates, S_t = S_{t-1} + phi(k) (x) v."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.feature_map_q = FeatureMap(config.num_heads, config.head_dim)
+        self.feature_map_k = FeatureMap(config.num_kv_heads, config.head_dim)
+
+    def log_gates(self, x):
+        ones = x.new_zeros(x.shape[0], self.config.num_heads, x.shape[1], dtype=torch.float32)
+        return ones, ones
+
+    def recurrent_branch(self, x, q, k, v, document_ids, cache):
+        args = (self.feature_map_q(q), self.feature_map_k(k), v, *self.log_gates(x))
+        if cache is None:
+            return mlstm_chunkwise(*args, document_ids=document_ids)[0]
+        mlstm = mlstm_recurrent if q.shape[2] == 1 else mlstm_chunkwise
+        h, cache.state = mlstm(*args, state=cache.state)
+        return h
+
+    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
+        return self.recurrent_branch(x, q, k, v, document_ids, cache)
+
+
+class MLSTMAttention(LinearAttention):
+    """"mlstm": the same with the mLSTM's input and forget gates."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.input_gate = Gate(config.hidden_size, config.num_heads)
+        self.forget_gate = Gate(config.hidden_size, config.num_heads)
+
+    def log_gates(self, x):
+        return self.input_gate(x), F.logsigmoid(self.forget_gate(x))  # i = exp, f = sigmoid
+
+
+class HybridAttention(MLSTMAttention):
+    """"hybrid": mLSTM and window + sinks, mixed per token and head. The paper's mixer.
+
+    With `sinks=0` it is the ablation "mlstm+swa".
+    """
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        folded = config.hybrid.folded
+        self.output_gate = Gate(config.hidden_size, config.num_heads) if folded else (
+            OutputGate(config))
+
+    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
+        o = torch.sigmoid(self.output_gate(x, raw))[..., None].to(v.dtype)  # (B, H, T, 1)
+        mlstm = self.recurrent_branch(x, q, k, v, document_ids, cache)
+        swa = self.window_branch(q, k, v, document_ids, cache)
+        return o * mlstm + (1 - o) * swa  # Eq. 11
+
+
+MIXERS = {"hybrid": HybridAttention, "mlstm+swa": HybridAttention, "mlstm": MLSTMAttention,
+          "linear": LinearAttention, "swa": WindowAttention}
+
+
+def is_new(name):
+    """Whether a parameter was added by the student (and is not a copy of the teacher's)."""
+    return any(f".{part}." in name for part in (
+        "feature_map_q", "feature_map_k", "input_gate", "forget_gate", "output_gate"))
+
+
+@torch.no_grad()
+def initialise_mixer(attention):
+    """Start values of the new parameters: the student begins near window-only attention.
+
+    Chosen by measurement (README, "Initialisation").
+    """
+    for name, p in attention.named_parameters():
+        if "feature_map" in name:
+            p.copy_(torch.eye(p.shape[-1]).expand_as(p))
+        elif is_new(f".{name}"):
+            p.zero_()
+    if hasattr(attention, "forget_gate"):  # half-lives of 16 to 1024 tokens over the heads
+        half_life = torch.logspace(4, 10, attention.config.num_heads, base=2)
+        f = 0.5 ** (1 / half_life)
+        attention.forget_gate.bias.copy_(torch.log(f / (1 - f)))
+    if hasattr(attention, "output_gate"):
+        attention.output_gate.bias.fill_(-3.0)  # o = 0.05
+
+
+@torch.no_grad()
+def fold_output_gate(model):
+    """Replace every output gate by one linear map of x, in place; exact up to rounding (Fig. 2).
+
+    The gate reads linear functions of x, so its weights multiply into theirs: (H, 3, D) -> (H,
+    hidden). Products in float64, rounded once. Raises ValueError if there is no gate to fold.
+    """
+    c = model.config
+    if c.hybrid is None or c.hybrid.folded or MIXERS[c.hybrid.mixer] is not HybridAttention:
+        raise ValueError("fold_output_gate needs a student with an unfolded output gate")
+    model.config = dataclasses.replace(c, hybrid=dataclasses.replace(c.hybrid, folded=True))
+    for block in model.model["layers"]:
+        a = block.self_attn
+        a.config = model.config
+        weight, bias = 0.0, a.output_gate.bias.double()
+        for linear, w in zip((a.q_proj, a.k_proj, a.v_proj), a.output_gate.weight.unbind(1)):
+            per_head = linear.weight.double().unflatten(0, (-1, c.head_dim))  # (H or K, D, hidden)
+            w = w.double().view(len(per_head), -1, c.head_dim)  # (K, G, D)
+            weight = weight + torch.einsum("kgd,kdx->kgx", w, per_head).flatten(0, 1)
+            if linear.bias is not None:
+                b = linear.bias.double().unflatten(0, (-1, c.head_dim))
+                bias = bias + torch.einsum("kgd,kd->kg", w, b).flatten()
+        old = a.output_gate.weight
+        a.output_gate = Gate(c.hidden_size, c.num_heads, device=old.device, dtype=old.dtype)
+        a.output_gate.weight.copy_(weight)
+        a.output_gate.bias.copy_(bias)
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. The Transformer that holds either mixer
+# ----------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and MLP with residuals. `forward` is three steps so that stage I can walk them.
+
+    The same norm names stand for other places: Llama, Qwen and Mistral normalise what a branch
+    reads (input_layernorm, post_attention_layernorm); Olmo what it writes.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.is_olmo = config.is_olmo
+        mixer = MIXERS[config.hybrid.mixer] if config.hybrid else Attention
+        self.self_attn, self.mlp = mixer(config, layer), MLP(config)
+        names = ("post_attention_layernorm", "post_feedforward_layernorm") if self.is_olmo else (
+            "input_layernorm", "post_attention_layernorm")
+        for name in names:
+            self.add_module(name, RMSNorm(config.hidden_size, config.norm_eps, config.is_olmo))
+
+    def attention_input(self, x):
+        return x if self.is_olmo else self.input_layernorm(x)
+
+    def after_attention(self, x, y):
+        """Residual stream x and attention output y -> the residual stream after this block."""
+        if self.is_olmo:
+            x = x + self.post_attention_layernorm(y)
+            return x + self.post_feedforward_layernorm(self.mlp(x))
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def forward(self, x, tables, *, document_ids=None, cache=None):
+        y = self.self_attn(self.attention_input(x), tables, document_ids=document_ids, cache=cache)
+        return self.after_attention(x, y)
+
+
+class Transformer(nn.Module):
+    """A decoder with Hugging Face parameter names; `config.hybrid` decides teacher or student."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.source = None  # folder it was loaded from: save_pretrained copies the small files
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_layers)),
+            "norm": RMSNorm(config.hidden_size, config.norm_eps, config.is_olmo)})
+        if not config.tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def lm_head_weight(self):
+        """(V, hidden)."""
+        return self.model["embed_tokens"].weight if self.config.tied else self.lm_head.weight
+
+    def rope_tables(self, positions):
+        """positions (B, T) -> one pair of tables a layer; layers of a kind share theirs."""
+        c = self.config
+        full = rope_tables(c.rope, positions, c.head_dim)
+        sliding = full if c.sliding_rope == c.rope else (
+            rope_tables(c.sliding_rope, positions, c.head_dim))
+        return [full if window is None else sliding for window in c.layer_windows]
+
+    def hidden(self, tokens, *, document_ids=None, cache=None):
+        """tokens (B, T) int64 -> the final norm's output (B, T, hidden); arguments as `forward`."""
+        B, T = tokens.shape
+        positions = torch.arange(T, device=tokens.device)[None]
+        if cache is not None:
+            if document_ids is not None:
+                raise ValueError("a cache holds one document a row: give cache or document_ids")
+            positions = positions + cache.length
+        elif document_ids is not None:
+            positions = positions - document_starts(document_ids)  # every document starts at 0
+        x = self.model["embed_tokens"](tokens)
+        layers = zip(self.model["layers"], self.rope_tables(positions))
+        for i, (block, tables) in enumerate(layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            x = block(x, tables, document_ids=document_ids, cache=layer_cache)
+        if cache is not None:
+            cache.length += T
+        return self.model["norm"](x)
+
+    def forward(self, tokens, *, document_ids=None, cache=None):
+        """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype.
+
+        document_ids (B, T): packed documents, which do not see each other. cache: a `Cache` whose
+        tokens come before these; it takes these in. Any T works after any length.
+        """
+        h = self.hidden(tokens, document_ids=document_ids, cache=cache)
+        return F.linear(h, self.lm_head_weight)
+
+
+def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid"):
+    """A student for `teacher`: every attention replaced, everything else shared.
+
+    The copied weights are the teacher's OWN tensors, so an 8B student costs only its new
+    parameters (fp32, about 0.1 %). Training them would change the teacher: stage I trains the new
+    ones only, and before stage II save and load the student, or `copy.deepcopy` it.
+    mixer: a key of MIXERS; "linear" and "mlstm" have no window, "mlstm+swa" no sinks.
+    Raises ValueError for an unknown mixer, a window below 1 or negative sinks.
+    """
+    if mixer not in MIXERS:
+        raise ValueError(f"mixer {mixer!r} is unknown; known: {', '.join(MIXERS)}")
+    if window < 1 or sinks < 0:
+        raise ValueError(f"window {window} must be at least 1 and sinks {sinks} at least 0")
+    if teacher.config.hybrid is not None:
+        raise ValueError("student_from_teacher needs a teacher, and this model is a student")
+    hybrid = Hybrid(window, 0 if mixer == "mlstm+swa" else sinks, mixer)
+    device = teacher.lm_head_weight.device
+    with torch.device("meta"):
+        student = Transformer(dataclasses.replace(teacher.config, hybrid=hybrid))
+    copied = dict(teacher.named_parameters())
+    for name, p in list(student.named_parameters()):
+        _assign(student, name, copied[name] if name in copied else nn.Parameter(
+            torch.empty(p.shape, dtype=torch.float32, device=device)))
+    for block in student.model["layers"]:
+        initialise_mixer(block.self_attn)
+    student.source = teacher.source
+    return student
+
+
+def _assign(model, name, parameter):
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, parameter)
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. Cache and generation: a prefill of any length hands over exactly to one-token steps
+# ----------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """A teacher layer's keys and values: fixed buffers (B, K, max_length, D), `length` filled."""
+
+    def __init__(self, batch, config, max_length, like):
+        shape = (batch, config.num_kv_heads, max_length, config.head_dim)
+        self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
+
+    def append(self, k, v):
+        """Take in k, v (B, K, T, D); return views of all keys and values so far."""
+        a, b = self.length, self.length + k.shape[2]
+        if b > self.k.shape[2]:
+            raise ValueError(f"the cache holds {self.k.shape[2]} tokens and {b} were given")
+        self.k[:, :, a:b], self.v[:, :, a:b], self.length = k, v, b
+        return self.k[:, :, :b], self.v[:, :, :b]
+
+
+class HybridCache:
+    """A student layer's memory, constant in the length of the text.
+
+    k, v (B, K, S + W, D) rotated: token t < S has slot t; later ones share a ring, slot
+    S + (t - S) % W. state: the mLSTM's (S, z, m). Keys keep the rotation of their true position,
+    so the order of slots does not matter to a softmax.
+    """
+
+    def __init__(self, batch, config, window, sinks, like):
+        c = config
+        self.k = like.new_zeros(batch, c.num_kv_heads, sinks + window, c.head_dim)
+        self.v = torch.zeros_like(self.k)
+        self.length, self.window, self.sinks = 0, window, sinks
+        self.state = empty_state(batch, c.num_heads, c.head_dim, c.head_dim, like.device)
+
+    def slots(self, positions):
+        return torch.where(positions < self.sinks, positions,
+                           self.sinks + (positions - self.sinks) % self.window)
+
+    def window_attention(self, q, k, v):
+        """Window + sinks for T new tokens after `length` old ones; takes the new ones in."""
+        old, T, S, W = self.length, q.shape[2], self.sinks, self.window
+        if T == 1:  # a step: write first, then every filled slot is in the window or a sink
+            self.write(k, v)
+            filled = min(self.length, S + W)
+            return _grouped_attention(q, self.k[:, :, :filled], self.v[:, :, :filled], None)
+        # A sequence: put the remembered tokens in front, in order. Sinks that left the window are
+        # really further away than they stand here, but a sink is visible from any distance.
+        ring = torch.arange(max(S, old - W), max(S, old), device=q.device)
+        slots = self.slots(torch.cat((torch.arange(min(S, old), device=q.device), ring)))
+        k_all, v_all = (torch.cat(pair, dim=2) for pair in (
+            (self.k[:, :, slots], k), (self.v[:, :, slots], v)))
+        q = F.pad(q, (0, 0, len(slots), 0))  # remembered tokens ask nothing: rows dropped below
+        h = window_attention(q, k_all, v_all, window=W, sinks=S)[:, :, len(slots):]
+        self.write(k, v)
+        return h
+
+    def write(self, k, v):
+        """Take in k, v (B, K, T, D): of many tokens the first S of the text and the last W stay."""
+        end = self.length + k.shape[2]
+        positions = torch.arange(self.length, end, device=k.device)
+        kept = (positions < self.sinks) | (positions >= end - self.window)
+        slots = self.slots(positions[kept])
+        self.k[:, :, slots], self.v[:, :, slots] = k[:, :, kept], v[:, :, kept]
+        self.length = end
+
+
+class Cache:
+    """What a model remembers of a batch of equally long texts: one cache a layer.
+
+    max_length: tokens a teacher's buffers can hold; a student's are constant and ignore it.
+    """
+
+    def __init__(self, model, batch, max_length):
+        like = model.lm_head_weight
+        self.layers = [b.self_attn.new_cache(batch, max_length, like)
+                       for b in model.model["layers"]]
+        self.length = 0
+
+
+@torch.no_grad()
+def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=None):
+    """Continue each row of tokens (B, T) int64; returns (B, T + new), new <= max_new_tokens.
+
+    temperature 0: the most likely token; otherwise sampling from the smallest set of tokens whose
+    probability reaches top_p. stop: ids that end a row (the model's eos ids when None); a finished
+    row repeats its stop id until all are done. seed: of the sampling, for all rows together.
+    Raises ValueError for an empty prompt or settings out of range.
+    """
+    B, T = tokens.shape
+    if T == 0 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"generate needs a prompt of 1 token or more (got {T}), temperature >= 0 "
+                         f"(got {temperature}) and 0 < top_p <= 1 (got {top_p})")
+    stop = torch.tensor(model.config.eos_ids if stop is None else tuple(stop), dtype=torch.long,
+                        device=tokens.device)
+    random = torch.Generator(tokens.device)
+    random.manual_seed(seed) if seed is not None else random.seed()
+    cache = Cache(model, B, T + max_new_tokens)
+    for a in range(0, T, 2048):  # prefill in pieces: memory does not grow with the prompt
+        h = model.hidden(tokens[:, a:a + 2048], cache=cache)
+    done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new_tokens):
+        logits = F.linear(h[:, -1], model.lm_head_weight).float()  # (B, V)
+        new = _sample(logits, temperature, top_p, random)
+        new = torch.where(done, tokens[:, -1], new)
+        tokens = torch.cat((tokens, new[:, None]), dim=1)
+        done = done | torch.isin(new, stop)
+        if done.all():
+            break
+        h = model.hidden(new[:, None], cache=cache)
+    return tokens
+
+
+def _sample(logits, temperature, top_p, random):
+    """logits (B, V) -> one id a row (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep a token if those before it fall short
+    return ids.gather(1, torch.multinomial(p, 1, generator=random))[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. Weights on disk
+# ----------------------------------------------------------------------------------------------
+
+
+def load_pretrained(directory, *, device="cpu", dtype=None):
+    """A teacher or student from a folder of config.json and *.safetensors (+ index).
+
+    dtype None: as the embedding is stored. Loading is strict: every missing, unexpected or
+    misshapen tensor is named in one ValueError. Shards are read tensor by tensor, so the peak is
+    the model and one tensor. Raises FileNotFoundError for missing files, ValueError for bad ones.
+    """
+    directory = Path(directory)
+    config = ModelConfig.from_hf(directory)
+    stored = _list_tensors(directory)  # name -> (file, shape)
+    with torch.device("meta"):
+        model = Transformer(config)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    ignored = {"lm_head.weight"} if config.tied else set()  # some tied checkpoints ship a copy
+    found = {n for n in stored if not n.endswith("rotary_emb.inv_freq")} - ignored
+    wrong = [f"missing {n}" for n in sorted(expected.keys() - found)]
+    wrong += [f"unexpected {n}" for n in sorted(found - expected.keys())]
+    wrong += [f"{n} has shape {stored[n][1]}, config.json says {expected[n]}"
+              for n in sorted(expected.keys() & found) if stored[n][1] != expected[n]]
+    if wrong:
+        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit config.json: "
+                         + "; ".join(wrong))
+    dtype = dtype or _read_tensor(*stored["model.embed_tokens.weight"][:1],
+                                  "model.embed_tokens.weight").dtype
+    for name in expected:
+        tensor = _read_tensor(stored[name][0], name)
+        moved = tensor.to(device, dtype)
+        # clone: a view of the file's pages would change when the file is replaced
+        _assign(model, name, nn.Parameter(tensor.clone() if moved is tensor else moved))
+    model.source = directory
+    return model
+
+
+def _list_tensors(directory):
+    """The folder's tensors: name -> (path of its file, shape)."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: there is no weight_map object; copy the file again")
+        files = sorted(set(weight_map.values()))
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(f"{index}: shard name {file!r} is not a plain *.safetensors name")
+    elif (directory / "model.safetensors").exists():
+        weight_map, files = {}, ["model.safetensors"]
+    else:
+        pickles = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth")]
+        raise FileNotFoundError(f"{directory} holds no model.safetensors" + (
+            f"; {pickles[0]} is a pickle, which can run code and is never read: convert it to "
+            "safetensors" if pickles else " and no model.safetensors.index.json"))
+    tensors = {}
+    for file in files:
+        with _open_shard(directory / file) as f:
+            for name in f.keys():
+                tensors[name] = (directory / file, tuple(f.get_slice(name).get_shape()))
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name][0].name != file:
+            raise ValueError(f"{directory / file}: tensor {name} of {index.name} is missing")
+    return tensors
+
+
+def _open_shard(path):
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is named in the folder's index and missing; copy it again")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy it again"
+                         ) from None
+
+
+def _read_tensor(path, name):
+    # The file is opened anew for every tensor: one long-lived mapping would keep all pages read
+    # so far in memory and double the peak of an 8B load (measured on 2 GB: 4.0 GB against 2.2).
+    with _open_shard(path) as f:
+        return f.get_tensor(name)
+
+
+def save_pretrained(model, directory, *, max_shard_bytes=4 << 30):
+    """Write config.json, *.safetensors (+ index) and the source folder's tokenizer files.
+
+    The folder appears complete or not at all: it is written as "<directory>.tmp" and renamed.
+    Tensors keep their dtype. Raises ValueError if `directory` exists and is not empty (nothing is
+    ever overwritten) or the model has no `source` folder to take the small files from.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not empty; name a new folder")
+    if model.source is None:
+        raise ValueError("model.source is None: set it to the folder of its config.json")
+    config = _read_json(model.source / "config.json")
+    if model.config.hybrid is not None:
+        config["hybrid"] = dataclasses.asdict(model.config.hybrid)
+    tmp = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    for path in model.source.iterdir():
+        if path.name in TOKENIZER_FILES:
+            shutil.copy(path, tmp)
+    (tmp / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    shards, size = [{}], 0
+    for name, p in model.named_parameters():
+        if size + p.nbytes > max_shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = p
+        size += p.nbytes
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):  # one shard at a time leaves the accelerator
+        save_file({name: p.detach().cpu().contiguous() for name, p in shard.items()}, tmp / file,
+                  metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
+                 "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}}
+        (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if directory.exists():
+        directory.rmdir()
+    os.replace(tmp, directory)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "generation_config.json", "chat_template.jinja")
