@@ -35,9 +35,13 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
+import time
+import unicodedata
 from pathlib import Path
 
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -1166,3 +1170,307 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30):
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "generation_config.json", "chat_template.jinja")
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. Tokenizer: byte-level BPE read from tokenizer.json and run by tiktoken; chat formats
+# ----------------------------------------------------------------------------------------------
+# Ids equal those of the `tokenizers` library when three things agree: the added tokens (such as
+# <|eot_id|>) are cut out first, the same regex cuts the rest into pieces, and the same merges
+# build each piece. What cannot be reproduced exactly is refused by name, never approximated.
+
+# tokenizer.json writes each byte as one visible character, after GPT-2 ("Ġ" is a space).
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_OF = {chr(b): b for b in _VISIBLE}
+_BYTE_OF |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(_VISIBLE)))}
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM2 isolates every digit first, then applies GPT-2's pattern to each stretch between. White
+# space before a digit ends its stretch, so it stays whole. The two steps as one pattern:
+_SMOLLM2 = _GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{N})|\s+(?!")
+
+# tiktoken's regex engine overflows on a million white-space characters in a row, with a panic
+# that `except Exception` does not catch. Such runs are cut; no other text needs a cut.
+_LONGEST_SPACE = 400_000
+
+
+def _steps(node, key):
+    """The steps of a tokenizer.json section: a Sequence's members, the one step, or none."""
+    if node is None:
+        return []
+    return node[key] if node["type"] == "Sequence" else [node]
+
+
+def _piece_pattern(pre_tokenizer):
+    """The one regex whose matches are the pieces; ValueError names what it cannot express."""
+    steps = _steps(pre_tokenizer, "pretokenizers")
+    *first, last = steps or [{"type": None}]
+    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+        match first, last.get("use_regex", True):
+            case [], True:
+                return _GPT2
+            case [{"type": "Digits", "individual_digits": True}], True:
+                return _SMOLLM2
+            case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": regex}}], False:
+                return regex
+            case [{"type": "Split", "behavior": "Removed", "invert": True,
+                   "pattern": {"Regex": regex}}], False:  # Olmo: only the matches are kept
+                return regex
+    raise ValueError(f"cannot express its pre_tokenizer {json.dumps(steps)}. Byte-level BPE as in "
+                     "Llama 3, Qwen, Olmo, GPT-2 and SmolLM2 is supported; SentencePiece (no "
+                     "pre_tokenizer, or Metaspace), as in Llama 2 and Mistral, is not")
+
+
+def _last_merge(token, priority):
+    """Plain BPE on one token: the rank of the merge that completes it, None if none does."""
+    parts, rank = list(token), None
+    while len(parts) > 1:
+        ranks = [priority.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+        rank = min(ranks)
+        if rank == math.inf:
+            return None
+        i = ranks.index(rank)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return rank
+
+
+def _bpe_ranks(model, added):
+    """tiktoken's table (bytes -> rank) and the table back (rank -> id), from the merge list.
+
+    tiktoken joins two neighbours whenever their union is a token, lowest rank first, and looks a
+    whole piece up before it joins anything. That equals the merge list if every token's rank is
+    the position of the merge that completes it, and tokens that merges never complete are left
+    out. (Ids often serve as ranks, but not in a vocabulary that was shuffled or extended.)
+    """
+    priority = {tuple(m.split(" ") if isinstance(m, str) else m): 256 + i
+                for i, m in enumerate(model["merges"])}
+    listed = {a + b: rank for (a, b), rank in priority.items()}
+    # A byte without a token gets a rank but no id: the text loses it, as in `tokenizers`
+    # (SmolLM2 lacks some control characters and bytes that UTF-8 never uses).
+    ranks, id_of_rank = {bytes([b]): b for b in range(256)}, {}
+    for token, i in model["vocab"].items():
+        if token in added and token not in listed:
+            continue  # Olmo lists <|endoftext|> here too; plain text must never become it
+        rank = _BYTE_OF[token] if len(token) == 1 else _last_merge(token, priority)
+        if rank is None and model.get("ignore_merges"):
+            # Llama 3 has 588 such tokens: used if they are a whole piece, which tiktoken does.
+            rank = listed.get(token, 256 + len(priority) + i)
+        if rank is not None:
+            ranks[bytes(_BYTE_OF[c] for c in token)] = rank
+            id_of_rank[rank] = i
+    return ranks, id_of_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatFormat:
+    """How one family writes a conversation; "{}" in the header is the role."""
+    evidence: tuple      # a folder has this format if its chat template contains all of these
+    header: str
+    user_end: str        # closes a system or user turn
+    assistant_end: str   # closes an assistant's turn: a stop token, perhaps a newline
+    last_end: str        # the same where that turn ends the conversation
+    start: str = ""
+    system: str | None = None  # the system prompt of a conversation that brings none
+    dates: str = ""      # Llama: these lines open the system prompt, and contents are stripped
+
+
+_CHATML = ChatFormat(  # Qwen2.5, SmolLM2: the default system prompt is read from the template
+    ("'<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n'",),
+    "<|im_start|>{}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>\n")
+_LLAMA3 = ChatFormat(  # 3.1, 3.2 and 3.3
+    ("Cutting Knowledge Date: December 2023\n", "message.content | trim + '<|eot_id|>'"),
+    "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>",
+    start="<|begin_of_text|>", system="",
+    dates="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n")
+_OLMO2 = ChatFormat(  # the role marks are plain text
+    ("{{ bos_token }}", "'<|user|>\n' + message.content + '\n'", "message.content + eos_token"),
+    "<|{}|>\n", "\n", "<|endoftext|>\n", "<|endoftext|>", start="<|endoftext|>")
+_OLMO3_SYSTEM = ("You are a helpful function-calling AI assistant. ",
+                 "You do not currently have access to any functions. <functions></functions>")
+_OLMO3 = dataclasses.replace(_CHATML, evidence=_OLMO3_SYSTEM, system="".join(_OLMO3_SYSTEM),
+                             last_end="<|endoftext|>")
+
+
+def _find_chat_format(template, added):
+    """The ChatFormat that a chat template (Jinja) stands for, or None."""
+    # Templates spell a newline and a message's field in either of two ways: make it one.
+    template = re.sub(r"""\[['"](\w+)['"]\]""", r".\1", template).replace("\\n", "\n")
+    form = next((f for f in (_LLAMA3, _OLMO2, _OLMO3, _CHATML)
+                 if all(text in template for text in f.evidence)), None)
+    # A template that knows <think> (Qwen3, Olmo 3 Think) rewrites earlier turns.
+    if form is None or "think" in template:
+        return None
+    if form is _CHATML and "system" in template:
+        default = re.search(r"""<\|im_start\|>system\n([^'"{}\\]+)<\|im_end\|>""", template)
+        if default is None:
+            return None
+        form = dataclasses.replace(form, system=default[1])
+    if form is _LLAMA3 and "strftime_now" in template:
+        # Llama 3.2 writes the day it is: render training data once and keep it.
+        form = dataclasses.replace(
+            form, dates=form.dates.replace("26 Jul 2024", time.strftime("%d %b %Y")))
+    marks = re.findall(r"<\|\w+\|>", form.start + form.user_end + form.last_end)
+    return form if added.keys() >= set(marks) else None
+
+
+class Tokenizer:
+    """Text to token ids and back, as the files of a Hugging Face folder say.
+
+    Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where present. Takes
+    about 10 microseconds for each token of the vocabulary (_bpe_ranks).
+
+    Attributes: vocab_size (1 + the highest id; an embedding may have more rows), bos_id (None if
+    the family has none), adds_bos (encode's default), added (added token -> id).
+
+    Raises FileNotFoundError, or ValueError naming the file and what is not supported.
+    """
+
+    def __init__(self, directory):
+        self.path = os.path.join(directory, "tokenizer.json")
+        if not os.path.isfile(self.path):
+            raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
+                                    "(tokenizer.model, SentencePiece, is not supported)")
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                spec = json.load(file)
+            self._read_added_tokens(spec)
+            self._read_bpe(spec)
+            self._read_bos_and_template(spec, directory)
+        except ValueError as error:  # JSON and UTF-8 errors among them
+            raise ValueError(f"{self.path}: {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch "
+                             "the folder again") from error
+
+    def _read_added_tokens(self, spec):
+        for token in spec["added_tokens"]:
+            if token["lstrip"] or token["rstrip"] or token["single_word"]:
+                raise ValueError(f"lstrip, rstrip, single_word are not supported: {token}")
+        self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        # Longest first, lest a token hide a longer one. The group makes re.split return the
+        # tokens too; with no tokens, (?!) never matches.
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self._cut = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+    def _read_bpe(self, spec):
+        model, normalizer = spec["model"], spec["normalizer"]
+        if any(step["type"] != "NFC" for step in _steps(normalizer, "normalizers")):
+            raise ValueError(f"normalizer {normalizer} is not supported, only NFC or null")
+        self._nfc = bool(_steps(normalizer, "normalizers"))
+        pattern = _piece_pattern(spec["pre_tokenizer"])
+        if model.get("type", "BPE") != "BPE":  # GPT-2's file does not say
+            raise ValueError(f"model type {model['type']!r} is not supported, only BPE")
+        for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                raise ValueError(f"model.{key} = {model[key]!r} is not supported")
+        ranks, self._id_of_rank = _bpe_ranks(model, self.added)
+        if model.get("unk_token") and not self._id_of_rank.keys() >= set(range(256)):
+            raise ValueError("model.unk_token is not supported where the vocabulary lacks bytes")
+        self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
+                                      special_tokens={})
+        # tiktoken loses what lies between matches. A pattern that matches a character of every
+        # Unicode category by itself leaves nothing there.
+        for char in {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values():
+            if not self._bpe.encode_ordinary(char):
+                raise ValueError(f"its pattern {pattern!r} does not match {char!r}")
+        self._bytes = {i: bytes(_BYTE_OF[c] for c in token)
+                       for token, i in model["vocab"].items() if token not in self.added}
+        self._bytes |= {i: token.encode() for token, i in self.added.items()}
+        self.vocab_size = 1 + max(self._bytes)
+
+    def _read_bos_and_template(self, spec, directory):
+        def read(name):
+            path = os.path.join(directory, name)
+            if not os.path.isfile(path):
+                return ""
+            with open(path, encoding="utf-8") as file:
+                return file.read()
+
+        config = json.loads(read("tokenizer_config.json") or "{}")
+        bos = config.get("bos_token")
+        self.bos_id = self.added.get(bos["content"] if isinstance(bos, dict) else bos)
+        self.adds_bos = False
+        for step in _steps(spec["post_processor"], "processors"):
+            match step:
+                case {"type": "TemplateProcessing",
+                      "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
+                    self.adds_bos, [self.bos_id] = True, step["special_tokens"][name]["ids"]
+                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+                    pass
+                case {"type": "ByteLevel"}:  # moves offsets only
+                    pass
+                case _:
+                    raise ValueError(f"post_processor {json.dumps(step)} is not supported")
+        template = read("chat_template.jinja") or config.get("chat_template") or ""
+        if isinstance(template, list):  # several, by name
+            template = {t["name"]: t["template"] for t in template}.get("default", "")
+        self.chat_format = _find_chat_format(template, self.added)
+
+    def _encode_text(self, text):
+        """Ids of text without added tokens."""
+        if self._nfc:  # a few rare marks differ: Python's Unicode version is another
+            text = unicodedata.normalize("NFC", text)
+        cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
+                if len(run[0]) == _LONGEST_SPACE]
+        return [self._id_of_rank[rank]
+                for start, end in zip([0, *cuts], [*cuts, len(text)])
+                for rank in self._bpe.encode_ordinary(text[start:end])
+                if rank in self._id_of_rank]
+
+    def encode(self, text, *, bos=None, specials=True):
+        """Token ids of a str, as a list.
+
+        bos: whether bos_id stands first; None does as the folder's post-processor says. A
+        rendered chat brings its own: pass False.
+        specials: whether added tokens written in the text are parsed. Pass False for text of
+        strangers, in which "<|eot_id|>" must remain ten ordinary characters.
+        """
+        bos = self.adds_bos if bos is None else bos
+        if bos and self.bos_id is None:
+            raise ValueError(f"{self.path}: bos=True, but this tokenizer has no BOS token")
+        ids = [self.bos_id] if bos else []
+        for i, part in enumerate(self._cut.split(text) if specials else [text]):
+            ids += [self.added[part]] if i % 2 else self._encode_text(part)
+        return ids
+
+    def decode(self, ids):
+        """The tokens' bytes as text, broken UTF-8 as U+FFFD; ids of padding rows give nothing."""
+        return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", "replace")
+
+    def render_chat_parts(self, messages):
+        """A conversation as [(text, is_assistant), ...]; the texts join to render_chat(...,
+        generation_prompt=False). An assistant's part is its content and stop token.
+
+        messages: [{"role": "system" | "user" | "assistant", "content": str}, ...]; a system
+        message comes first or not at all. ValueError otherwise, or if the format is unknown.
+        """
+        form = self.chat_format
+        if form is None:
+            raise ValueError(f"{os.path.dirname(self.path)}: no chat template, or an unknown one; "
+                             "known are Llama 3.1-3.3, Qwen2.5, OLMo 2, Olmo 3 Instruct, SmolLM2")
+        roles = [message["role"] for message in messages]
+        if not roles or {*roles[1:]} - {"user", "assistant"} or roles[0] not in (
+                "system", "user", "assistant"):
+            raise ValueError(f"roles must be [system,] then user or assistant, got {roles}")
+        if roles[0] != "system" and form.system is not None:
+            messages = [{"role": "system", "content": form.system}, *messages]
+        parts = [(form.start, False)]
+        for i, message in enumerate(messages, start=1):
+            role, content = message["role"], message["content"]
+            if form.dates:
+                content = content.strip()
+            parts.append((form.header.format(role), False))
+            if role == "assistant":
+                end = form.last_end if i == len(messages) else form.assistant_end
+                stop = end.rstrip("\n")
+                parts += [(content + stop, True), (end[len(stop):], False)]
+            else:
+                dates = form.dates if role == "system" else ""
+                parts.append((dates + content + form.user_end, False))
+        return [(text, mine) for text, mine in parts if text]
+
+    def render_chat(self, messages, *, generation_prompt=True):
+        """The conversation as the teacher's chat template writes it; see render_chat_parts.
+        generation_prompt: end with the header of the assistant's next turn."""
+        text = "".join(text for text, _ in self.render_chat_parts(messages))
+        return text + self.chat_format.header.format("assistant") * generation_prompt

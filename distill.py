@@ -1,0 +1,873 @@
+"""Distil a pretrained Transformer into a hybrid xLSTM student, in two stages.
+
+    stage I    align: every layer's new mixer learns to reproduce the output of the softmax
+               attention it replaces. Only the new parameters train (Eq. 12).
+    stage II   distil: the whole student learns next tokens and the teacher's distribution over
+               its top-k tokens (Eq. 13).
+
+Settings default to the paper's (arXiv 2603.15590: 8B teachers, context 4096); without --teacher
+a small preset runs on the teacher that ships in tests/teacher. The run writes into --out:
+
+    data/        the texts as token ids, made once
+    seed/        the student after stage I (a folder that model.load_pretrained opens)
+    student/     the student after stage II
+    checkpoints/ the last two, for --resume
+    run.json, results.json, log.jsonl     settings, the final table, the losses
+
+One process, one device. Not here: the mathematics (model.py), merging (merge.py), benchmarks
+(evaluate.py).
+
+Run:
+    python distill.py                                             # shipped teacher, minutes on CPU
+    python distill.py --teacher DIR --data a.jsonl b.txt --out RUN        # your own
+    python distill.py --teacher DIR --data a.jsonl=2 b.txt=1 --out RUN    # two thirds from a.jsonl
+    python distill.py --teacher DIR --data a.jsonl --out RUN --resume     # go on after a stop
+    python distill.py --mixer swa --out RUN                       # an ablation: window and sinks only
+
+Contents: 1 data · 2 losses · 3 held-out comparison · 4 optimiser and checkpoints · 5 stage I ·
+6 stage II · 7 report · 8 command
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from model import (MIXERS, Attention, Tokenizer, document_starts, generate, is_new, load_pretrained,
+                   save_pretrained, student_from_teacher)
+
+HERE = Path(__file__).resolve().parent
+
+# ----------------------------------------------------------------------------------------------
+# 1. Data: files -> token ids on disk, once -> packed rows that keep their document boundaries
+# ----------------------------------------------------------------------------------------------
+
+DATA_FORMAT = 1  # part of the cache key: raise it when the files below change their meaning
+
+
+def read_documents(path, tokenizer):
+    """Yield each document of a .txt or .jsonl file as [(text, in_loss), ...] parts.
+
+    .jsonl: one JSON object a line with `text`, or with `messages` ([{"role", "content"}, ...]),
+    which is rendered in the teacher's chat format with only the assistant's parts in the loss.
+    .txt: one long text, cut at line ends into about fifty documents so that some can be held out.
+    Raises ValueError naming file and line.
+    """
+    if path.suffix == ".txt":
+        text = _decode(path.read_bytes(), path)
+        size = min(max(len(text) // 50, 2000), 1 << 16)
+        while text:
+            end = text.find("\n", size) + 1 or len(text)
+            yield [(text[:end], True)]
+            text = text[end:]
+        return
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(_decode(line, where))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not a JSON object ({error})") from None
+            if isinstance(row, dict) and isinstance(row.get("text"), str):
+                yield [(row["text"], True)]
+            elif isinstance(row, dict) and isinstance(row.get("messages"), list):
+                yield tokenizer.render_chat_parts(row["messages"])
+            else:
+                raise ValueError(f'{where}: expected a string "text" or a list "messages"')
+
+
+def _decode(data, where):
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error}); convert the file") from None
+
+
+def sha256(*paths):
+    """Hex digest of files' contents, read in pieces."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            while piece := f.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def tokenise(path, tokenizer, eos_id, folder):
+    """Write a file's documents as token ids into a new sub-folder of `folder`; return it.
+
+    tokens.bin (uint32), loss.bin (bool per token: may it be a label), documents.npy (length and
+    content hash of each). Keyed by the hashes of the text and of the tokenizer, so a second call
+    with the same input finds the first one's work. A text document is [BOS] text EOS, a
+    conversation what its chat format says.
+    """
+    key = f"{DATA_FORMAT} {eos_id} {path.suffix} {sha256(path)} "
+    key += sha256(tokenizer.path)
+    folder = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if folder.exists():
+        return folder
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    documents, is_text = [], path.suffix == ".txt"
+    with open(tmp / "tokens.bin", "wb") as token_file, open(tmp / "loss.bin", "wb") as loss_file, \
+            tqdm(desc=f"tokenise {path.name}", unit="tok", unit_scale=True, leave=False) as bar:
+        for parts in read_documents(path, tokenizer):
+            chat = len(parts) > 1
+            ids, in_loss = [], []
+            for text, learn in parts:
+                # Plain text may spell a special token: that is text. A chat format means it.
+                new = tokenizer.encode(text, bos=False if ids or chat else None, specials=chat)
+                ids += new
+                in_loss += [learn] * len(new)
+            if not chat and not is_text and eos_id is not None:
+                ids, in_loss = ids + [eos_id], in_loss + [True]
+            if len(ids) < 2:
+                continue  # nothing to predict
+            np.array(ids, np.uint32).tofile(token_file)
+            np.array(in_loss, bool).tofile(loss_file)
+            documents.append((len(ids), zlib.crc32(np.array(ids, np.uint32).tobytes())))
+            bar.update(len(ids))
+    if not documents:
+        shutil.rmtree(tmp)
+        raise ValueError(f"{path}: there is no document of two tokens or more in this file")
+    np.save(tmp / "documents.npy", np.array(documents, np.int64))
+    os.replace(tmp, folder)
+    return folder
+
+
+class Source:
+    """One file's documents as rows of T tokens: packed back to back, cut where a row is full.
+
+    split "train" or "heldout": the `fraction` of documents with the smallest content hashes is
+    held out, at least one. A hash, not a position: order in the file and copies do not matter.
+    """
+
+    def __init__(self, name, folder, split, T, fraction=0.02):
+        documents = np.load(folder / "documents.npy")
+        lengths, hashes = documents.T
+        limit = np.sort(hashes)[max(1, round(fraction * len(hashes))) - 1]
+        chosen = hashes <= limit if split == "heldout" else hashes > limit
+        self.name, self.T = name, T
+        self.tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
+        self.loss = np.memmap(folder / "loss.bin", bool, "r")
+        self.lengths = lengths[chosen]
+        self.starts = (lengths.cumsum() - lengths)[chosen]  # in the files
+        self.ends = self.lengths.cumsum()  # in the stream of chosen documents
+        self.total = int(self.lengths.sum())
+        self.num_rows = max(0, self.total - 1) // T
+
+    def row(self, i):
+        """Row i: token ids, document ids and in-loss flags, T + 1 of each (the last: label only)."""
+        a, b = i * self.T, (i + 1) * self.T + 1
+        ids = np.arange(np.searchsorted(self.ends, a, "right"),
+                        np.searchsorted(self.ends, b, "left") + 1)
+        pieces = []
+        for d in ids:
+            shift = self.starts[d] - (self.ends[d] - self.lengths[d])  # stream -> file
+            pieces.append(slice(max(a + shift, self.starts[d]),
+                                min(b + shift, self.starts[d] + self.lengths[d])))
+        return (np.concatenate([self.tokens[p] for p in pieces]),
+                np.repeat(ids, [p.stop - p.start for p in pieces]),
+                np.concatenate([self.loss[p] for p in pieces]))
+
+
+def collate(rows, device):
+    """Rows -> tokens, document_ids, labels, each (B, T) int64; labels -100 where none counts.
+
+    The last token of a document has no label: the next one belongs to another text.
+    """
+    tokens, ids, loss = (torch.from_numpy(np.stack(x)) for x in zip(*rows))
+    tokens = tokens.long()
+    labels = torch.where((ids[:, 1:] == ids[:, :-1]) & loss[:, 1:], tokens[:, 1:], -100)
+    return tuple(x.to(device) for x in (tokens[:, :-1], ids[:, :-1].long(), labels))
+
+
+class Mixture:
+    """Rows of several sources by weight. What a step sees depends on (seed, step) alone.
+
+    So resuming needs one integer. After n rows every source has given its share of n to within
+    one row; a source that runs out starts over in a new order.
+    """
+
+    def __init__(self, sources, weights, total_rows, seed):
+        self.sources, self.seed, self.orders = sources, seed, {}
+        share = np.array(weights) / sum(weights)
+        # The j-th row of source s is due at (j + 1/2) / share_s: sort all rows by when they are due.
+        counts = [math.ceil(total_rows * p) + 1 for p in share]
+        due = np.concatenate([(np.arange(n) + 0.5) / p for n, p in zip(counts, share)])
+        order = np.argsort(due, kind="stable")[:total_rows]
+        self.which = np.repeat(np.arange(len(counts)), counts)[order]  # source of each row
+        self.nth = np.concatenate([np.arange(n) for n in counts])[order]  # its how-manieth row
+
+    def rows(self, start, stop):
+        return [self.row(i) for i in range(start, stop)]
+
+    def row(self, i):
+        s, (epoch, j) = self.which[i], divmod(int(self.nth[i]), self.sources[self.which[i]].num_rows)
+        if self.orders.get(s, (None,))[0] != epoch:
+            rng = np.random.default_rng((self.seed, int(s), epoch))
+            self.orders[s] = epoch, rng.permutation(self.sources[s].num_rows)
+        return self.sources[s].row(int(self.orders[s][1][j]))
+
+
+def open_data(specs, tokenizer, eos_id, folder, T):
+    """--data FILE[=WEIGHT] ... -> (train sources, weights, held-out sources).
+
+    Weights default to the files' sizes in tokens. Raises ValueError / FileNotFoundError naming
+    the file or flag.
+    """
+    train, weights, heldout = [], [], []
+    for spec in specs:
+        name, _, weight = spec.rpartition("=") if "=" in spec else (spec, "", "")
+        path = Path(name)
+        if path.suffix not in (".txt", ".jsonl"):
+            raise ValueError(f"--data {spec}: expected FILE.txt or FILE.jsonl, optionally =WEIGHT")
+        if not path.is_file():
+            raise FileNotFoundError(f"--data {spec}: there is no file {path}")
+        cached = tokenise(path, tokenizer, eos_id, folder)
+        train.append(Source(path.stem, cached, "train", T))
+        heldout.append(Source(path.stem, cached, "heldout", T))
+        for source, split in ((train[-1], "training"), (heldout[-1], "held-out")):
+            if source.num_rows == 0:
+                raise ValueError(f"--data {spec}: {source.total} {split} tokens do not fill a row "
+                                 f"of --context {T}; give more text or a shorter context")
+        try:
+            weights.append(float(weight) if weight else float(train[-1].total))
+        except ValueError:
+            raise ValueError(f"--data {spec}: {weight!r} is not a number") from None
+        if not 0 < weights[-1] < math.inf:
+            raise ValueError(f"--data {spec}: the weight must be a positive number")
+    return train, weights, heldout
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Losses
+# ----------------------------------------------------------------------------------------------
+
+
+def _chunks(tokens, vocab_size):
+    """Slices of tokens so small that (slice, vocab_size) in fp32 stays below 256 MB."""
+    size = max(1, (1 << 26) // vocab_size)
+    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+
+
+@torch.no_grad()
+def teacher_topk(hidden, lm_head_weight, k):
+    """The teacher's k most likely tokens: hidden (N, hidden) -> ids (N, k), log-probs (N, k) fp32.
+
+    Log-probabilities are over the full vocabulary, so the mass outside the top k stays known.
+    """
+    ids, logprobs = [], []
+    for rows in _chunks(len(hidden), len(lm_head_weight)):
+        logits = F.linear(hidden[rows], lm_head_weight).float()
+        top = logits.topk(k, dim=-1)
+        ids.append(top.indices)
+        logprobs.append(top.values - logits.logsumexp(-1, keepdim=True))
+    return torch.cat(ids), torch.cat(logprobs)
+
+
+def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, gamma=0.9, beta=0.1):
+    """loss = gamma * CE(labels) + beta * KL(teacher || student), means over valid tokens (Eq. 13).
+
+    hidden (..., hidden), lm_head_weight (V, hidden), labels (...) int64 with -100 = not valid,
+    topk_ids and topk_logprobs (..., k): the teacher's top tokens and their log-probabilities.
+    Returns (loss, {"ce", "kl"}) in fp32, in nats per token.
+
+    Paper: KL over "the distribution over the top-k tokens". Here: both distributions are
+    renormalised over those k tokens, because cutting them off without is biased (2503.16870).
+    With k = V it is the full KL. Logits exist for one chunk of tokens at a time, and gradients
+    are formed with them: neither pass holds a (tokens, V) matrix.
+    """
+    loss, ce, kl = _SparseKD.apply(
+        hidden.flatten(0, -2), lm_head_weight, labels.flatten(), topk_ids.flatten(0, -2),
+        topk_logprobs.flatten(0, -2), gamma, beta)
+    return loss, {"ce": ce.detach(), "kl": kl.detach()}
+
+
+class _SparseKD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, ids, logprobs, gamma, beta):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        x, w = hidden.to(dtype), weight.to(dtype)
+        need_x, need_w = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(hidden) if need_x else None
+        grad_w = torch.zeros_like(weight, dtype=wide) if need_w else None
+        valid = labels != -100
+        count = valid.sum().clamp_min(1)
+        ce = kl = torch.zeros((), dtype=wide, device=hidden.device)
+        with torch.autocast(kind, enabled=False):
+            for rows in _chunks(len(x), len(w)):
+                z = (x[rows] @ w.T).to(wide)  # (C, V)
+                ok = valid[rows, None].to(wide) / count
+                label, id_k = labels[rows, None].clamp_min(0), ids[rows].long()
+                lse = z.logsumexp(-1, keepdim=True)
+                ce = ce + ((lse - z.gather(1, label)) * ok).sum()
+                log_p = logprobs[rows].to(wide).log_softmax(-1)  # teacher over its top k
+                log_q = z.gather(1, id_k).log_softmax(-1)  # student over the same k
+                kl = kl + (log_p.exp() * (log_p - log_q) * ok).sum()
+                if not (need_x or need_w):
+                    continue
+                # d CE / dz = softmax(z) - onehot(label);  d KL / dz_k = q_k - p_k
+                g = z.sub_(lse).exp_().mul_(gamma * ok)
+                g.scatter_add_(1, label, -gamma * ok)
+                g.scatter_add_(1, id_k, beta * ok * (log_q.exp() - log_p.exp()))
+                g = g.to(dtype)
+                if need_x:
+                    grad_x[rows] = (g @ w).to(grad_x.dtype)
+                if need_w:
+                    grad_w += g.T @ x[rows]
+        ctx.save_for_backward(grad_x, grad_w)
+        return gamma * ce + beta * kl, ce, kl
+
+    @staticmethod
+    def backward(ctx, grad, _ce, _kl):
+        return *(None if g is None else g * grad for g in ctx.saved_tensors), *(None,) * 5
+
+
+def alignment_losses(student, tokens, document_ids, backward_scale=None):
+    """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of ||h_T - h_S||^2.
+
+    Walks the layers once. Each gets the TEACHER's layer input; its softmax output is the target,
+    its hybrid output the prediction, and the teacher's output goes on to the next layer. So
+    student and teacher share one copy of all frozen weights, layers do not depend on each other,
+    and memory is that of one layer: with `backward_scale` each layer's graph is used at once
+    (gradients of scale * loss are added) and freed. Returns (layers,) fp32, detached.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    if document_ids is not None:
+        positions = positions - document_starts(document_ids)
+    losses = []
+    with torch.no_grad():
+        x = student.model["embed_tokens"](tokens)
+        for block, tables in zip(student.model["layers"], student.rope_tables(positions)):
+            attention, a = block.self_attn, block.attention_input(x)
+            raw = attention.project(a)
+            qkv = attention.split(*raw, tables)
+            target = Attention.mix(attention, a, raw, *qkv, document_ids=document_ids)
+            with torch.set_grad_enabled(backward_scale is not None):
+                h = attention.mix(a, raw, *qkv, document_ids=document_ids)
+                loss = (h.float() - target.float()).square().mean()
+                if backward_scale is not None:
+                    (loss * backward_scale).backward()
+            losses.append(loss.detach())
+            x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
+    return torch.stack(losses)
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Held-out comparison of student and teacher
+# ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compare(student, teacher, sources, rows, batch_size, device):
+    """Held-out CE of the student, KL(teacher || student) over the full vocabulary, agreement.
+
+    On the first `rows` rows of every source. Returns {source: {"ce", "kl" (nats per token),
+    "top1" (share of tokens where both rank the same token first)}, ..., "all": their mean}. With
+    student=teacher: the teacher's own CE, and KL 0.
+    """
+    results = {}
+    for source in sources:
+        sums, count = torch.zeros(3, dtype=torch.float64), 0
+        n = min(rows, source.num_rows)
+        for a in range(0, n, batch_size):
+            batch = [source.row(i) for i in range(a, min(a + batch_size, n))]
+            tokens, ids, labels = collate(batch, device)
+            valid = labels.flatten() != -100
+            hidden_t = teacher.hidden(tokens, document_ids=ids).flatten(0, 1)[valid]
+            hidden_s = hidden_t if student is teacher else (
+                student.hidden(tokens, document_ids=ids).flatten(0, 1)[valid])
+            labels = labels.flatten()[valid]
+            for part in _chunks(len(labels), teacher.config.vocab_size):
+                p = F.linear(hidden_t[part], teacher.lm_head_weight).float().log_softmax(-1)
+                q = p if student is teacher else (
+                    F.linear(hidden_s[part], student.lm_head_weight).float().log_softmax(-1))
+                sums += torch.stack([-q.gather(1, labels[part, None]).sum(),
+                                     (p.exp() * (p - q)).sum(),
+                                     (p.argmax(-1) == q.argmax(-1)).sum()]).double().cpu()
+            count += len(labels)
+        results[source.name] = dict(zip(("ce", "kl", "top1"), (sums / max(count, 1)).tolist()))
+    results["all"] = {key: sum(r[key] for r in results.values()) / len(results)
+                      for key in ("ce", "kl", "top1")}
+    return results
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Optimiser, schedule, checkpoints
+# ----------------------------------------------------------------------------------------------
+
+
+def learning_rate(step, steps, warmup, peak, final):
+    """Linear warm-up to `peak`, then a cosine to `final` (final = peak: constant). step from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def select_trainable(student, which):
+    """Set requires_grad: "new" (gates and feature maps), "mixer" (+ q, k, v, o) or "all".
+
+    Returns the trainable parameters by name. Raises ValueError when there are none.
+    """
+    chosen = {"new": is_new, "mixer": lambda name: ".self_attn." in name, "all": lambda name: True}
+    for name, p in student.named_parameters():
+        p.requires_grad_(chosen[which](name))
+    trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(f"--train {which}: the mixer {student.config.hybrid.mixer!r} has no such "
+                         "parameters; use --train mixer or all")
+    return trainable
+
+
+def make_optimizer(trainable):
+    """AdamW with weight decay 0.1 on matrices (Paper: 0.1), none on norms and biases.
+
+    Paper: betas not stated. Here: (0.9, 0.95), as its runs are short for the default 0.999.
+    """
+    matrices = [p for p in trainable.values() if p.dim() > 1]
+    vectors = [p for p in trainable.values() if p.dim() <= 1]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+                              {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95))
+
+
+def save_checkpoint(folder, stage, step, trainable, optimizer):
+    """Write trained weights and optimiser state after `step` steps of `stage`; keep the last two.
+
+    The folder is complete or absent: it is written as *.tmp, synced and renamed. Frozen weights
+    are not in it: they come from the teacher (stage I) or seed/ (stage II).
+    """
+    tensors = {}
+    for name, p in trainable.items():
+        tensors[f"weight.{name}"] = p.detach().cpu().contiguous()
+        for key, value in optimizer.state[p].items():  # step, exp_avg, exp_avg_sq
+            tensors[f"{key}.{name}"] = value.cpu().contiguous()
+    path = folder / f"{stage}-{step:08d}"
+    tmp = path.with_name(path.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    save_file(tensors, tmp / "train.safetensors", metadata={"stage": stage, "step": str(step)})
+    with open(tmp / "train.safetensors", "rb") as f:
+        os.fsync(f.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(tmp, path)
+    for old in sorted(folder.glob(f"{stage}-????????"))[:-2]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder, stage, trainable, optimizer):
+    """Restore the newest whole checkpoint of `stage`; return its step, 0 if there is none.
+
+    A torn one is named and passed over.
+    """
+    for path in sorted(folder.glob(f"{stage}-????????"), reverse=True):
+        try:
+            with safe_open(path / "train.safetensors", framework="pt") as f:
+                for name, p in trainable.items():
+                    p.data.copy_(f.get_tensor(f"weight.{name}"))
+                    optimizer.state[p] = {
+                        key: f.get_tensor(f"{key}.{name}").to("cpu" if key == "step" else p.device)
+                        for key in ("step", "exp_avg", "exp_avg_sq")}
+        except (SafetensorError, OSError) as error:
+            print(f"checkpoint {path} cannot be read ({error}); trying the one before")
+            continue
+        print(f"resuming {stage} from {path}")
+        return int(path.name.rpartition("-")[2])
+    return 0
+
+
+class StopRequested:
+    """True after Ctrl-C or SIGTERM: loops finish their step, save and leave. A second one kills."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __bool__(self):
+        return self.signal is not None
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+def autocast(device):
+    """bf16 matrix products on a GPU; fp32 on a CPU, where bf16 is slower on most machines."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Stage I: align
+# ----------------------------------------------------------------------------------------------
+
+
+def align(run, student, mixture, stop):
+    """Train the new parameters on `alignment_losses` for run.align_steps steps, in place."""
+    trainable = select_trainable(student, "new")
+    describe(run, "stage I (align)", student, trainable, run.align_steps)
+    optimizer = make_optimizer(trainable)
+    first = load_checkpoint(run.checkpoints, "align", trainable, optimizer)
+    micro_batches = math.ceil(run.batch / run.micro_batch)
+    with progress_bar("align", first, run.align_steps, run) as bar:
+        for step in range(first, run.align_steps):
+            # ----- one step -----
+            lr = learning_rate(step, run.align_steps, run.warmup, run.align_lr, run.align_lr * 1e-3)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            rows = mixture.rows(step * run.batch, (step + 1) * run.batch)
+            losses = 0.0
+            for a in range(0, run.batch, run.micro_batch):
+                part = rows[a:a + run.micro_batch]
+                tokens, ids, _ = collate(part, run.device)
+                with autocast(run.device):
+                    scale = len(part) / run.batch
+                    losses = losses + scale * alignment_losses(student, tokens, ids, scale)
+            norm = nn.utils.clip_grad_norm_(trainable.values(), run.clip)
+            check_finite(run, "align", step, losses.sum(), norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            # --------------------
+            log(run, bar, "align", step, lr=lr, loss=losses.sum(), norm=norm)
+            save = (step + 1) % run.save_every == 0 or stop
+            if save and step + 1 < run.align_steps:
+                save_checkpoint(run.checkpoints, "align", step + 1, trainable, optimizer)
+            if stop:
+                raise Stopped(f"stage I, step {step + 1}")
+    tqdm.write("loss per layer: " + " ".join(f"{x:.2e}" for x in losses.tolist()))
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Stage II: distil
+# ----------------------------------------------------------------------------------------------
+
+
+def distil(run, student, teacher, mixture, heldout, stop):
+    """Train run.train's parameters on `sparse_kd_loss` for run.distil_steps steps, in place."""
+    trainable = select_trainable(student, run.train)
+    describe(run, "stage II (distil)", student, trainable, run.distil_steps)
+    optimizer = make_optimizer(trainable)
+    first = load_checkpoint(run.checkpoints, "distil", trainable, optimizer)
+    k = min(run.topk, teacher.config.vocab_size)
+    with progress_bar("distil", first, run.distil_steps, run) as bar:
+        for step in range(first, run.distil_steps):
+            # ----- one step -----
+            lr = learning_rate(step, run.distil_steps, run.warmup, run.lr, run.lr)  # constant
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            rows = mixture.rows(step * run.batch, (step + 1) * run.batch)
+            batch = collate(rows, run.device)
+            valid = (batch[2] != -100).sum().clamp_min(1)  # of the whole batch: micro-batches differ
+            metrics = {"ce": 0.0, "kl": 0.0}
+            for tokens, ids, labels in zip(*(x.split(run.micro_batch) for x in batch)):
+                with torch.no_grad():
+                    hidden = teacher.hidden(tokens, document_ids=ids).flatten(0, 1)
+                    targets = teacher_topk(hidden, teacher.lm_head_weight, k)
+                with autocast(run.device):
+                    hidden = student.hidden(tokens, document_ids=ids).flatten(0, 1)
+                    loss, parts = sparse_kd_loss(hidden, student.lm_head_weight, labels.flatten(),
+                                                 *targets, gamma=run.gamma, beta=run.beta)
+                share = (labels != -100).sum() / valid
+                (loss * share).backward()
+                metrics = {key: metrics[key] + share * parts[key] for key in metrics}
+            norm = nn.utils.clip_grad_norm_(trainable.values(), run.clip)
+            check_finite(run, "distil", step, metrics["ce"] + metrics["kl"], norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            # --------------------
+            log(run, bar, "distil", step, lr=lr, norm=norm, **metrics)
+            done = step + 1
+            if done < run.distil_steps and (done % run.save_every == 0 or stop):
+                save_checkpoint(run.checkpoints, "distil", done, trainable, optimizer)
+            if stop:
+                raise Stopped(f"stage II, step {done}")
+            if done < run.distil_steps and done % run.eval_every == 0:
+                r = compare(student, teacher, heldout, run.eval_rows, run.micro_batch, run.device)
+                tqdm.write(f"held-out after {done} steps: CE {r['all']['ce']:.4f}  "
+                           f"KL {r['all']['kl']:.4f}  top-1 {r['all']['top1']:.3f}")
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. What the user sees: plan, progress, report
+# ----------------------------------------------------------------------------------------------
+
+
+def describe(run, title, student, trainable, steps):
+    """Say what is about to train, before it does."""
+    kinds = {}
+    for name, p in trainable.items():
+        kind = ".".join(part for part in name.split(".") if part not in ("model", "layers")
+                        and not part.isdigit())
+        kinds[kind] = kinds.get(kind, 0) + p.numel()
+    total = sum(p.numel() for p in student.parameters())
+    count = sum(kinds.values())
+    tokens = run.batch * run.context
+    print(f"\n{title}: {steps} steps of {run.batch} x {run.context} = {tokens:,} tokens, "
+          f"{steps * tokens:,} in all")
+    print(f"  {count:,} parameters train, {total - count:,} are frozen. Training:")
+    listed = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items())
+    print(textwrap.fill(listed, 96, initial_indent="    ", subsequent_indent="    "))
+
+
+def progress_bar(name, first, steps, run):
+    tokens = run.batch * run.context
+    return tqdm(desc=name, total=steps * tokens, initial=first * tokens, unit="tok",
+                unit_scale=True, dynamic_ncols=True)
+
+
+def log(run, bar, stage, step, **metrics):
+    """Progress bar each step; log.jsonl too (a line a step: stage, step, metrics)."""
+    metrics = {key: float(value) for key, value in metrics.items()}
+    bar.update(run.batch * run.context)
+    bar.set_postfix({key: f"{value:.3g}" for key, value in metrics.items()})
+    with open(run.out / "log.jsonl", "a") as f:
+        f.write(json.dumps({"stage": stage, "step": step + 1, **metrics}) + "\n")
+
+
+def check_finite(run, stage, step, *values):
+    """Before the update: weights and the last checkpoint stay good when a loss is not finite."""
+    if not all(math.isfinite(float(v)) for v in values):
+        raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
+                         f"made. Lower the learning rate and --resume from {run.checkpoints}, or "
+                         f"look at rows {step * run.batch} to {(step + 1) * run.batch - 1} of --data")
+
+
+def report(results):
+    """The final table: one line a model, held-out numbers, KL also per source."""
+    names = [n for n in next(iter(results.values())) if n != "all"]
+    width = max(8, *map(len, names))
+    print("\nheld-out            CE  KL to teacher  top-1 agreement   KL on:"
+          + "".join(f" {n:>{width}}" for n in names))
+    for model, r in results.items():
+        a = r["all"]
+        print(f"{model:<16}{a['ce']:6.3f} {a['kl']:14.4f} {a['top1']:16.3f}         "
+              + "".join(f" {r[n]['kl']:{width}.4f}" for n in names))
+
+
+def show_samples(run, student, teacher, tokenizer, heldout):
+    """One greedy continuation per source, teacher's and student's, side by side."""
+    for source in heldout:
+        prompt = torch.from_numpy(source.row(0)[0][None, :run.context // 2]).long().to(run.device)
+        texts = []
+        for model in (teacher, student):
+            new = generate(model, prompt, max_new_tokens=48)[0, prompt.shape[1]:]
+            texts.append(tokenizer.decode(new.tolist()))
+        tail = tokenizer.decode(prompt[0, -24:].tolist())
+        print(f"\n[{source.name}] ...{tail!r}")
+        columns = [sum((textwrap.wrap(line, 46) or [""] for line in text.split("\n")), [])
+                   for text in texts]
+        print(f"  {'teacher':<48}student")
+        for i in range(max(map(len, columns))):
+            left, right = (c[i] if i < len(c) else "" for c in columns)
+            print(f"  {left:<48}{right}")
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. The command
+# ----------------------------------------------------------------------------------------------
+
+# The shipped teacher's preset: what differs from the paper's settings below when --teacher is not
+# given. A window of 16 makes its context of 256 tokens "long"; the rates are measured (README).
+SMALL = dict(
+    teacher=HERE / "tests/teacher", out=Path("out"), context=256, window=16, batch=16,
+    micro_batch=16, align_tokens=200_000, tokens=600_000, lr=1e-3, warmup=10, eval_every=50,
+    save_every=50, data=sorted(str(p) for p in (HERE / "tests/teacher/data").glob("*.jsonl")))
+
+
+def parse_arguments(argv):
+    p = argparse.ArgumentParser(description="Distil a Transformer into a hybrid xLSTM student.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--teacher", type=Path, help="Hugging Face folder; none: the shipped teacher "
+                   "with its own small preset of the settings below")
+    p.add_argument("--data", nargs="+", metavar="FILE[=WEIGHT]", help=".txt or .jsonl")
+    p.add_argument("--out", type=Path, help="folder of the run")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--seed", type=int, default=0)
+
+    g = p.add_argument_group("student")
+    g.add_argument("--mixer", choices=MIXERS, default="hybrid")
+    g.add_argument("--window", type=int, default=512, help="W, tokens")
+    g.add_argument("--sinks", type=int, default=4, help="S, tokens")
+
+    g = p.add_argument_group("both stages")
+    g.add_argument("--context", type=int, default=4096, help="tokens a row")
+    g.add_argument("--batch", type=int, default=64, help="rows a step")
+    g.add_argument("--micro-batch", type=int, default=1, help="rows in memory at once")
+    g.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate")
+    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+
+    g = p.add_argument_group("stage I (align)")
+    g.add_argument("--align-tokens", type=float, default=655e6)
+    g.add_argument("--align-lr", type=float, default=1e-2, help="peak; cosine to a thousandth")
+    g.add_argument("--skip-align", action="store_true", help="ablation: no stage I")
+
+    g = p.add_argument_group("stage II (distil)")
+    g.add_argument("--tokens", type=float, default=5e9)
+    g.add_argument("--lr", type=float, default=1e-5, help="constant after warm-up")
+    g.add_argument("--train", choices=("new", "mixer", "all"), default="all",
+                   help="new parameters; and attention projections; and everything")
+    g.add_argument("--gamma", type=float, default=0.9, help="weight of next-token CE")
+    g.add_argument("--beta", type=float, default=0.1, help="weight of KL to the teacher")
+    g.add_argument("--topk", type=int, default=256, help="teacher tokens in the KL")
+    g.add_argument("--eval-every", type=int, default=500, help="steps between held-out checks")
+    g.add_argument("--eval-rows", type=int, default=16, help="held-out rows a source")
+
+    if p.parse_known_args(argv)[0].teacher is None:
+        p.set_defaults(**SMALL)
+    return p.parse_args(argv)
+
+
+def check_arguments(run):
+    """Refuse what cannot work, before anything is read or written."""
+    if run.data is None or run.out is None:
+        raise ValueError("--teacher DIR also needs --data FILE... and --out DIR")
+    for name in ("context", "batch", "micro_batch", "warmup", "save_every", "topk", "eval_every",
+                 "eval_rows", "align_tokens", "tokens", "window"):
+        if getattr(run, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if not (run.gamma >= 0 and run.beta >= 0 and run.gamma + run.beta > 0):
+        raise ValueError("--gamma and --beta must not be negative, nor both 0")
+    if run.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {run.device}: this torch sees no GPU; use --device cpu")
+
+
+def settings_of(run):
+    """What must not change between a run and its resumption, as JSON."""
+    free = ("out", "resume", "device", "save_every", "eval_every")
+    settings = {k: v for k, v in vars(run).items() if k not in free}
+    settings["teacher"] = str(run.teacher.resolve())
+    settings["teacher_sha256"] = sha256(*sorted(run.teacher.glob("*.safetensors")),
+                                        run.teacher / "config.json")
+    settings["data_sha256"] = [sha256(x if Path(x).exists() else x.rpartition("=")[0])
+                               for x in run.data]
+    return settings
+
+
+def resume_run(run, settings):
+    """Compare the settings of --out's run with these; return its results so far."""
+    path = run.out / "run.json"
+    if not path.exists():
+        raise FileNotFoundError(f"--resume: {path} does not exist; is {run.out} a run's folder?")
+    old = json.loads(path.read_text())
+    changed = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if old.get(k) != v]
+    if changed:
+        raise ValueError(f"--resume: {run.out} was made with other settings: " + "; ".join(changed))
+    results = run.out / "results.json"
+    return json.loads(results.read_text()) if results.exists() else {}
+
+
+def main(argv=None):
+    run = parse_arguments(argv)
+    check_arguments(run)
+    torch.manual_seed(run.seed)
+    started = time.time()
+    run.device = torch.device(run.device)
+    tokenizer = Tokenizer(run.teacher)
+    # On a GPU the frozen teacher stays as it is stored (bf16); a CPU multiplies in fp32.
+    teacher = load_pretrained(run.teacher, device=run.device,
+                              dtype=None if run.device.type == "cuda" else torch.float32)
+    teacher.requires_grad_(False)
+    stored_dtype = teacher.lm_head_weight.dtype
+    eos = teacher.config.eos_ids[0] if teacher.config.eos_ids else None
+    student = student_from_teacher(teacher, window=run.window, sinks=run.sinks, mixer=run.mixer)
+
+    settings, results = settings_of(run), {}
+    if run.resume:
+        results = resume_run(run, settings)
+    elif (run.out / "run.json").exists():
+        raise ValueError(f"--out {run.out} holds a run already; add --resume to go on with it, or "
+                         "name another folder")
+    train, weights, heldout = open_data(run.data, tokenizer, eos, run.out / "data", run.context)
+    (run.out / "run.json").write_text(json.dumps(settings, indent=2) + "\n")
+    run.checkpoints = run.out / "checkpoints"
+    step_tokens = run.batch * run.context
+    run.align_steps = math.ceil(run.align_tokens / step_tokens)
+    run.distil_steps = math.ceil(run.tokens / step_tokens)
+    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
+    print(f"teacher   {run.teacher} ({teacher.config.family}, "
+          f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
+    print(f"student   mixer {run.mixer}, window {run.window}, {run.sinks} sinks; on {run.device}")
+    for source, weight in zip(train, weights):
+        print(f"data      {source.name}: {source.total:,} tokens to train on, "
+              f"{weight / sum(weights):.0%} of every batch")
+
+    def measure(name, model):
+        if name not in results:
+            results[name] = compare(model, teacher, heldout, run.eval_rows, run.micro_batch,
+                                    run.device)
+            (run.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        r = results[name]["all"]
+        print(f"held-out, {name}: CE {r['ce']:.4f}  KL {r['kl']:.4f}  top-1 {r['top1']:.3f}")
+
+    measure("teacher", teacher)
+    measure("entry", student)
+    stop = StopRequested()
+    seed = run.out / "seed"
+    skipped = run.skip_align or run.mixer == "swa"
+    if not seed.exists():
+        if skipped:
+            print("stage I is skipped: "
+                  + ("--skip-align" if run.skip_align else "the mixer has no new parameters"))
+        else:
+            total = run.align_steps * run.batch
+            align(run, student, Mixture(train, weights, total, run.seed), stop)
+        save_pretrained(student, seed)
+    # Stage II trains a copy of its own in fp32: one AdamW step of 1e-5 is lost in bf16 weights.
+    student = load_pretrained(seed, device=run.device, dtype=torch.float32)
+    if not skipped:
+        measure("after stage I", student)
+
+    final = run.out / "student"
+    if not final.exists():
+        # Another seed than stage I's, or both stages would begin with the same rows.
+        total = run.distil_steps * run.batch
+        distil(run, student, teacher, Mixture(train, weights, total, run.seed + 1), heldout, stop)
+        for name, p in student.named_parameters():  # store the copied weights as they came
+            p.data = p.data if is_new(name) else p.data.to(stored_dtype)
+        save_pretrained(student, final)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+    student = load_pretrained(final, device=run.device, dtype=torch.float32)
+    measure("after stage II", student)
+
+    report(results)
+    show_samples(run, student, teacher, tokenizer, heldout)
+    print(f"\n{time.time() - started:.0f} s. The student is {final} (model.load_pretrained opens it). "
+          f"Next: what the mLSTM adds, `python distill.py --mixer swa --out {run.out}-swa`")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Stopped as where:
+        print(f"stopped after {where}; go on with the same command and --resume")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
