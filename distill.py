@@ -89,7 +89,10 @@ def read_documents(path, tokenizer):
             if isinstance(row, dict) and isinstance(row.get("text"), str):
                 yield [(row["text"], True)]
             elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-                yield tokenizer.render_chat_parts(row["messages"])
+                try:
+                    yield tokenizer.render_chat_parts(row["messages"])
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise ValueError(f"{where}: messages cannot be rendered ({error})") from None
             else:
                 raise ValueError(f'{where}: expected a string "text" or a list "messages"')
 
@@ -229,33 +232,40 @@ class Mixture:
         return self.sources[s].row(int(self.orders[s][1][j]))
 
 
-def open_data(specs, tokenizer, eos_id, folder, T):
-    """--data FILE[=WEIGHT] ... -> (train sources, weights, held-out sources).
+def parse_data(spec):
+    """One --data argument FILE[=WEIGHT] -> (path, weight or None); ValueError naming the flag."""
+    name, _, weight = (spec, "", "") if "=" not in spec or Path(spec).exists() else (
+        spec.rpartition("="))
+    path = Path(name)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"--data {spec}: expected FILE.txt or FILE.jsonl, optionally =WEIGHT")
+    if not path.is_file():
+        raise FileNotFoundError(f"--data {spec}: there is no file {path}")
+    try:
+        weight = float(weight) if weight else None
+    except ValueError:
+        raise ValueError(f"--data {spec}: the weight {weight!r} is not a number") from None
+    if weight is not None and not 0 < weight < math.inf:
+        raise ValueError(f"--data {spec}: the weight must be positive and finite")
+    return path, weight
 
-    Weights default to the files' sizes in tokens. Raises ValueError / FileNotFoundError naming
-    the file or flag.
+
+def open_data(specs, tokenizer, eos_id, folder, T):
+    """--data arguments -> (training sources, their weights, held-out sources), tokenised.
+
+    Weights default to the number of tokens, so that files without one are as if concatenated.
+    Raises ValueError / FileNotFoundError naming the file or flag.
     """
     train, weights, heldout = [], [], []
-    for spec in specs:
-        name, _, weight = spec.rpartition("=") if "=" in spec else (spec, "", "")
-        path = Path(name)
-        if path.suffix not in (".txt", ".jsonl"):
-            raise ValueError(f"--data {spec}: expected FILE.txt or FILE.jsonl, optionally =WEIGHT")
-        if not path.is_file():
-            raise FileNotFoundError(f"--data {spec}: there is no file {path}")
+    for path, weight in map(parse_data, specs):
         cached = tokenise(path, tokenizer, eos_id, folder)
         train.append(Source(path.stem, cached, "train", T))
         heldout.append(Source(path.stem, cached, "heldout", T))
         for source, split in ((train[-1], "training"), (heldout[-1], "held-out")):
             if source.num_rows == 0:
-                raise ValueError(f"--data {spec}: {source.total} {split} tokens do not fill a row "
+                raise ValueError(f"--data {path}: {source.total} {split} tokens do not fill a row "
                                  f"of --context {T}; give more text or a shorter context")
-        try:
-            weights.append(float(weight) if weight else float(train[-1].total))
-        except ValueError:
-            raise ValueError(f"--data {spec}: {weight!r} is not a number") from None
-        if not 0 < weights[-1] < math.inf:
-            raise ValueError(f"--data {spec}: the weight must be a positive number")
+        weights.append(weight or float(train[-1].total))
     return train, weights, heldout
 
 
@@ -380,6 +390,11 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None):
 # ----------------------------------------------------------------------------------------------
 
 
+def autocast(device):
+    """bf16 matrix products on a GPU; fp32 on a CPU, where bf16 is slower on most machines."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 @torch.no_grad()
 def compare(student, teacher, sources, rows, batch_size, device):
     """Held-out CE of the student, KL(teacher || student) over the full vocabulary, agreement.
@@ -396,10 +411,11 @@ def compare(student, teacher, sources, rows, batch_size, device):
             batch = [source.row(i) for i in range(a, min(a + batch_size, n))]
             tokens, ids, labels = collate(batch, device)
             valid = labels.flatten() != -100
-            hidden_t = teacher.hidden(tokens, document_ids=ids).flatten(0, 1)[valid]
-            hidden_s = hidden_t if student is teacher else (
-                student.hidden(tokens, document_ids=ids).flatten(0, 1)[valid])
             labels = labels.flatten()[valid]
+            with autocast(device):
+                hidden_t = teacher.hidden(tokens, document_ids=ids).flatten(0, 1)[valid]
+                hidden_s = hidden_t if student is teacher else (
+                    student.hidden(tokens, document_ids=ids).flatten(0, 1)[valid])
             for part in _chunks(len(labels), teacher.config.vocab_size):
                 p = F.linear(hidden_t[part], teacher.lm_head_weight).float().log_softmax(-1)
                 q = p if student is teacher else (
@@ -518,11 +534,6 @@ class Stopped(Exception):
     """The run was asked to stop, and has saved."""
 
 
-def autocast(device):
-    """bf16 matrix products on a GPU; fp32 on a CPU, where bf16 is slower on most machines."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 # ----------------------------------------------------------------------------------------------
 # 5. Stage I: align
 # ----------------------------------------------------------------------------------------------
@@ -534,7 +545,6 @@ def align(run, student, mixture, stop):
     describe(run, "stage I (align)", student, trainable, run.align_steps)
     optimizer = make_optimizer(trainable)
     first = load_checkpoint(run.checkpoints, "align", trainable, optimizer)
-    micro_batches = math.ceil(run.batch / run.micro_batch)
     with progress_bar("align", first, run.align_steps, run) as bar:
         for step in range(first, run.align_steps):
             # ----- one step -----
@@ -766,8 +776,7 @@ def settings_of(run):
     settings["teacher"] = str(run.teacher.resolve())
     settings["teacher_sha256"] = sha256(*sorted(run.teacher.glob("*.safetensors")),
                                         run.teacher / "config.json")
-    settings["data_sha256"] = [sha256(x if Path(x).exists() else x.rpartition("=")[0])
-                               for x in run.data]
+    settings["data_sha256"] = [sha256(parse_data(spec)[0]) for spec in run.data]
     return settings
 
 
@@ -790,11 +799,14 @@ def main(argv=None):
     torch.manual_seed(run.seed)
     started = time.time()
     run.device = torch.device(run.device)
-    tokenizer = Tokenizer(run.teacher)
     # On a GPU the frozen teacher stays as it is stored (bf16); a CPU multiplies in fp32.
     teacher = load_pretrained(run.teacher, device=run.device,
                               dtype=None if run.device.type == "cuda" else torch.float32)
     teacher.requires_grad_(False)
+    tokenizer = Tokenizer(run.teacher)
+    if tokenizer.vocab_size > teacher.config.vocab_size:
+        raise ValueError(f"{run.teacher}: tokenizer.json has {tokenizer.vocab_size} ids and the "
+                         f"embedding {teacher.config.vocab_size} rows; they are not of one model")
     stored_dtype = teacher.lm_head_weight.dtype
     eos = teacher.config.eos_ids[0] if teacher.config.eos_ids else None
     student = student_from_teacher(teacher, window=run.window, sinks=run.sinks, mixer=run.mixer)

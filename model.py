@@ -1211,10 +1211,10 @@ def _piece_pattern(pre_tokenizer):
                 return _GPT2
             case [{"type": "Digits", "individual_digits": True}], True:
                 return _SMOLLM2
-            case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": regex}}], False:
-                return regex
-            case [{"type": "Split", "behavior": "Removed", "invert": True,
-                   "pattern": {"Regex": regex}}], False:  # Olmo: only the matches are kept
+            # Olmo writes Removed + invert: keep the matches only, which are all of the text.
+            case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} |
+                  {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed",
+                   "invert": True}], False:
                 return regex
     raise ValueError(f"cannot express its pre_tokenizer {json.dumps(steps)}. Byte-level BPE as in "
                      "Llama 3, Qwen, Olmo, GPT-2 and SmolLM2 is supported; SentencePiece (no "
@@ -1245,15 +1245,16 @@ def _bpe_ranks(model, added):
     priority = {tuple(m.split(" ") if isinstance(m, str) else m): 256 + i
                 for i, m in enumerate(model["merges"])}
     listed = {a + b: rank for (a, b), rank in priority.items()}
-    # A byte without a token gets a rank but no id: the text loses it, as in `tokenizers`
-    # (SmolLM2 lacks some control characters and bytes that UTF-8 never uses).
+    # A byte without a token gets a rank but no id, and encode drops it, as `tokenizers` does
+    # (SmolLM2 lacks some control characters). Its neighbours inside a piece do not merge here.
     ranks, id_of_rank = {bytes([b]): b for b in range(256)}, {}
     for token, i in model["vocab"].items():
         if token in added and token not in listed:
-            continue  # Olmo lists <|endoftext|> here too; plain text must never become it
+            continue  # Olmo lists these here too; ordinary text must never become one
         rank = _BYTE_OF[token] if len(token) == 1 else _last_merge(token, priority)
         if rank is None and model.get("ignore_merges"):
-            # Llama 3 has 588 such tokens: used if they are a whole piece, which tiktoken does.
+            # Llama 3 has 588 such tokens, used where they are a whole piece, as tiktoken does. It
+            # lists every pair that spells one, so that inside a piece both rules agree as well.
             rank = listed.get(token, 256 + len(priority) + i)
         if rank is not None:
             ranks[bytes(_BYTE_OF[c] for c in token)] = rank
@@ -1347,8 +1348,8 @@ class Tokenizer:
             if token["lstrip"] or token["rstrip"] or token["single_word"]:
                 raise ValueError(f"lstrip, rstrip, single_word are not supported: {token}")
         self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        # Longest first, lest a token hide a longer one. The group makes re.split return the
-        # tokens too; with no tokens, (?!) never matches.
+        # One alternation over the raw text, longest first, lest a token hide a longer one.
+        # The group makes re.split return the tokens too; (?!), if there are none, never matches.
         longest_first = sorted(self.added, key=len, reverse=True)
         self._cut = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
@@ -1358,8 +1359,6 @@ class Tokenizer:
             raise ValueError(f"normalizer {normalizer} is not supported, only NFC or null")
         self._nfc = bool(_steps(normalizer, "normalizers"))
         pattern = _piece_pattern(spec["pre_tokenizer"])
-        if model.get("type", "BPE") != "BPE":  # GPT-2's file does not say
-            raise ValueError(f"model type {model['type']!r} is not supported, only BPE")
         for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(key):
                 raise ValueError(f"model.{key} = {model[key]!r} is not supported")
@@ -1386,7 +1385,10 @@ class Tokenizer:
             with open(path, encoding="utf-8") as file:
                 return file.read()
 
-        config = json.loads(read("tokenizer_config.json") or "{}")
+        try:
+            config = json.loads(read("tokenizer_config.json") or "{}")
+        except ValueError as error:
+            raise ValueError(f"tokenizer_config.json beside it is damaged ({error})") from error
         bos = config.get("bos_token")
         self.bos_id = self.added.get(bos["content"] if isinstance(bos, dict) else bos)
         self.adds_bos = False
@@ -1408,7 +1410,7 @@ class Tokenizer:
 
     def _encode_text(self, text):
         """Ids of text without added tokens."""
-        if self._nfc:  # a few rare marks differ: Python's Unicode version is another
+        if self._nfc:  # about 100 rare marks differ: Unicode versions do
             text = unicodedata.normalize("NFC", text)
         cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
                 if len(run[0]) == _LONGEST_SPACE]
@@ -1441,36 +1443,38 @@ class Tokenizer:
         """A conversation as [(text, is_assistant), ...]; the texts join to render_chat(...,
         generation_prompt=False). An assistant's part is its content and stop token.
 
+        Training encodes the parts one by one (bos=False), so that an answer's tokens start where
+        generation starts, and takes its loss on the assistant's.
+
         messages: [{"role": "system" | "user" | "assistant", "content": str}, ...]; a system
         message comes first or not at all. ValueError otherwise, or if the format is unknown.
         """
         form = self.chat_format
         if form is None:
-            raise ValueError(f"{os.path.dirname(self.path)}: no chat template, or an unknown one; "
-                             "known are Llama 3.1-3.3, Qwen2.5, OLMo 2, Olmo 3 Instruct, SmolLM2")
+            raise ValueError(f"{os.path.dirname(self.path)}: no chat template, or an unknown one "
+                             "(known: Llama 3.1 to 3.3, Qwen2.5, OLMo 2, Olmo 3 Instruct, SmolLM2; "
+                             "not Qwen3 and Olmo 3 Think, whose templates rewrite earlier turns)")
         roles = [message["role"] for message in messages]
-        if not roles or {*roles[1:]} - {"user", "assistant"} or roles[0] not in (
-                "system", "user", "assistant"):
-            raise ValueError(f"roles must be [system,] then user or assistant, got {roles}")
+        if not re.fullmatch("(system )?((user|assistant) )*", " ".join([*roles, ""])) or not roles:
+            raise ValueError(f"roles must be system (or not), then user and assistant: {roles}")
         if roles[0] != "system" and form.system is not None:
             messages = [{"role": "system", "content": form.system}, *messages]
-        parts = [(form.start, False)]
+        parts, text = [], form.start  # text: what the assistant did not say, up to its next turn
         for i, message in enumerate(messages, start=1):
             role, content = message["role"], message["content"]
-            if form.dates:
-                content = content.strip()
-            parts.append((form.header.format(role), False))
+            content = content.strip() if form.dates else content
+            text += form.header.format(role)
             if role == "assistant":
                 end = form.last_end if i == len(messages) else form.assistant_end
                 stop = end.rstrip("\n")
-                parts += [(content + stop, True), (end[len(stop):], False)]
+                parts += [(text, False), (content + stop, True)]
+                text = end[len(stop):]
             else:
-                dates = form.dates if role == "system" else ""
-                parts.append((dates + content + form.user_end, False))
-        return [(text, mine) for text, mine in parts if text]
+                text += (form.dates if role == "system" else "") + content + form.user_end
+        return parts + [(text, False)] * bool(text)
 
     def render_chat(self, messages, *, generation_prompt=True):
         """The conversation as the teacher's chat template writes it; see render_chat_parts.
         generation_prompt: end with the header of the assistant's next turn."""
         text = "".join(text for text, _ in self.render_chat_parts(messages))
-        return text + self.chat_format.header.format("assistant") * generation_prompt
+        return text + (self.chat_format.header.format("assistant") if generation_prompt else "")

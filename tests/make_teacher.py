@@ -32,12 +32,12 @@ Run:  pip install tokenizers                                     # beside requir
 import argparse
 import ast
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import random
 import re
+import shutil
 import string
 import sys
 import sysconfig
@@ -48,9 +48,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-if importlib.util.find_spec("model") is None:        # started as a script: the root is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import ModelConfig, Transformer, save_pretrained
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the repository's root
+from model import ModelConfig, Tokenizer, Transformer, load_pretrained, save_pretrained
 
 CONTEXT = 512
 CONFIG = {
@@ -64,9 +63,9 @@ CONFIG = {
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
-def is_held_out(key, percent=5):
-    """Whether `key` belongs to the held-out part: a hash decides, the same in every run."""
-    return hashlib.sha1(key.encode()).digest()[0] < 256 * percent / 100
+def is_held_out(key):
+    """Whether `key` belongs to the held-out 5 %: a hash decides, the same in every run."""
+    return hashlib.sha1(key.encode()).digest()[0] < 0.05 * 256
 
 
 # ------------------------------------------------------------------------------------------------
@@ -96,30 +95,32 @@ def docstrings(source):
 
 
 def standard_library():
-    """{"code", "prose"} -> (training documents, held-out documents).
+    """{(domain, held_out): documents} for "code" and "prose", and their sentences for "filler".
 
-    The file decides the split, for code and for its docstrings alike: otherwise a held-out
+    The file decides what is held out, for code and for its docstrings alike: otherwise a held-out
     docstring would be seen inside the training code.
     """
     from pydoc_data.topics import topics
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "test", "tests", "encodings", "pydoc_data", "idle_test"}
-    split = {"code": ([], []), "prose": ([], [])}
+    text = {(domain, side): [] for domain in ("code", "prose") for side in (False, True)}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if skip & set(relative.parts):
             continue
         try:
             source = path.read_text(encoding="utf-8")
-            text = docstrings(source)
-        except (SyntaxError, UnicodeDecodeError):          # lib2to3's bad examples
+            documentation = docstrings(source)
+        except (SyntaxError, UnicodeDecodeError):          # lib2to3's examples of bad files
             continue
-        part = is_held_out(relative.as_posix())
-        split["code"][part].extend(split_text(source))
-        split["prose"][part].extend(split_text(text))
-    for name, text in sorted(topics.items()):
-        split["prose"][is_held_out(name)].extend(split_text(text))
-    return split
+        held_out = is_held_out(relative.as_posix())
+        text["code", held_out] += split_text(source)
+        text["prose", held_out] += split_text(documentation)
+    for name, topic in sorted(topics.items()):
+        text["prose", is_held_out(name)] += split_text(topic)
+    for side in (False, True):
+        text["filler", side] = sentences(text["prose", side])
+    return text
 
 
 def sentences(documents):
@@ -192,7 +193,7 @@ def letters(rng):
 
 
 MATH = (addition, subtraction, multiplication, maximum)
-TOKENS_PER_CHARACTER = 0.36            # of prose, with the tokenizer below; only sets lengths
+TOKENS_PER_CHARACTER = 0.37            # of prose, with the tokenizer below; only sets lengths
 
 
 def gap_of_prose(rng, filler, tokens):
@@ -215,7 +216,8 @@ def math_document(rng, tokens=CONTEXT, held_out=False):
 def recall_document(rng, filler, tokens=CONTEXT, held_out=False):
     """A table or a list, asked for again and again with prose between; or copy and reverse.
 
-    Each round asks for all keys of the table, in a new order; one fixed gap a document.
+    Each round asks for all keys of the table, in a new order. Many rounds with little prose
+    between make a look-up easy to learn, one round at the far end makes it long.
     """
     kind = rng.choice(("table", "table", "list", "list", "lines"))
     if kind == "lines":
@@ -225,22 +227,22 @@ def recall_document(rng, filler, tokens=CONTEXT, held_out=False):
             text += f"{prompt}{answer}\n"
         return text
     key, *pairs = draw(table if kind == "table" else letters, rng, held_out)
-    payload = len(key) // 2 + 3                            # tokens of one line
-    gap = rng.choice((0, 1, 1)) * rng.randint(0, max(0, tokens - 2 * payload - 24))
-    text, used = f"{kind}: {key}\n", payload
-    while used < tokens:
-        between = gap_of_prose(rng, filler, gap)
+    payload = len(key) // 2 + 5                            # tokens of one line
+    rounds = min(rng.choice((1, 1, 2, 3, 4, 8, 99)), max(1, tokens // payload - 1))
+    gap = (tokens - payload) // rounds - payload - 16      # the last sentence runs over by 16
+    text = f"{kind}: {key}\n"
+    for _ in range(rounds):
+        text += gap_of_prose(rng, filler, gap)
         if kind == "table":
             order = rng.sample(list(pairs[0]), len(pairs[0]))
-            text += between + "find: " + " ".join(f"{k} {pairs[0][k]}" for k in order) + "\n"
+            text += "find: " + " ".join(f"{k} {pairs[0][k]}" for k in order) + "\n"
         else:
-            text += between + f"list: {key}\n"
-        used += payload + int(len(between) * TOKENS_PER_CHARACTER)
+            text += f"list: {key}\n"
     return text
 
 
 def skill_example(skill, rng, filler=(), gap=0, held_out=True):
-    """(prompt, answer) of one skill of SKILLS; `gap` tokens of prose before a look-up."""
+    """(prompt, answer) of one skill; for FAR_SKILLS with `gap` tokens of prose between."""
     if skill == "lookup":
         key, pairs = draw(table, rng, held_out)
         asked = rng.choice(list(pairs))
@@ -255,8 +257,8 @@ def skill_example(skill, rng, filler=(), gap=0, held_out=True):
     return prompt, f"{answer}\n"
 
 
-SKILLS = ("add2", "add3", "sub", "mul", "max", "copy", "reverse", "lookup", "repeat")
-GAPS = {"lookup": (0, 64, 128, 256, 384), "repeat": (0, 64, 128, 256, 384)}
+SKILLS = ("add2", "add3", "sub", "mul", "max", "copy", "reverse")
+FAR_SKILLS, GAPS = ("lookup", "repeat"), (0, 64, 128, 256, 384)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -285,50 +287,52 @@ def train_tokenizer(documents, directory):
     for letter in KEYS + VALUES:
         assert len(tokenizer.encode(f" {letter}", add_special_tokens=False).ids) == 1, letter
     tokenizer.save(str(directory / "tokenizer.json"))
-    return tokenizer
-
-
-def load_tokenizer(directory):
-    from tokenizers import Tokenizer
-    return Tokenizer.from_file(str(directory / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------
 
+TOKENS_PER_STEP = 4096                 # few: a skill appears after so many steps, not tokens
 MIXTURE = {"code": 0.25, "prose": 0.15, "math": 0.25, "recall": 0.35}
 
 
 def rows_of_tokens(texts, tokenizer, length):
-    """One document a row: BOS, text, EOS; cut at `length`, padded with EOS. -> (B, length)"""
+    """One document a row: BOS, text, EOS; cut at `length`, padded with EOS.
+
+    Returns tokens (B, length) and labels, the next token each; of the EOS tokens that pad a row
+    only the first is a label, the others are -100.
+    """
     eos = CONFIG["eos_token_id"]
-    rows = [e.ids[:length] for e in tokenizer.encode_batch(texts)]
-    return torch.tensor([row + [eos] * (length - len(row)) for row in rows])
+    tokens = torch.full((len(texts), length + 1), eos)
+    for row, text in zip(tokens, texts):
+        ids = tokenizer.encode(text)[:length + 1]
+        row[:len(ids)] = torch.tensor(ids)
+    tokens, labels = tokens[:, :-1], tokens[:, 1:]
+    return tokens, labels.masked_fill(tokens == eos, -100)
 
 
-def labels_of(tokens):
-    """The next token; of the EOS tokens that pad a row, only the first counts. -> (B, T)"""
-    eos = CONFIG["eos_token_id"]
-    labels = F.pad(tokens[:, 1:], (0, 1), value=eos)       # (B, T)
-    labels = labels.masked_fill(tokens == eos, -100)
-    labels[:, -1] = -100
-    return labels
-
-
-def batch_at(step, seed, text, filler, tokenizer, tokens_per_step, length):
+def batch_at(step, seed, text, tokenizer, length):
     """The batch of a step: a function of its number, so that a resumed run sees the same."""
     rng = random.Random(f"{seed} {step}")
-    domains = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=tokens_per_step // length)
-    make = {"code": lambda: rng.choice(text["code"]), "prose": lambda: rng.choice(text["prose"]),
-            "math": lambda: math_document(rng, length),
-            "recall": lambda: recall_document(rng, filler, length)}
-    return rows_of_tokens([make[domain]() for domain in domains], tokenizer, length)
+    domains = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=TOKENS_PER_STEP // length)
+    documents = []
+    for domain in domains:
+        if domain == "math":
+            documents.append(math_document(rng, length))
+        elif domain == "recall":
+            documents.append(recall_document(rng, text["filler", False], length))
+        else:
+            documents.append(rng.choice(text[domain, False]))
+    return rows_of_tokens(documents, tokenizer, length)
 
 
-def length_at(progress):
-    """Curriculum: short documents first, where a look-up is easy to find."""
-    return 64 if progress < 0.04 else 128 if progress < 0.12 else 256 if progress < 0.40 else CONTEXT
+def length_at(tokens_seen):
+    """Curriculum: short documents until look-up has appeared (2M to 5M tokens), then longer."""
+    millions = tokens_seen / 1e6
+    return 64 if millions < 4 else 128 if millions < 8 else 256 if millions < 16 else CONTEXT
 
 
 def rate_at(progress):
@@ -348,90 +352,75 @@ def initialise(model):
             torch.nn.init.normal_(weight, std=0.02 if "embed" in name else weight.shape[1] ** -0.5)
 
 
-def make_optimizers(model, muon_rate, adam_rate):
-    """Muon for the matrices inside the blocks, AdamW for embedding and norms."""
+def train(model, text, tokenizer, out, args):
+    """Run to --tokens or --minutes, whichever ends first; the schedule follows the nearer end.
+
+    Returns (tokens, minutes), those of an earlier part that was resumed included.
+    """
+    # Muon for the matrices inside the blocks, AdamW for the embedding and the norms.
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.01, momentum=0.95),
-                  torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0)]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
-
-
-def train(model, text, filler, tokenizer, out, args):
-    """Run to --tokens or --minutes, whichever ends first; the schedule follows the nearer end."""
-    optimizers = make_optimizers(model, args.muon_rate, args.adam_rate)
-    state_file = out / "train_state.pt"
+    optimizers = {0.01: torch.optim.Muon(matrices, weight_decay=0.01, momentum=0.95),
+                  0.005: torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)}
     step, spent_seconds = 0, 0.0
     if args.resume:
-        state = torch.load(state_file)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        state = torch.load(out / "train_state.pt")
         step, spent_seconds = state["step"], state["seconds"]
-    # Compiled once per length of the curriculum; without a C++ compiler pass --no-compile.
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers.values(), state["optimizers"]):
+            optimizer.load_state_dict(saved)
+    # Compiled once per length of the curriculum: twice as fast, but it needs a C++ compiler.
     forward = torch.compile(model, dynamic=False) if args.compile else model
-    started, saved_at = time.time() - spent_seconds, time.time()
-    bar = tqdm(total=args.tokens, initial=step * args.tokens_per_step, unit="tok",
-               unit_scale=True, mininterval=10)
-    last_report = 0.0
+    started, saved_at, reported_at = time.time() - spent_seconds, time.time(), 0.0
+    bar = tqdm(total=args.tokens, initial=step * TOKENS_PER_STEP, unit="tok", unit_scale=True,
+               mininterval=10)
     while True:
-        seconds = time.time() - started
-        progress = max(step * args.tokens_per_step / args.tokens, seconds / (60 * args.minutes))
+        seen, seconds = step * TOKENS_PER_STEP, time.time() - started
+        progress = max(seen / args.tokens, seconds / (60 * args.minutes))
         if progress >= 1:
             break
         # ---------------------------------------------------------------------- one step
-        tokens = batch_at(step, args.seed, text, filler[0], tokenizer, args.tokens_per_step,
-                          length_at(progress))
+        tokens, labels = batch_at(step, args.seed, text, tokenizer, length_at(seen))
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(tokens)                       # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels_of(tokens).flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for rate, optimizer in optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate_at(progress)
+                group["lr"] = rate * rate_at(progress)
             optimizer.step()
             optimizer.zero_grad()
         step += 1
         # ------------------------------------------------------------------------------
-        bar.update(args.tokens_per_step)
+        bar.update(TOKENS_PER_STEP)
         bar.set_postfix(loss=f"{loss.item():.3f}", T=tokens.shape[1], refresh=False)
-        if progress - last_report >= args.report_every:
-            last_report = progress
-            found = measure(model, tokenizer, text, filler[1], examples=50)
-            bar.write(f"{progress:4.0%} {step * args.tokens_per_step / 1e6:6.1f}M tokens  "
-                      f"{time.time() - started:5.0f} s  " + brief(found))
+        if progress - reported_at > 0.04:
+            reported_at = progress
+            found = measure(model, tokenizer, text, examples=50)
+            bar.write(f"{progress:4.0%}  {seen / 1e6:.1f}M tokens  {seconds:.0f} s  " + "  ".join(
+                f"{name} {figure:.2f}" for (name, _), figure in found.items()))
         if time.time() - saved_at > 120:
             saved_at = time.time()
-            save_teacher(model, out)
-            replace_file(state_file, lambda path: torch.save(
-                {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                 "step": step, "seconds": saved_at - started}, path))
+            save(model, out, {"step": step, "seconds": saved_at - started,
+                              "model": model.state_dict(),
+                              "optimizers": [o.state_dict() for o in optimizers.values()]})
     bar.close()
-    save_teacher(model, out)
-    state_file.unlink(missing_ok=True)
-    return step * args.tokens_per_step, time.time() - started
+    save(model, out)
+    (out / "train_state.pt").unlink(missing_ok=True)
+    return seen, seconds / 60
 
 
-def replace_file(path, write):
-    """Write beside, then rename: a reader or a kill never meets half a file."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
-
-
-def save_teacher(model, out):
-    """The weights in a folder beside, then moved in; config and tokenizer are there already."""
+def save(model, out, state=None):
+    """Write beside, then rename: neither a reader nor a kill ever meets half a file."""
     beside = out / "saving"
-    beside.mkdir(exist_ok=True)
-    save_pretrained(model, beside)
+    shutil.rmtree(beside, ignore_errors=True)
+    save_pretrained(model, beside)                         # config and tokenizer are in `out`
     os.replace(beside / "model.safetensors", out / "model.safetensors")
-    for path in beside.iterdir():
-        path.unlink()
-    beside.rmdir()
+    if state:
+        torch.save(state, beside / "train_state.pt")
+        os.replace(beside / "train_state.pt", out / "train_state.pt")
+    shutil.rmtree(beside)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -443,8 +432,7 @@ def held_out_loss(model, tokenizer, documents):
     """Nats a token over whole documents, each from its own BOS."""
     total_nats = total_tokens = 0
     for i in range(0, len(documents), 16):
-        tokens = rows_of_tokens(documents[i:i + 16], tokenizer, CONTEXT)
-        labels = labels_of(tokens)
+        tokens, labels = rows_of_tokens(documents[i:i + 16], tokenizer, CONTEXT)
         total_nats += F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(),
                                       reduction="sum").item()
         total_tokens += (labels != -100).sum().item()
@@ -455,169 +443,136 @@ def held_out_loss(model, tokenizer, documents):
 def exact_match(model, tokenizer, pairs):
     """Share of (prompt, answer) whose answer is the most likely token at every place.
 
-    That is what greedy generation would write, in one forward pass. Returned with it: tokens from
-    the second end of the prompt's last token to its first (for look-ups: the distance).
+    That is what greedy generation would write, in one forward pass. Returned with it: the mean
+    distance from a prompt's last token back to its first occurrence (for FAR_SKILLS, the source).
     """
-    right, distance = 0, []
+    right, distances = 0, []
     for i in range(0, len(pairs), 25):
-        encoded = [tokenizer.encode(p + a).ids for p, a in pairs[i:i + 25]]
-        starts = [len(tokenizer.encode(p).ids) for p, _ in pairs[i:i + 25]]
-        tokens = torch.full((len(encoded), max(map(len, encoded))), CONFIG["eos_token_id"])
-        for row, ids in enumerate(encoded):
-            tokens[row, :len(ids)] = torch.tensor(ids)
+        texts = [prompt + answer for prompt, answer in pairs[i:i + 25]]
+        tokens, labels = rows_of_tokens(texts, tokenizer, CONTEXT)
         guesses = model(tokens).argmax(-1)                 # (B, T)
-        for row, (ids, start) in enumerate(zip(encoded, starts)):
-            right += guesses[row, start - 1:len(ids) - 1].tolist() == ids[start:]
-            distance.append(start - 1 - ids.index(ids[start - 1]))
-    return right / len(pairs), sum(distance) / len(distance)
+        for row, (prompt, answer) in enumerate(pairs[i:i + 25]):
+            last = len(tokenizer.encode(prompt)) - 1
+            end = len(tokenizer.encode(prompt + answer)) - 1
+            right += torch.equal(guesses[row, last:end], labels[row, last:end])
+            distances.append(last - tokens[row].tolist().index(tokens[row, last]))
+    return right / len(pairs), sum(distances) / len(distances)
 
 
-def measure(model, tokenizer, text, filler, examples=200, seed=1):
-    """{name: (figure, distance in tokens or None)} on held-out text and held-out problems."""
-    found = {}
-    for domain in ("code", "prose"):
-        documents = text[f"{domain} held out"][:examples]
-        found[f"{domain} loss"] = held_out_loss(model, tokenizer, documents), None
-    rng = random.Random(f"measure {seed}")
-    for skill in SKILLS:
-        for gap in GAPS.get(skill, (None,)):
-            pairs = [skill_example(skill, rng, filler, gap or 0) for _ in range(examples)]
-            share, distance = exact_match(model, tokenizer, pairs)
-            name = skill if gap is None else f"{skill} gap {gap}"
-            found[name] = share, None if gap is None else distance
+def measure(model, tokenizer, text, examples):
+    """{(name, mean distance in tokens or None): figure} on held-out text and problems."""
+    found = {(domain, None): held_out_loss(model, tokenizer, text[domain, True][:examples])
+             for domain in ("code", "prose")}
+    rng = random.Random("measure")
+    for skill, gap in [(s, 0) for s in SKILLS] + [(s, g) for s in FAR_SKILLS for g in GAPS]:
+        pairs = [skill_example(skill, rng, text["filler", True], gap) for _ in range(examples)]
+        share, distance = exact_match(model, tokenizer, pairs)
+        found[skill, round(distance) if skill in FAR_SKILLS else None] = share
     return found
-
-
-def brief(found):
-    return "  ".join(f"{n} {v:.2f}" for n, (v, _) in found.items())
 
 
 # ------------------------------------------------------------------------------------------------
 # The folder
 # ------------------------------------------------------------------------------------------------
 
-def read_jsonl(path):
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write_data(text, filler, out, seed):
+def write_data(text, out, seed):
     """data/{code,prose,math,recall}.jsonl, 19 training rows for each held-out one, those last."""
     (out / "data").mkdir(exist_ok=True)
     for domain, rows in {"code": 400, "prose": 400, "math": 900, "recall": 500}.items():
-        rng, texts = random.Random(f"data {domain} {seed}"), []
-        for part, count in (("", rows - rows // 20), (" held out", rows // 20)):
-            held_out = bool(part)
-            if domain in ("code", "prose"):
-                texts += rng.sample(text[domain + part], count)
-            elif domain == "math":
-                texts += [math_document(rng, held_out=held_out) for _ in range(count)]
+        rng, documents = random.Random(f"data {domain} {seed}"), []
+        for held_out, count in ((False, rows - rows // 20), (True, rows // 20)):
+            if domain == "math":
+                documents += [math_document(rng, held_out=held_out) for _ in range(count)]
+            elif domain == "recall":
+                documents += [recall_document(rng, text["filler", held_out],
+                                              rng.randint(128, CONTEXT), held_out)
+                              for _ in range(count)]
             else:
-                texts += [recall_document(rng, filler[held_out], rng.randint(128, CONTEXT), held_out)
-                          for _ in range(count)]
-        lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)
+                documents += rng.sample(text[domain, held_out], count)
+        lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
         (out / "data" / f"{domain}.jsonl").write_text(lines, encoding="utf-8")
 
 
-README = """# The small teacher
+ABOUT = """# The small teacher
 
 Llama-shaped: {parameters:,} parameters, hidden 128, 4 layers, 4 heads (2 for keys and values) of
-width 32, byte-level BPE with 1024 ids (digits one by one), context {context}. Trained from scratch
-by ../make_teacher.py{trained}. What its four domains are, and what
-decides that something is held out, stands at the top of that file.
-
-    python tests/make_teacher.py --out tests/teacher              # all of it again
-    python tests/make_teacher.py --out tests/teacher --measure    # the figures below again
-
-Held-out text (nats a token over documents of at most {context} tokens):
-
-| domain | loss | documents |
-|---|---|---|
-{losses}
-
-Held-out problems ({examples} each; right = greedy decoding gives the whole answer):
-
-| skill | prompt and answer | right |
-|---|---|---|
-{short}
-
-The same at a distance: tokens from where the look-up is asked to where its answer stands, with
-prose between (mean over the examples).
-
-| skill | prompt and answer | distance | right |
-|---|---|---|---|
-{long}
+width 32, byte-level BPE with 1024 ids (digits one by one), context 512. Trained from scratch on
+{millions:.0f}M tokens in {minutes:.0f} minutes on a CPU. What its four domains are, and what
+decides that something is held out, stands at the top of ../make_teacher.py.
 
 data/*.jsonl is text of the same four kinds, one document a row; the last 5 % of the rows of each
 file are held out. code and prose are from CPython's standard library (PSF License Version 2).
+
+    python tests/make_teacher.py --out tests/teacher              # all of it again
+    python tests/make_teacher.py --out tests/teacher --measure    # only the figures below
+
+"""
+
+FIGURES = """## Measured
+
+Held-out text: nats a token. Held-out problems, {examples} each: the share that greedy decoding
+answers wholly right. Distance: from where an answer is asked for back to where it stands, with
+prose between, in tokens (mean).
+
+| skill | prompt and answer | distance | figure |
+|---|---|---|---|
 """
 
 
-def write_readme(found, model, out, trained, examples):
-    """README.md from what was measured just now, nothing by hand."""
-    rng = random.Random("readme")
-
-    def shown(skill):
-        prompt, answer = skill_example(skill, rng, ["Some prose."], 4)
-        return "`" + (prompt + "` -> `" + answer.rstrip("\n")).replace("\n", "\\n") + "`"
-
-    rows = {"losses": [], "short": [], "long": []}
-    for name, (figure, distance) in found.items():
-        if name.endswith(" loss"):
-            rows["losses"].append(f"| {name[:-5]} | {figure:.3f} | {examples} |")
-        elif distance is None:
-            rows["short"].append(f"| {name} | {shown(name)} | {figure:.1%} |")
-        else:
-            skill = name.split(" gap ")[0]
-            rows["long"].append(f"| {skill} | {shown(skill)} | {distance:.0f} | {figure:.1%} |")
-    filled = README.format(parameters=sum(p.numel() for p in model.parameters()), context=CONTEXT,
-                           trained=trained, examples=examples,
-                           **{part: "\n".join(lines) for part, lines in rows.items()})
-    (out / "README.md").write_text(filled, encoding="utf-8")
+def write_figures(found, readme, examples):
+    """Replace README.md from "## Measured" on by what was measured just now."""
+    rng, rows = random.Random("readme"), FIGURES.format(examples=examples)
+    for (name, distance), figure in found.items():
+        shown, value = "held-out text", f"{figure:.3f}"
+        if name in SKILLS + FAR_SKILLS:
+            prompt, answer = skill_example(name, rng, ["…"], 0.1)
+            shown = f"`{prompt}` -> `{answer.strip()}`".replace("\n", "\\n")
+            value = f"{figure:.1%}"
+        rows += f"| {name} | {shown} | {distance or ''} | {value} |\n"
+    about = readme.read_text(encoding="utf-8").split("## Measured")[0]
+    readme.write_text(about + rows, encoding="utf-8")
+    print(rows)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the teacher")
-    parser.add_argument("--tokens", type=int, default=80_000_000, help="end after this many tokens")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="or after this long")
-    parser.add_argument("--tokens-per-step", type=int, default=8192)
-    parser.add_argument("--muon-rate", type=float, default=0.02)
-    parser.add_argument("--adam-rate", type=float, default=0.005)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--report-every", type=float, default=0.04, help="share of the run")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--no-compile", dest="compile", action="store_false",
-                        help="without torch.compile: no C++ compiler needed, half as fast")
-    parser.add_argument("--measure", action="store_true", help="no training: measure --out")
-    return parser.parse_args()
+def make(text, out, args):
+    """Everything in the folder but the figures in README.md. Returns the model."""
+    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    write_data(text, out, args.seed)
+    if not args.resume:
+        rng = random.Random(args.seed)
+        train_tokenizer(rng.sample(text["code", False], 2000)
+                        + rng.sample(text["prose", False], 800)
+                        + [recall_document(rng, text["filler", False]) for _ in range(400)], out)
+    torch.manual_seed(args.seed)
+    model = Transformer(ModelConfig.from_hf(out))
+    model.source = out                                     # whose config.json it is saved with
+    initialise(model)
+    tokens, minutes = train(model, text, Tokenizer(out), out, args)
+    (out / "README.md").write_text(ABOUT.format(
+        parameters=sum(p.numel() for p in model.parameters()), millions=tokens / 1e6,
+        minutes=minutes), encoding="utf-8")
+    return model
 
 
 def main():
-    args = parse_arguments()
-    torch.manual_seed(args.seed)
-    out, examples = args.out, 200
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    text = {}
-    for domain, (train_part, held_out_part) in standard_library().items():
-        text[domain], text[f"{domain} held out"] = train_part, held_out_part
-    filler = sentences(text["prose"]), sentences(text["prose held out"])
-    for name, documents in text.items():
-        print(f"{name:16} {len(documents):6} documents, {sum(map(len, documents)) / 1e6:5.2f} MB")
-    print(f"filler           {len(filler[0]):6} sentences, {len(filler[1])} held out")
-    write_data(text, filler, out, args.seed)
-    rng = random.Random(args.seed)
-    if not args.resume:
-        train_tokenizer(rng.sample(text["code"], 2000) + rng.sample(text["prose"], 800)
-                        + [recall_document(rng, filler[0]) for _ in range(400)], out)
-    tokenizer = load_tokenizer(out)
-    model = Transformer(ModelConfig.from_hf(out))
-    initialise(model)
-    tokens, seconds = train(model, text, filler, tokenizer, out, args)
-    found = measure(model, tokenizer, text, filler[1], examples)
-    trained = f" on {tokens / 1e6:.0f}M tokens in {seconds / 60:.0f} minutes on a CPU"
-    write_readme(found, model, out, trained, examples)
-    print(brief(found))
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the teacher")
+    parser.add_argument("--tokens", type=int, default=40_000_000, help="end after this many tokens")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="or after this long")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--measure", action="store_true", help="no training: measure --out")
+    parser.add_argument("--no-compile", dest="compile", action="store_false",
+                        help="without torch.compile: no C++ compiler needed, half as fast")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = standard_library()
+    for (kind, held_out), pieces in text.items():
+        print(f"{kind:6} {'held out' if held_out else 'training':8} {len(pieces):6} pieces "
+              f"{sum(map(len, pieces)) / 1e6:6.2f} MB")
+    model = load_pretrained(args.out) if args.measure else make(text, args.out, args)
+    found = measure(model, Tokenizer(args.out), text, examples=200)
+    write_figures(found, args.out / "README.md", examples=200)
 
 
 if __name__ == "__main__":

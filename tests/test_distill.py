@@ -1,0 +1,356 @@
+"""distill.py: packing, mixtures, losses against autograd, exact resume, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import distill
+from distill import (Mixture, Source, alignment_losses, collate, learning_rate, open_data,
+                     sparse_kd_loss, teacher_topk, tokenise)
+from model import Attention, Tokenizer, is_new, load_pretrained, student_from_teacher
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = ROOT / "tests/teacher"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in one order: losses can be bit-equal
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(TEACHER)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_pretrained(TEACHER).requires_grad_(False)
+
+
+def write_rows(path, texts):
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+def words(rng, n):
+    return " ".join("".join(rng.choice(list("abcdefgh"), 3)) for _ in range(n))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    rng = np.random.default_rng(0)
+    return write_rows(tmp_path / "a.jsonl", [words(rng, int(rng.integers(1, 120)))
+                                             for _ in range(300)])
+
+
+# ------------------------------------------------------------------ data
+
+
+def test_rows_hold_every_document_once_and_in_order(tmp_path, corpus, tokenizer):
+    folder = tokenise(corpus, tokenizer, 1023, tmp_path / "data")
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    stream = {}
+    for split in ("train", "heldout"):
+        source = Source("a", folder, split, T=64, fraction=0.1)
+        rows = [source.row(i) for i in range(source.num_rows)]
+        for row, following in zip(rows, rows[1:]):  # the label-only token is the next row's first
+            assert row[0][-1] == following[0][0] and row[1][-1] == following[1][0]
+        tokens = np.concatenate([r[0][:-1] for r in rows])
+        ids = np.concatenate([r[1][:-1] for r in rows])
+        whole = np.unique(ids)[:-1]  # the last may be cut
+        stream[split] = {tokenizer.decode(tokens[ids == d][1:-1]) for d in whole}  # no BOS, EOS
+        assert all(tokens[ids == d][0] == tokenizer.bos_id and tokens[ids == d][-1] == 1023
+                   for d in whole)
+    assert stream["train"] | stream["heldout"] <= set(texts)
+    assert not stream["train"] & stream["heldout"]
+    assert len(stream["train"]) >= 260 and len(stream["heldout"]) >= 25
+
+
+def test_copies_of_a_document_stay_on_one_side(tmp_path, tokenizer):
+    rng = np.random.default_rng(0)
+    texts = [words(rng, 40) for _ in range(50)]
+    folder = tokenise(write_rows(tmp_path / "a.jsonl", texts * 3), tokenizer, None, tmp_path / "d")
+    sides = [{tuple(source.tokens[s:s + n]) for s, n in zip(source.starts, source.lengths)}
+             for source in (Source("a", folder, split, T=64, fraction=0.1)
+                            for split in ("train", "heldout"))]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+def test_labels_stop_at_document_ends_and_skip_masked_tokens():
+    row = (np.arange(7), np.array([0, 0, 0, 1, 1, 2, 2]), np.array([1, 1, 0, 1, 1, 1, 1], bool))
+    tokens, ids, labels = collate([row], "cpu")
+    assert tokens.tolist() == [[0, 1, 2, 3, 4, 5]] and ids.tolist() == [[0, 0, 0, 1, 1, 2]]
+    assert labels.tolist() == [[1, -100, -100, 4, -100, 6]]
+
+
+def test_specials_in_plain_text_stay_text(tmp_path, tokenizer):
+    special = next(iter(tokenizer.added))
+    path = write_rows(tmp_path / "a.jsonl", [f"before {special} after"] * 2)
+    folder = tokenise(path, tokenizer, None, tmp_path / "d")
+    ids = np.fromfile(folder / "tokens.bin", np.uint32)
+    assert (ids == tokenizer.added[special]).sum() == (
+        2 if tokenizer.added[special] == tokenizer.bos_id else 0)  # the BOS in front, no other
+
+
+def test_text_files_are_cut_at_line_ends_and_lose_nothing(tmp_path, tokenizer):
+    text = "".join(f"line {i} of a text é\n" for i in range(3000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    parts = list(distill.read_documents(tmp_path / "a.txt", tokenizer))
+    assert len(parts) > 20 and "".join(p[0][0] for p in parts) == text
+    assert all(p[0][0].endswith("\n") for p in parts)
+
+
+def test_mixture_counts_are_exact_and_order_depends_on_seed_and_step(tmp_path, tokenizer):
+    rng = np.random.default_rng(0)
+    files = [write_rows(tmp_path / f"{n}.jsonl", [words(rng, 60) for _ in range(60)])
+             for n in "ab"]
+    train, weights, _ = open_data([f"{files[0]}=3", f"{files[1]}=1"], tokenizer, 1023,
+                                  tmp_path / "data", 64)
+    mixture = Mixture(train, weights, 400, seed=5)
+    assert np.abs(np.cumsum(mixture.which == 0) - 0.75 * np.arange(1, 401)).max() <= 1
+    again = Mixture(train, weights, 400, seed=5)
+    rows = mixture.rows(0, 400)
+    for i in (399, 7, 200):  # any position, in any order, without reading what came before
+        assert all(np.array_equal(a, b) for a, b in zip(again.rows(i, i + 1)[0], rows[i]))
+    other = Mixture(train, weights, 400, seed=6).rows(0, 20)
+    assert any(not np.array_equal(a[0], b[0]) for a, b in zip(other, rows))
+    first_epoch = [tuple(r[0]) for r, s in zip(rows, mixture.which) if s == 0][:train[0].num_rows]
+    assert len(set(first_epoch)) == train[0].num_rows  # each row once before any comes twice
+
+
+def test_tokenising_twice_reads_the_first_result(tmp_path, corpus, tokenizer):
+    folder = tokenise(corpus, tokenizer, 1023, tmp_path / "d")
+    stamp = (folder / "tokens.bin").stat().st_mtime_ns
+    assert tokenise(corpus, tokenizer, 1023, tmp_path / "d") == folder
+    assert (folder / "tokens.bin").stat().st_mtime_ns == stamp
+    corpus.write_text(corpus.read_text() + '{"text": "one more document"}\n')
+    assert tokenise(corpus, tokenizer, 1023, tmp_path / "d") != folder
+
+
+def test_conversations_learn_the_assistants_tokens_only(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "render_chat_parts", lambda messages: [
+        ("<u>" + messages[0]["content"], False), (messages[1]["content"] + "</s>", True)])
+    row = {"messages": [{"role": "user", "content": "what?"},
+                        {"role": "assistant", "content": "that."}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    folder = tokenise(tmp_path / "chat.jsonl", tokenizer, 1023, tmp_path / "d")
+    tokens = np.fromfile(folder / "tokens.bin", np.uint32)
+    loss = np.fromfile(folder / "loss.bin", bool)
+    assert tokenizer.decode(tokens[loss]) == "that.</s>"
+    assert tokenizer.decode(tokens[~loss]) == "<u>what?"
+
+
+# ------------------------------------------------------------------ losses
+
+
+def full_matrix_loss(hidden, weight, labels, ids, logprobs, gamma, beta):
+    """Eq. 13 by autograd on the whole (tokens, V) matrix."""
+    logits = hidden @ weight.T
+    valid = labels != -100
+    ce = F.cross_entropy(logits, labels, ignore_index=-100)
+    log_p = logprobs.log_softmax(-1)
+    log_q = logits.gather(1, ids).log_softmax(-1)
+    kl = F.kl_div(log_q[valid], log_p[valid], log_target=True, reduction="batchmean")
+    return gamma * ce + beta * kl, ce, kl
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("gamma, beta", [(0.9, 0.1), (1.0, 0.0), (0.0, 1.0)])
+def test_sparse_kd_loss_equals_autograd_on_the_full_matrix(monkeypatch, dtype, tolerance, gamma,
+                                                           beta):
+    monkeypatch.setattr(distill, "_chunks", lambda n, V: [slice(0, 37), slice(37, n)])
+    r = torch.Generator().manual_seed(0)
+    N, V, width, k = 80, 500, 16, 20
+    hidden, weight, other = (torch.randn(n, width, generator=r).to(dtype) for n in (N, V, V))
+    ids, logprobs = teacher_topk(hidden, other, k)
+    expected_p = (hidden @ other.T).log_softmax(-1)
+    torch.testing.assert_close(logprobs, expected_p.gather(1, ids).float())
+    assert torch.equal(ids, expected_p.topk(k).indices)
+    labels = torch.randint(0, V, (N,), generator=r)
+    labels[::7] = -100
+    results = []
+    for loss in (sparse_kd_loss, full_matrix_loss):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if loss is sparse_kd_loss:
+            value, parts = loss(h, w, labels, ids, logprobs, gamma=gamma, beta=beta)
+            ce, kl = parts["ce"], parts["kl"]
+        else:
+            value, ce, kl = loss(h, w, labels, ids, logprobs.to(dtype), gamma, beta)
+        (3 * value).backward()  # an upstream factor must reach the gradients
+        results.append((value, ce, kl, h.grad, w.grad))
+    for a, b in zip(*results):
+        assert (a - b).norm() <= tolerance * b.norm().clamp_min(1)
+
+
+def test_the_sparse_kl_over_the_whole_vocabulary_is_the_kl():
+    r = torch.Generator().manual_seed(0)
+    hidden, weight, other = (torch.randn(n, 8, generator=r) for n in (30, 50, 50))
+    targets = teacher_topk(hidden, other, 50)
+    _, parts = sparse_kd_loss(hidden, weight, torch.zeros(30, dtype=torch.long), *targets)
+    p, q = ((hidden @ w.T).log_softmax(-1) for w in (other, weight))
+    torch.testing.assert_close(parts["kl"], (p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_the_loss_holds_no_tokens_by_vocabulary_matrix():
+    from test_model import LargestTensor
+    N, V, width = 4096, 40_000, 8
+    hidden = torch.randn(N, width, requires_grad=True)
+    weight = torch.randn(V, width, requires_grad=True)
+    with LargestTensor() as seen:
+        targets = teacher_topk(hidden.detach(), weight.detach(), 4)
+        sparse_kd_loss(hidden, weight, torch.zeros(N, dtype=torch.long), *targets)[0].backward()
+    assert seen.numel <= 1 << 26 < N * V
+
+
+def test_alignment_trains_the_new_parameters_as_plain_autograd_would(teacher):
+    student = student_from_teacher(teacher, window=8)
+    tokens = torch.randint(0, 1000, (2, 40), generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(40).expand(2, -1) // 25
+    trainable = distill.select_trainable(student, "new")
+    losses = alignment_losses(student, tokens, ids, backward_scale=0.5)
+    found = {name: p.grad.clone() for name, p in trainable.items()}
+    # The oracle: run the teacher, remember each attention's input and mixed heads, and let
+    # autograd differentiate the sum over layers in one graph.
+    seen, mix = [], Attention.mix
+    def remember(self, x, raw, q, k, v, **options):
+        h = mix(self, x, raw, q, k, v, **options)
+        seen.append((x, raw, q, k, v, h))
+        return h
+    Attention.mix = remember
+    try:
+        teacher(tokens, document_ids=ids)
+    finally:
+        Attention.mix = mix
+    student.zero_grad()
+    expected = []
+    for block, (*inputs, target) in zip(student.model["layers"], seen):
+        h = block.self_attn.mix(*inputs, document_ids=ids)
+        expected.append(((h - target) ** 2).mean())
+    (0.5 * sum(expected)).backward()
+    torch.testing.assert_close(losses, torch.stack(expected).detach())
+    for name, p in trainable.items():
+        torch.testing.assert_close(found[name], p.grad)
+    assert all(p.grad is None for name, p in student.named_parameters() if not is_new(name))
+
+
+def test_schedule_warms_up_and_ends_where_it_should():
+    rates = [learning_rate(i, 100, 10, 1.0, 0.1) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[-1] < 0.101
+    assert {learning_rate(i, 100, 10, 1.0, 1.0) for i in range(10, 100)} == {1.0}
+
+
+@pytest.mark.parametrize("which, shares", [("new", "new"), ("mixer", "self_attn"), ("all", "")])
+def test_train_selects_what_it_says(teacher, which, shares):
+    student = student_from_teacher(teacher, window=8)
+    chosen = set(distill.select_trainable(student, which))
+    names = {n for n, _ in student.named_parameters()}
+    assert chosen == {n for n in names if (is_new(n) if which == "new" else shares in n)}
+
+
+# ------------------------------------------------------------------ the command
+
+
+def command(*args, timeout=240):
+    return subprocess.run([sys.executable, str(ROOT / "distill.py"), *map(str, args)],
+                          capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=ONE_THREAD)
+
+
+def tiny(out, corpus, *more):
+    return ("--teacher", TEACHER, "--data", corpus, "--out", out, "--context", 64, "--window", 8,
+            "--batch", 4, "--micro-batch", 2, "--align-tokens", 64 * 4 * 12, "--tokens",
+            64 * 4 * 12, "--warmup", 2, "--lr", 1e-3, "--save-every", 3, "--eval-every", 6,
+            "--eval-rows", 1, *more)
+
+
+def logged(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {(r["stage"], r["step"]): r for r in rows}
+
+
+def test_a_run_ends_with_a_table_and_a_student(tmp_path, corpus):
+    done = command(*tiny(tmp_path / "run", corpus))
+    assert done.returncode == 0, done.stderr
+    for words_ in ("teacher ", "entry", "after stage I ", "after stage II", "KL to teacher"):
+        assert words_ in done.stdout
+    student = load_pretrained(tmp_path / "run/student")
+    assert student.config.hybrid.window == 8
+    assert Tokenizer(tmp_path / "run/student").encode("x") == Tokenizer(TEACHER).encode("x")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert list(results) == ["teacher", "entry", "after stage I", "after stage II"]
+    again = command(*tiny(tmp_path / "run", corpus))
+    assert again.returncode == 2 and "--resume" in again.stderr
+
+
+def test_killed_runs_resume_with_the_same_losses(tmp_path, corpus):
+    whole = command(*tiny(tmp_path / "whole", corpus))
+    assert whole.returncode == 0, whole.stderr
+    for stage, name in (("align", "seed"), ("distil", "student")):
+        for how in (signal.SIGKILL, signal.SIGTERM):
+            out = tmp_path / f"{stage}{how}"
+            args = [sys.executable, str(ROOT / "distill.py"), *map(str, tiny(out, corpus))]
+            process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                       text=True, cwd=ROOT, env=ONE_THREAD)
+            deadline = time.time() + 200
+            while not ((out / "log.jsonl").exists() and (stage, 7) in logged_so_far(out)):
+                assert time.time() < deadline and process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(how)
+            printed, _ = process.communicate(timeout=60)
+            assert not (out / name).exists()
+            if how == signal.SIGTERM:
+                assert process.returncode == 0 and "--resume" in printed
+            resumed = command(*tiny(out, corpus, "--resume"))
+            assert resumed.returncode == 0, resumed.stderr
+            assert f"resuming {stage}" in resumed.stdout
+            assert logged(out) == logged(tmp_path / "whole")  # bit-equal, also after the kill
+    changed = command(*tiny(tmp_path / "whole", corpus, "--resume", "--seed", 3, "--beta", 0.2))
+    assert changed.returncode == 2
+    assert "seed was 0, now 3" in changed.stderr and "beta was 0.1, now 0.2" in changed.stderr
+
+
+def logged_so_far(out):
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    return {(r["stage"], r["step"]) for r in map(json.loads, (x for x in lines if x[-1] == "\n"))}
+
+
+def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
+    out = tmp_path / "run"
+
+    def refused(*args):
+        done = command(*args)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        *before, last = done.stderr.replace("\r", "\n").strip().splitlines()
+        assert last.startswith("error: ") and not any("error" in line for line in before)
+        assert not (out / "student").exists() and not (out / "run.json").exists()
+        return last
+
+    def data(name, content):
+        (tmp_path / name).write_bytes(content)
+        return refused(*tiny(out, tmp_path / name))
+
+    good = corpus.read_bytes()
+    assert f"{tmp_path / 'torn.jsonl'}:301" in data("torn.jsonl", good + b'{"text": "half')
+    assert "UTF-8" in data("bytes.jsonl", good + b'{"text": "\xff\xfe"}\n')
+    assert "messages" in data("other.jsonl", good + b'{"prompt": "x"}\n')
+    assert "chat template" in data("chat.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}')
+    assert "no document" in data("empty.jsonl", b"\n")
+    assert "--context" in data("short.txt", b"too little\n" * 10)
+    assert "no file" in refused(*tiny(out, tmp_path / "gone.jsonl"))
+    assert "FILE.txt" in refused(*tiny(out, tmp_path / "a.parquet"))
+    assert "not a number" in refused(*tiny(out, f"{corpus}=much"))
+    assert "config.json" in refused(*tiny(out, corpus, "--teacher", tmp_path / "nowhere"))
+    assert "--window" in refused(*tiny(out, corpus, "--window", 0))
+    assert "--resume" in refused(*tiny(out, corpus, "--resume"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, corpus):
+    done = command(*tiny(tmp_path / "run", corpus, "--lr", 1e30))
+    assert done.returncode == 2 and "not finite" in done.stderr
+    assert not (tmp_path / "run/student").exists() and (tmp_path / "run/seed").exists()

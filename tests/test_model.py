@@ -1,0 +1,565 @@
+"""model.py: teachers against transformers, the mLSTM against float64, the window against a mask."""
+
+import copy
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import (MIXERS, Cache, ModelConfig, fold_output_gate, generate,
+                   load_pretrained, mlstm_chunkwise, mlstm_recurrent, save_pretrained,
+                   student_from_teacher, window_attention)
+
+# ------------------------------------------------------------------ teachers on disk
+
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, vocab_size=300, max_position_embeddings=256)
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=32)
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=32, beta_fast=32,
+            beta_slow=1, attention_factor=1.2079441541679836)
+FAMILIES = {
+    "llama3.1": ("llama", dict(rope_scaling=LLAMA3_ROPE, rope_theta=5e5, rms_norm_eps=1e-5)),
+    "llama3.2-tied": ("llama", dict(tie_word_embeddings=True, head_dim=32)),
+    "llama-bias": ("llama", dict(attention_bias=True, mlp_bias=True)),
+    "llama-linear-rope": ("llama", dict(rope_scaling=dict(rope_type="linear", factor=4.0))),
+    "llama-yarn": ("llama", dict(rope_scaling={**YARN, "attention_factor": None})),
+    "mistral": ("mistral", dict(sliding_window=20)),
+    "mistral-full": ("mistral", dict(sliding_window=None, head_dim=32)),
+    "qwen2.5": ("qwen2", dict(rope_theta=1e6, sliding_window=8)),  # ignored: not in use
+    "qwen2-sliding": ("qwen2", dict(use_sliding_window=True, sliding_window=24,
+                                    max_window_layers=2)),
+    "qwen3": ("qwen3", dict(head_dim=32)),
+    "olmo2": ("olmo2", dict(rope_theta=5e5, eos_token_id=1, num_key_value_heads=4)),
+    "olmo3": ("olmo3", dict(sliding_window=16, rope_scaling=YARN, rope_theta=5e5,
+                            eos_token_id=1)),
+}
+
+
+def build_teacher(folder, family, dtype=torch.float32, **changes):
+    """A random model of transformers with spread logits, saved to folder; returns it."""
+    transformers = pytest.importorskip("transformers")
+    kind, special = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **special, **changes})
+    hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in hf.named_parameters():
+            if p.dim() > 1:  # default initialisation is so small that it hides RoPE faults
+                p.normal_(0, 2 / math.sqrt(p.shape[1]), generator=random)
+            elif "norm" in name:
+                p.uniform_(0.5, 1.5, generator=random)
+            else:
+                p.normal_(0, 0.5, generator=random)
+    hf.to(dtype).save_pretrained(folder)
+    return hf
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """family -> (folder, transformers' model), each made once."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp("teachers") / family
+            made[family] = folder, build_teacher(folder, family)
+        return made[family]
+
+    return get
+
+
+def random_tokens(B=2, T=100, seed=1):
+    return torch.randint(0, 300, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def wake_gates(student, seed=2):
+    """Give a fresh student's new parameters values that make every branch matter."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if "_gate" in name and p.dim() > 1 and "mlp" not in name:
+                p.normal_(0, 0.3, generator=random)
+            elif "output_gate.bias" in name:
+                p.zero_()
+    return student
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_teacher_logits_equal_transformers(folders, family):
+    folder, hf = folders(family)
+    tokens = random_tokens()
+    expected = hf(tokens).logits
+    assert expected.std() > 1  # otherwise the comparison proves little
+    assert (load_pretrained(folder)(tokens) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama3.1", "qwen3", "olmo3"])
+@torch.no_grad()
+def test_bf16_rounds_in_the_same_places(tmp_path, family):
+    hf = build_teacher(tmp_path / family, family, torch.bfloat16)
+    hf.set_attn_implementation("sdpa")
+    model = load_pretrained(tmp_path / family)
+    assert model.lm_head_weight.dtype == torch.bfloat16
+    a, b = model(random_tokens()).float(), hf(random_tokens()).logits.float()
+    assert (a - b).abs().mean() < 0.05 and (a.argmax(-1) == b.argmax(-1)).float().mean() > 0.95
+
+
+@torch.no_grad()
+def test_old_and_new_spellings_of_rope_mean_the_same(folders, tmp_path):
+    folder, hf = folders("llama3.1")
+    config = json.loads((folder / "config.json").read_text())
+    rope = {**LLAMA3_ROPE, "rope_theta": 5e5}
+    config.pop("rope_parameters", None)
+    spellings = [dict(rope_parameters=rope), dict(rope_theta=5e5, rope_scaling=LLAMA3_ROPE),
+                 dict(rope_theta=5e5, rope_scaling={"type": "llama3", **{
+                     k: v for k, v in LLAMA3_ROPE.items() if k != "rope_type"}})]
+    for i, spelling in enumerate(spellings):
+        copied = tmp_path / str(i)
+        shutil.copytree(folder, copied)
+        (copied / "config.json").write_text(json.dumps({**config, **spelling}))
+        assert ModelConfig.from_hf(copied).rope == ModelConfig.from_hf(folder).rope
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_olmo3_stretches_only_its_full_attention_layers(folders, tmp_path, flat):
+    folder, _ = folders("olmo3")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {**YARN, "rope_theta": 5e5} if flat else {
+        "full_attention": {**YARN, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    parsed = ModelConfig.from_hf(tmp_path)
+    assert (parsed.rope.kind, parsed.sliding_rope.kind) == ("yarn", "default")
+    assert parsed.layer_windows == (16, 16, 16, None)
+
+
+@torch.no_grad()
+def test_shards_dtype_and_strays(folders, tmp_path):
+    folder, hf = folders("llama3.2-tied")
+    hf.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    stray = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**load_file(first), stray: torch.ones(8)}, first, metadata={"format": "pt"})
+    tokens = random_tokens()
+    assert torch.equal(load_pretrained(tmp_path)(tokens), load_pretrained(folder)(tokens))
+    assert load_pretrained(tmp_path, dtype=torch.bfloat16)(tokens).dtype == torch.bfloat16
+
+
+def test_eos_ids_may_be_a_list_and_generation_config_wins(folders, tmp_path):
+    folder, _ = folders("llama-bias")
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m/generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert ModelConfig.from_hf(tmp_path / "m").eos_ids == (7, 9)
+
+
+def drop(tensors):
+    del tensors["model.norm.weight"]
+
+
+def misshape(tensors):
+    tensors["model.norm.weight"] = torch.ones(3)
+
+
+def add(tensors):
+    tensors["model.layers.9.extra"] = torch.ones(3)
+
+
+@pytest.mark.parametrize("fault, words", [
+    (drop, "missing model.norm.weight"), (misshape, "model.norm.weight has shape (3,)"),
+    (add, "unexpected model.layers.9.extra")])
+def test_every_wrong_tensor_is_named(folders, tmp_path, fault, words):
+    shutil.copytree(folders("llama-bias")[0], tmp_path / "m")
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    fault(tensors)
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    with pytest.raises(ValueError) as error:
+        load_pretrained(tmp_path / "m")
+    assert words in str(error.value) and str(tmp_path / "m") in str(error.value)
+
+
+def test_broken_folders_are_refused_in_one_sentence(folders, tmp_path):
+    def damaged(change):
+        target = tmp_path / "m"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(folders("llama-bias")[0], target)
+        change(target)
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            load_pretrained(target)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    def config(**changes):
+        def change(folder):
+            c = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**c, **changes}))
+        return change
+
+    def index(weight_map):
+        return lambda folder: (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": weight_map}))
+
+    def truncate(folder):
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:-100])
+
+    def pickle(folder):
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    norm = "model.norm.weight"
+    assert "truncated" in damaged(truncate)
+    assert "pickle" in damaged(pickle)
+    assert "plain" in damaged(index({norm: "../model.safetensors"}))
+    assert "plain" in damaged(index({norm: "/etc/model.safetensors"}))
+    assert "missing" in damaged(index({norm: "gone.safetensors"}))
+    assert "nothing" in damaged(index({"nothing": "model.safetensors"}))
+    assert "config.json" in damaged(lambda f: (f / "config.json").unlink())
+    assert "JSON" in damaged(lambda f: (f / "config.json").write_text("{"))
+    assert "num_attention_heads" in damaged(config(num_attention_heads=10**9))
+    assert "multiple" in damaged(config(num_key_value_heads=3))
+    assert "gpt_neox" in damaged(config(model_type="gpt_neox"))
+    assert "longrope" in damaged(config(rope_parameters={"rope_type": "longrope"}))
+
+
+# ------------------------------------------------------------------ the mLSTM
+
+GATES = {
+    "ordinary": lambda r, shape: (torch.randn(shape, generator=r),
+                                  torch.randn(shape, generator=r) + 2),
+    "input +-30": lambda r, shape: (torch.randint(0, 2, shape, generator=r) * 60.0 - 30,
+                                    torch.randn(shape, generator=r)),
+    "forget near 0": lambda r, shape: (torch.randn(shape, generator=r),
+                                       -30 * torch.rand(shape, generator=r)),
+    "forget near 1": lambda r, shape: (torch.rand(shape, generator=r) * 60 - 30,
+                                       torch.rand(shape, generator=r) * 20 + 5),
+    "both wild": lambda r, shape: (torch.rand(shape, generator=r) * 60 - 30,
+                                   torch.randn(shape, generator=r) * 15),
+}
+
+
+def mlstm_inputs(T, gates="ordinary", B=2, H=4, K=2, D=16, seed=0, peak=1.0):
+    r = torch.Generator().manual_seed(seed)
+    q = (peak * torch.randn(B, H, T, D, generator=r)).softmax(-1)
+    k = (peak * torch.randn(B, K, T, D, generator=r)).softmax(-1)
+    v = torch.randn(B, K, T, D, generator=r)
+    log_i, forget = GATES[gates](r, (B, H, T))
+    state = (torch.rand(B, H, D, D, generator=r), torch.rand(B, H, D, generator=r) + 0.1,
+             torch.randn(B, H, generator=r))
+    return [q, k, v, log_i, F.logsigmoid(forget)], state
+
+
+def outputs_and_gradients(form, inputs, state, dtype=torch.float32, **options):
+    """h, the final state in comparable scale, and the gradients of a random projection of both."""
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    state = None if state is None else [x.to(dtype).requires_grad_() for x in state]
+    h, (S, z, m) = form(*inputs, state=None if state is None else tuple(state), **options)
+    r = torch.Generator().manual_seed(9)
+    # S / sum(z): the state's direction. m only fixes the scale, and S, z come in e^m of each other.
+    direction = S / z.sum(-1)[..., None, None]
+    loss = sum((x * torch.randn(x.shape, generator=r).to(dtype)).sum() for x in (h, direction))
+    leaves = inputs + (state[:2] if state else [])
+    true_log_norm = m + z.sum(-1).log()
+    return [h, direction, true_log_norm, *torch.autograd.grad(loss, leaves)]
+
+
+def relative_error(a, b):
+    # Of norms. Some gradients cancel to nothing (T = 1: h does not depend on q), so the scale is at
+    # least 3, a tenth of what is usual here.
+    return ((a - b).norm() / b.norm().clamp_min(3.0)).item()
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 150])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_chunkwise_equals_recurrent(gates, T, with_state):
+    inputs, state = mlstm_inputs(T, gates)
+    state = state if with_state else None
+    expected = outputs_and_gradients(mlstm_recurrent, inputs, state, torch.float64)
+    for form in (mlstm_chunkwise, mlstm_recurrent):
+        for a, b in zip(outputs_and_gradients(form, inputs, state), expected):
+            assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 32, 1000])
+def test_chunk_size_does_not_matter(chunk_size):
+    inputs, state = mlstm_inputs(100, "both wild")
+    expected = outputs_and_gradients(mlstm_recurrent, inputs, state, torch.float64)
+    found = outputs_and_gradients(mlstm_chunkwise, inputs, state, chunk_size=chunk_size)
+    assert max(map(relative_error, found, expected)) < 1e-5
+
+
+def test_chunkwise_equals_recurrent_on_4096_tokens():
+    inputs, _ = mlstm_inputs(4096, B=1, H=2, K=1)
+    expected = outputs_and_gradients(mlstm_recurrent, inputs, None, torch.float64)
+    found = outputs_and_gradients(mlstm_chunkwise, inputs, None)
+    assert max(map(relative_error, found, expected)) < 1e-5
+
+
+def test_peaked_features_keep_their_accuracy():
+    inputs, state = mlstm_inputs(150, peak=8.0)  # denominators down to 1e-11
+    expected = outputs_and_gradients(mlstm_recurrent, inputs, state, torch.float64)
+    found = outputs_and_gradients(mlstm_chunkwise, inputs, state)
+    assert max(map(relative_error, found[:3], expected[:3])) < 1e-5
+
+
+def test_the_first_output_is_the_first_value():
+    (q, k, v, log_i, log_f), _ = mlstm_inputs(1)
+    h, _ = mlstm_chunkwise(q, k, v, log_i, log_f)
+    torch.testing.assert_close(h, v.repeat_interleave(2, dim=1))
+
+
+# Documents of one token, across chunk borders, several in a chunk, and one over many chunks.
+DOCUMENTS = [[1, 1, 3, 59, 1, 35, 100], [64, 64, 72], [200], [5, 195]]
+
+
+@pytest.mark.parametrize("lengths", DOCUMENTS)
+def test_mlstm_documents_equal_separate_runs(lengths):
+    inputs, state = mlstm_inputs(200, "both wild")
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+    h, final = mlstm_chunkwise(*inputs, state=state, document_ids=ids)
+    start, part_state = 0, state
+    for length in lengths:
+        part = [x[:, :, start:start + length].double() for x in inputs]
+        part_state = None if part_state is None else tuple(x.double() for x in part_state)
+        expected, end = mlstm_recurrent(*part, state=part_state)
+        assert relative_error(h[:, :, start:start + length], expected) < 1e-5
+        start, part_state = start + length, None  # a given state belongs to the first document
+    for a, b in zip(final, end):
+        assert relative_error(a, b) < 1e-5
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the element count of the largest tensor any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor) and x.storage_offset() == 0:
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+def test_no_tensor_grows_with_the_square_of_the_length():
+    def largest(T):
+        (q, k, v, log_i, log_f), _ = mlstm_inputs(T, B=1, H=2, K=1, D=8)
+        v = v.requires_grad_()
+        with LargestTensor() as seen:
+            mlstm_chunkwise(q, k, v, log_i, log_f)[0].sum().backward()
+            window_attention(q, k, v, window=16, sinks=4).sum().backward()
+        return seen.numel
+
+    assert largest(4096) < 1.1 * 2 * largest(2048) and largest(4096) < 4096 * 4096 // 8
+
+
+# ------------------------------------------------------------------ window and sinks
+
+
+def dense_window(q, k, v, window, sinks, lengths):
+    """The definition: one (T, T) mask."""
+    B, H, T, D = q.shape
+    start = torch.repeat_interleave(torch.cat((torch.zeros(1), torch.tensor(lengths).cumsum(0)[:-1])),
+                                    torch.tensor(lengths))
+    t, s = torch.arange(T)[:, None], torch.arange(T)[None]
+    seen = (s <= t) & (s >= start[:, None]) & ((s > t - window) | (s < start[:, None] + sinks))
+    k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(D)).masked_fill(~seen, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("window, sinks", [(1, 0), (1, 4), (5, 2), (16, 4), (64, 4), (100, 0),
+                                           (500, 4)])
+@pytest.mark.parametrize("lengths", DOCUMENTS)
+def test_window_equals_a_dense_mask(window, sinks, lengths):
+    r = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 200, 16, generator=r, dtype=torch.float64, requires_grad=True)
+               for h in (4, 2, 2))
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+    found = window_attention(q, k, v, window=window, sinks=sinks,
+                             document_ids=ids if len(lengths) > 1 else None)
+    expected = dense_window(q, k, v, window, sinks, lengths)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(expected.shape, generator=r, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad((found * weight).sum(), (q, k, v)),
+                    torch.autograd.grad((expected * weight).sum(), (q, k, v))):
+        torch.testing.assert_close(a, b)
+
+
+# ------------------------------------------------------------------ student
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_wide_window_and_closed_gate_give_the_teacher(folders, family):
+    teacher = load_pretrained(folders(family)[0])
+    student = student_from_teacher(teacher, window=100)
+    for block in student.model["layers"]:
+        block.self_attn.output_gate.bias.fill_(-1e4)
+    tokens = random_tokens()
+    assert (student(tokens) - teacher(tokens)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_documents_do_not_leak(folders, mixer):
+    teacher = load_pretrained(folders("olmo3")[0])
+    ids = torch.tensor([[0] * 30 + [1] + [2] * 40 + [3] * 29, [5] * 64 + [6] * 36])
+    tokens = random_tokens()
+    edited = tokens.clone()
+    edited[0, 31:71] = random_tokens(1, 40, seed=5)
+    edited[1, :64] = 3
+    for model in (teacher, wake_gates(student_from_teacher(teacher, window=9, mixer=mixer))):
+        before, after = (model(x, document_ids=ids) for x in (tokens, edited))
+        assert torch.equal(before[0, :31], after[0, :31])
+        assert torch.equal(before[0, 71:], after[0, 71:])
+        assert torch.equal(before[1, 64:], after[1, 64:])
+        assert not torch.equal(before[0, 31:71], after[0, 31:71])
+        alone = model(tokens[:1, 71:])
+        assert (alone - before[:1, 71:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama3.1", "olmo3"])
+@pytest.mark.parametrize("mixer", [None, *MIXERS])
+@torch.no_grad()
+def test_prefill_and_steps_equal_the_full_forward(folders, family, mixer):
+    model = load_pretrained(folders(family)[0])
+    if mixer is not None:
+        model = wake_gates(student_from_teacher(model, window=9, mixer=mixer))
+    tokens = random_tokens(T=60)
+    full = model(tokens)
+    # Around the sinks (4), the window (9), both (13), the blocks of 64; then steps, then a
+    # second sequence that continues both.
+    for length in (1, 2, 3, 4, 5, 8, 9, 10, 12, 13, 14, 22, 40):
+        cache = Cache(model, 2, 60)
+        parts = [model(tokens[:, :length], cache=cache)]
+        parts += [model(tokens[:, i:i + 1], cache=cache) for i in range(length, length + 15)]
+        parts += [model(tokens[:, length + 15:], cache=cache)]
+        assert (torch.cat(parts, dim=1) - full).abs().max() < 1e-4
+    if mixer is not None:
+        shapes = {layer.k.shape[2] for layer in cache.layers}
+        assert max(shapes) <= 13  # constant: it never held the 60 tokens
+
+
+@pytest.mark.parametrize("family", ["llama3.1", "qwen2.5", "qwen3", "olmo3"])
+@torch.no_grad()
+def test_folded_gate_is_the_same_function_of_x(folders, family, tmp_path):
+    student = wake_gates(student_from_teacher(load_pretrained(folders(family)[0]), window=9))
+    folded = copy.deepcopy(student)
+    fold_output_gate(folded)
+    tokens = random_tokens()
+    assert (folded(tokens) - student(tokens)).abs().max() < 1e-4
+    x = torch.randn(2, 10, 64)
+    for a, b in zip(folded.model["layers"], student.model["layers"]):
+        a, b = a.self_attn, b.self_attn
+        torch.testing.assert_close(a.output_gate(x), b.output_gate(x, b.project(x)))
+    save_pretrained(folded, tmp_path / "folded")
+    assert torch.equal(load_pretrained(tmp_path / "folded")(tokens), folded(tokens))
+    with pytest.raises(ValueError, match="unfolded"):
+        fold_output_gate(folded)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_student_folder_describes_itself(folders, tmp_path, mixer):
+    student = wake_gates(student_from_teacher(load_pretrained(folders("qwen3")[0]), window=9,
+                                              mixer=mixer))
+    save_pretrained(student, tmp_path / "s", max_shard_bytes=100_000)
+    assert (tmp_path / "s/model.safetensors.index.json").exists()
+    loaded = load_pretrained(tmp_path / "s")
+    assert loaded.config == student.config
+    assert torch.equal(loaded(random_tokens()), student(random_tokens()))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
+    with pytest.raises(ValueError, match="not empty"):
+        save_pretrained(loaded, tmp_path / "s")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
+
+
+def test_student_shares_the_teachers_weights_and_adds_few(folders):
+    teacher = load_pretrained(folders("llama3.1")[0])
+    student = student_from_teacher(teacher)
+    copied = dict(teacher.named_parameters())
+    shared = [name for name, p in student.named_parameters() if copied.get(name) is p]
+    assert sorted(shared) == sorted(copied)
+
+
+def test_ablation_mixers_are_the_hybrid_without_parts(folders):
+    teacher = load_pretrained(folders("llama3.1")[0])
+    new = {mixer: {n.split("self_attn.")[1] for n, _ in student_from_teacher(
+        teacher, mixer=mixer).named_parameters() if n not in dict(teacher.named_parameters())}
+        for mixer in MIXERS}
+    assert new["swa"] == set()
+    assert new["linear"] == {"feature_map_q.weight", "feature_map_k.weight"}
+    assert new["mlstm"] == new["linear"] | {f"{g}_gate.{p}" for g in ("input", "forget")
+                                            for p in ("weight", "bias")}
+    assert new["hybrid"] == new["mlstm+swa"] == new["mlstm"] | {
+        "output_gate.weight", "output_gate.bias"}
+    assert student_from_teacher(teacher, mixer="mlstm+swa").config.hybrid.sinks == 0
+    with pytest.raises(ValueError, match="known: hybrid"):
+        student_from_teacher(teacher, mixer="attention")
+
+
+# ------------------------------------------------------------------ generation
+
+
+@pytest.fixture
+def both(folders):
+    teacher = load_pretrained(folders("llama3.1")[0])
+    return teacher, wake_gates(student_from_teacher(teacher, window=9))
+
+
+@torch.no_grad()
+def test_greedy_generation_equals_an_argmax_loop(both):
+    for model in both:
+        tokens = random_tokens(2, 20)
+        found = generate(model, tokens, max_new_tokens=30, stop=())
+        for _ in range(30):
+            tokens = torch.cat((tokens, model(tokens)[:, -1].argmax(-1)[:, None]), dim=1)
+        assert torch.equal(found, tokens)
+
+
+def test_a_row_stops_alone_and_repeats_its_stop_id(both):
+    prompt = random_tokens(2, 20)
+    free = generate(both[1], prompt, max_new_tokens=30, stop=())[:, 20:]
+    stop = free[0, 5].item()
+    first = [row.index(stop) if stop in row else 30 for row in free.tolist()]
+    found = generate(both[1], prompt, max_new_tokens=30, stop=[stop])[:, 20:]
+    for row, full, n in zip(found.tolist(), free.tolist(), first):
+        assert row[:n + 1] == full[:n + 1][:len(row)] and set(row[n:]) <= {stop}
+    assert found.shape[1] == min(30, max(first) + 1)
+
+
+def test_sampling_follows_seed_temperature_and_top_p(both):
+    prompt = random_tokens(1, 10).expand(4, -1)
+    args = dict(max_new_tokens=20, stop=())
+    greedy = generate(both[1], prompt, **args)
+    a, b, c = (generate(both[1], prompt, temperature=1.0, seed=s, **args) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and not torch.equal(a, greedy)
+    assert torch.equal(generate(both[1], prompt, temperature=1.0, top_p=1e-6, **args), greedy)
+    with pytest.raises(ValueError, match="top_p"):
+        generate(both[1], prompt, top_p=0.0, **args)
+
+
+def test_sampled_frequencies_match_the_nucleus():
+    from model import _sample
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20000, -1)
+    ids = _sample(logits, 1.0, 0.8, torch.Generator().manual_seed(0))
+    shares = ids.bincount(minlength=4) / 20000
+    assert shares[2:].sum() == 0 and abs(shares[0] - 0.625) < 0.02  # .5 / (.5 + .3)
+
+
+@torch.no_grad()
+def test_rows_of_a_batch_do_not_see_each_other(both):
+    prompt = random_tokens(3, 20)
+    together = generate(both[1], prompt, max_new_tokens=10, stop=())
+    alone = [generate(both[1], prompt[i:i + 1], max_new_tokens=10, stop=()) for i in range(3)]
+    assert torch.equal(together, torch.cat(alone))
