@@ -22,7 +22,7 @@ Run:
     python distill.py --teacher DIR --data a.jsonl b.txt --out RUN        # your own
     python distill.py --teacher DIR --data a.jsonl=2 b.txt=1 --out RUN    # two thirds from a.jsonl
     python distill.py --teacher DIR --data a.jsonl --out RUN --resume     # go on after a stop
-    python distill.py --mixer swa --out RUN                       # an ablation: window and sinks only
+    python distill.py --mixer swa --out RUN                      # an ablation: window, sinks only
 
 Contents: 1 data · 2 losses · 3 held-out comparison · 4 optimiser and checkpoints · 5 stage I ·
 6 stage II · 7 report · 8 command
@@ -179,7 +179,7 @@ class Source:
         self.num_rows = max(0, self.total - 1) // T
 
     def row(self, i):
-        """Row i: token ids, document ids and in-loss flags, T + 1 of each (the last: label only)."""
+        """Row i: token ids, document ids, in-loss flags; T + 1 of each (the last: label only)."""
         a, b = i * self.T, (i + 1) * self.T + 1
         ids = np.arange(np.searchsorted(self.ends, a, "right"),
                         np.searchsorted(self.ends, b, "left") + 1)
@@ -214,7 +214,7 @@ class Mixture:
     def __init__(self, sources, weights, total_rows, seed):
         self.sources, self.seed, self.orders = sources, seed, {}
         share = np.array(weights) / sum(weights)
-        # The j-th row of source s is due at (j + 1/2) / share_s: sort all rows by when they are due.
+        # The j-th row of source s is due at (j + 1/2) / share_s: sort rows by when they are due.
         counts = [math.ceil(total_rows * p) + 1 for p in share]
         due = np.concatenate([(np.arange(n) + 0.5) / p for n, p in zip(counts, share)])
         order = np.argsort(due, kind="stable")[:total_rows]
@@ -225,7 +225,8 @@ class Mixture:
         return [self.row(i) for i in range(start, stop)]
 
     def row(self, i):
-        s, (epoch, j) = self.which[i], divmod(int(self.nth[i]), self.sources[self.which[i]].num_rows)
+        s = self.which[i]
+        epoch, j = divmod(int(self.nth[i]), self.sources[s].num_rows)
         if self.orders.get(s, (None,))[0] != epoch:
             rng = np.random.default_rng((self.seed, int(s), epoch))
             self.orders[s] = epoch, rng.permutation(self.sources[s].num_rows)
@@ -593,7 +594,7 @@ def distil(run, student, teacher, mixture, heldout, stop):
                 group["lr"] = lr
             rows = mixture.rows(step * run.batch, (step + 1) * run.batch)
             batch = collate(rows, run.device)
-            valid = (batch[2] != -100).sum().clamp_min(1)  # of the whole batch: micro-batches differ
+            valid = (batch[2] != -100).sum().clamp_min(1)  # of the batch: micro-batches differ
             metrics = {"ce": 0.0, "kl": 0.0}
             for tokens, ids, labels in zip(*(x.split(run.micro_batch) for x in batch)):
                 with torch.no_grad():
@@ -664,8 +665,9 @@ def check_finite(run, stage, step, *values):
     """Before the update: weights and the last checkpoint stay good when a loss is not finite."""
     if not all(math.isfinite(float(v)) for v in values):
         raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
-                         f"made. Lower the learning rate and --resume from {run.checkpoints}, or "
-                         f"look at rows {step * run.batch} to {(step + 1) * run.batch - 1} of --data")
+                         f"made. The last good state is in {run.checkpoints}; lower the learning "
+                         f"rate in a new --out, or look at rows {step * run.batch} to "
+                         f"{(step + 1) * run.batch - 1} of the data's order")
 
 
 def report(results):
@@ -871,8 +873,8 @@ def main(argv=None):
 
     report(results)
     show_samples(run, student, teacher, tokenizer, heldout)
-    print(f"\n{time.time() - started:.0f} s. The student is {final} (model.load_pretrained opens it). "
-          f"Next: what the mLSTM adds, `python distill.py --mixer swa --out {run.out}-swa`")
+    print(f"\n{time.time() - started:.0f} s. The student is in {final}; model.load_pretrained opens "
+          f"it.\nNext: what the mLSTM adds, `python distill.py --mixer swa --out {run.out}-swa`")
 
 
 if __name__ == "__main__":

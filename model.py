@@ -15,7 +15,7 @@ inherits the projections and overrides `mix`. That override is the paper's contr
 part above it is all one needs to read first; caches, files and tokenizer follow and can wait.
 
 Contents: 1 configuration · 2 norm, RoPE, softmax attention · 3 the mLSTM · 4 window and sinks ·
-5 the hybrid mixer · 6 the Transformer · 7 cache and generation · 8 weights on disk · 9 tokenizer
+5 the hybrid mixer · 6 the Transformer · 7 cache, generation · 8 weights on disk · 9 tokenizer
 
 Glossary (code: meaning, symbol in the paper)
     B, T, V         batch, tokens, vocabulary
@@ -124,7 +124,7 @@ class ModelConfig:
         try:
             config = _parse_config(c, path)
         except KeyError as missing:
-            raise ValueError(f"{path}: the key {missing} is missing; is the file complete?") from None
+            raise ValueError(f"{path}: key {missing} is missing; copy the file again") from None
         except TypeError as wrong:
             raise ValueError(f"{path}: a setting has the wrong type ({wrong})") from None
         generation = Path(directory) / "generation_config.json"
@@ -147,10 +147,11 @@ def _parse_config(c, path):
         raise ValueError(f"{path}: hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
     layers, hidden, heads = c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"]
     kv_heads = c.get("num_key_value_heads") or (8 if family == "mistral" else heads)
-    for name, value, most in (("num_hidden_layers", layers, 1024), ("hidden_size", hidden, 1 << 17),
-                              ("num_attention_heads", heads, 4096), ("vocab_size", c["vocab_size"], 1 << 24),
-                              ("num_key_value_heads", kv_heads, 4096),
-                              ("intermediate_size", c["intermediate_size"], 1 << 20)):
+    for name, value, most in (
+            ("num_hidden_layers", layers, 1024), ("hidden_size", hidden, 1 << 17),
+            ("num_attention_heads", heads, 4096), ("num_key_value_heads", kv_heads, 4096),
+            ("vocab_size", c["vocab_size"], 1 << 24),
+            ("intermediate_size", c["intermediate_size"], 1 << 20)):
         if not (isinstance(value, int) and 1 <= value <= most):
             raise ValueError(f"{path}: {name} = {value!r} is not an integer from 1 to {most}")
     if heads % kv_heads:
@@ -202,7 +203,8 @@ def _parse_rope(c, family, head_dim, path):
     theta = c.get("rope_theta") or (500000.0 if family == "olmo3" else 10000.0)
     settings = c.get("rope_parameters") or {}
     if "full_attention" in settings or "sliding_attention" in settings:  # nested: one per kind
-        full, sliding = settings.get("full_attention") or {}, settings.get("sliding_attention") or {}
+        full, sliding = (settings.get(kind) or {} for kind in ("full_attention",
+                                                               "sliding_attention"))
     else:  # flat, old (rope_scaling + rope_theta) or new (rope_parameters with theta inside)
         full = {**settings, **(c.get("rope_scaling") or {})}
         # Olmo 3 stretches its full-attention layers only; its sliding layers keep plain RoPE.
@@ -732,19 +734,18 @@ def is_new(name):
 def initialise_mixer(attention):
     """Start values of the new parameters: the student begins near window-only attention.
 
-    Chosen by measurement (README, "Initialisation").
+    Our choice, by measurement on the shipped teacher (README, "How the student starts").
     """
     for name, p in attention.named_parameters():
         if "feature_map" in name:
             p.copy_(torch.eye(p.shape[-1]).expand_as(p))
         elif is_new(f".{name}"):
             p.zero_()
-    if hasattr(attention, "forget_gate"):  # half-lives of 16 to 1024 tokens over the heads
-        half_life = torch.logspace(4, 10, attention.config.num_heads, base=2)
-        f = 0.5 ** (1 / half_life)
-        attention.forget_gate.bias.copy_(torch.log(f / (1 - f)))
+    if hasattr(attention, "forget_gate"):  # heads forget half after 256 ... 4096 tokens
+        keep = 0.5 ** (1 / torch.logspace(8, 12, attention.config.num_heads, base=2))
+        attention.forget_gate.bias.copy_(torch.logit(keep))
     if hasattr(attention, "output_gate"):
-        attention.output_gate.bias.fill_(-3.0)  # o = 0.05
+        attention.output_gate.bias.fill_(-2.0)  # o = 0.12: mostly window
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ and training starts with documents of 64 tokens and ends with 512.
 Training draws math and recall afresh for each batch, from seeds. What must not be seen in
 training is decided by a hash: of the source file for code and prose, of the problem, table or
 list itself for math and recall (`is_held_out`), so no run and no seed can mix the two up.
-The rows in data/*.jsonl are a sample of the same text; the last 5 % of each file are held out.
+The rows in data/*.jsonl are a sample of the training side, for distillation.
 
 Not here: documents packed into one row (each row is one document, cut at its end, which is what
 the student's per-document mask shows too), and anything that a real pretraining run would need.
@@ -476,19 +476,20 @@ def measure(model, tokenizer, text, examples):
 # ------------------------------------------------------------------------------------------------
 
 def write_data(text, out, seed):
-    """data/{code,prose,math,recall}.jsonl, 19 training rows for each held-out one, those last."""
+    """data/{code,prose,math,recall}.jsonl: rows {"text"} of about 500 KB a domain.
+
+    Of the training side only: what is held out here stays unseen by a student trained on these.
+    """
     (out / "data").mkdir(exist_ok=True)
-    for domain, rows in {"code": 400, "prose": 400, "math": 900, "recall": 500}.items():
-        rng, documents = random.Random(f"data {domain} {seed}"), []
-        for held_out, count in ((False, rows - rows // 20), (True, rows // 20)):
-            if domain == "math":
-                documents += [math_document(rng, held_out=held_out) for _ in range(count)]
-            elif domain == "recall":
-                documents += [recall_document(rng, text["filler", held_out],
-                                              rng.randint(128, CONTEXT), held_out)
-                              for _ in range(count)]
-            else:
-                documents += rng.sample(text[domain, held_out], count)
+    for domain, rows in {"code": 420, "prose": 420, "math": 900, "recall": 600}.items():
+        rng = random.Random(f"data {domain} {seed}")
+        if domain == "math":
+            documents = [math_document(rng, rng.randint(128, CONTEXT)) for _ in range(rows)]
+        elif domain == "recall":
+            documents = [recall_document(rng, text["filler", False], rng.randint(128, CONTEXT))
+                         for _ in range(rows)]
+        else:
+            documents = rng.sample(text[domain, False], rows)
         lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
         (out / "data" / f"{domain}.jsonl").write_text(lines, encoding="utf-8")
 
@@ -497,11 +498,11 @@ ABOUT = """# The small teacher
 
 Llama-shaped: {parameters:,} parameters, hidden 128, 4 layers, 4 heads (2 for keys and values) of
 width 32, byte-level BPE with 1024 ids (digits one by one), context 512. Trained from scratch on
-{millions:.0f}M tokens in {minutes:.0f} minutes on a CPU. What its four domains are, and what
-decides that something is held out, stands at the top of ../make_teacher.py.
+{millions:.0f}M tokens in {minutes:.0f} minutes on 2 CPU cores. What its four domains are, and
+what decides that something is held out, stands at the top of ../make_teacher.py.
 
-data/*.jsonl is text of the same four kinds, one document a row; the last 5 % of the rows of each
-file are held out. code and prose are from CPython's standard library (PSF License Version 2).
+data/*.jsonl is text of the same four kinds, one document a row, nothing of it held out from the
+teacher. code and prose are from CPython's standard library (PSF License Version 2).
 
     python tests/make_teacher.py --out tests/teacher              # all of it again
     python tests/make_teacher.py --out tests/teacher --measure    # only the figures below

@@ -339,7 +339,8 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
     assert f"{tmp_path / 'torn.jsonl'}:301" in data("torn.jsonl", good + b'{"text": "half')
     assert "UTF-8" in data("bytes.jsonl", good + b'{"text": "\xff\xfe"}\n')
     assert "messages" in data("other.jsonl", good + b'{"prompt": "x"}\n')
-    assert "chat template" in data("chat.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}')
+    chat = b'{"messages": [{"role": "user", "content": "x"}]}'
+    assert "chat template" in data("chat.jsonl", chat)
     assert "no document" in data("empty.jsonl", b"\n")
     assert "--context" in data("short.txt", b"too little\n" * 10)
     assert "no file" in refused(*tiny(out, tmp_path / "gone.jsonl"))

@@ -368,8 +368,8 @@ def test_no_tensor_grows_with_the_square_of_the_length():
 def dense_window(q, k, v, window, sinks, lengths):
     """The definition: one (T, T) mask."""
     B, H, T, D = q.shape
-    start = torch.repeat_interleave(torch.cat((torch.zeros(1), torch.tensor(lengths).cumsum(0)[:-1])),
-                                    torch.tensor(lengths))
+    lengths = torch.tensor(lengths)
+    start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     t, s = torch.arange(T)[:, None], torch.arange(T)[None]
     seen = (s <= t) & (s >= start[:, None]) & ((s > t - window) | (s < start[:, None] + sinks))
     k, v = (x.repeat_interleave(H // k.shape[1], dim=1) for x in (k, v))
