@@ -582,6 +582,9 @@ def align(run, student, mixture, stop):
 def distil(run, student, teacher, mixture, heldout, stop):
     """Train run.train's parameters on `sparse_kd_loss` for run.distil_steps steps, in place."""
     trainable = select_trainable(student, run.train)
+    for p in student.parameters():  # frozen weights need no fp32 copy
+        if not p.requires_grad:
+            p.data = p.data.to(teacher.lm_head_weight.dtype)
     describe(run, "stage II (distil)", student, trainable, run.distil_steps)
     optimizer = make_optimizer(trainable)
     first = load_checkpoint(run.checkpoints, "distil", trainable, optimizer)
@@ -773,7 +776,7 @@ def check_arguments(run):
 
 def settings_of(run):
     """What must not change between a run and its resumption, as JSON."""
-    free = ("out", "resume", "device", "save_every", "eval_every")
+    free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every")
     settings = {k: v for k, v in vars(run).items() if k not in free}
     settings["teacher"] = str(run.teacher.resolve())
     settings["teacher_sha256"] = sha256(*sorted(run.teacher.glob("*.safetensors")),
@@ -782,25 +785,32 @@ def settings_of(run):
     return settings
 
 
-def resume_run(run, settings):
-    """Compare the settings of --out's run with these; return its results so far."""
-    path = run.out / "run.json"
+def open_run(run):
+    """Refuse an --out of another run, or for --resume of other settings; return its results."""
+    path, results = run.out / "run.json", run.out / "results.json"
+    if not run.resume:
+        if path.exists():
+            raise ValueError(f"--out {run.out} holds a run already; add --resume to go on with it, "
+                             "or name another folder")
+        return {}
     if not path.exists():
         raise FileNotFoundError(f"--resume: {path} does not exist; is {run.out} a run's folder?")
-    old = json.loads(path.read_text())
-    changed = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in settings.items() if old.get(k) != v]
+    old, new = json.loads(path.read_text()), settings_of(run)
+    changed = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
     if changed:
         raise ValueError(f"--resume: {run.out} was made with other settings: " + "; ".join(changed))
-    results = run.out / "results.json"
     return json.loads(results.read_text()) if results.exists() else {}
 
 
-def main(argv=None):
-    run = parse_arguments(argv)
-    check_arguments(run)
-    torch.manual_seed(run.seed)
-    started = time.time()
-    run.device = torch.device(run.device)
+def write_json(path, value):
+    """Replace a small file in one step."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(tmp, path)
+
+
+def load_teacher(run):
+    """--teacher -> (frozen model, tokenizer), checked against each other."""
     # On a GPU the frozen teacher stays as it is stored (bf16); a CPU multiplies in fp32.
     teacher = load_pretrained(run.teacher, device=run.device,
                               dtype=None if run.device.type == "cuda" else torch.float32)
@@ -809,63 +819,66 @@ def main(argv=None):
     if tokenizer.vocab_size > teacher.config.vocab_size:
         raise ValueError(f"{run.teacher}: tokenizer.json has {tokenizer.vocab_size} ids and the "
                          f"embedding {teacher.config.vocab_size} rows; they are not of one model")
-    stored_dtype = teacher.lm_head_weight.dtype
-    eos = teacher.config.eos_ids[0] if teacher.config.eos_ids else None
-    student = student_from_teacher(teacher, window=run.window, sinks=run.sinks, mixer=run.mixer)
-
-    settings, results = settings_of(run), {}
-    if run.resume:
-        results = resume_run(run, settings)
-    elif (run.out / "run.json").exists():
-        raise ValueError(f"--out {run.out} holds a run already; add --resume to go on with it, or "
-                         "name another folder")
-    train, weights, heldout = open_data(run.data, tokenizer, eos, run.out / "data", run.context)
-    (run.out / "run.json").write_text(json.dumps(settings, indent=2) + "\n")
-    run.checkpoints = run.out / "checkpoints"
-    step_tokens = run.batch * run.context
-    run.align_steps = math.ceil(run.align_tokens / step_tokens)
-    run.distil_steps = math.ceil(run.tokens / step_tokens)
-    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
     print(f"teacher   {run.teacher} ({teacher.config.family}, "
           f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
-    print(f"student   mixer {run.mixer}, window {run.window}, {run.sinks} sinks; on {run.device}")
+    return teacher, tokenizer
+
+
+def load_data(run, tokenizer, eos_id):
+    """--data -> (mixture of a number of steps and a seed: a function, held-out sources)."""
+    train, weights, heldout = open_data(run.data, tokenizer, eos_id, run.out / "data", run.context)
     for source, weight in zip(train, weights):
-        print(f"data      {source.name}: {source.total:,} tokens to train on, "
-              f"{weight / sum(weights):.0%} of every batch")
+        print(f"data      {source.name}: {source.total:,} tokens to train on, the longest document "
+              f"{source.lengths.max():,}; {weight / sum(weights):.0%} of every batch")
+    return lambda steps, seed: Mixture(train, weights, steps * run.batch, seed), heldout
+
+
+def main(argv=None):
+    run, started = parse_arguments(argv), time.time()
+    check_arguments(run)
+    torch.manual_seed(run.seed)
+    run.device, run.checkpoints = torch.device(run.device), run.out / "checkpoints"
+    run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
+    run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
+    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
+    results = open_run(run)
+    teacher, tokenizer = load_teacher(run)
+    student = student_from_teacher(teacher, window=run.window, sinks=run.sinks, mixer=run.mixer)
+    print(f"student   mixer {run.mixer}, window {run.window}, {run.sinks} sinks; on {run.device}")
+    eos_id = teacher.config.eos_ids[0] if teacher.config.eos_ids else None
+    mixture, heldout = load_data(run, tokenizer, eos_id)
+    if not run.resume:
+        write_json(run.out / "run.json", settings_of(run))  # only now: a refused run leaves none
 
     def measure(name, model):
         if name not in results:
             results[name] = compare(model, teacher, heldout, run.eval_rows, run.micro_batch,
                                     run.device)
-            (run.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            write_json(run.out / "results.json", results)
         r = results[name]["all"]
         print(f"held-out, {name}: CE {r['ce']:.4f}  KL {r['kl']:.4f}  top-1 {r['top1']:.3f}")
 
     measure("teacher", teacher)
     measure("entry", student)
     stop = StopRequested()
-    seed = run.out / "seed"
-    skipped = run.skip_align or run.mixer == "swa"
+    seed, final = run.out / "seed", run.out / "student"
+    skipped = "--skip-align" if run.skip_align else (
+        "the mixer has no new parameters" if run.mixer == "swa" else None)
     if not seed.exists():
         if skipped:
-            print("stage I is skipped: "
-                  + ("--skip-align" if run.skip_align else "the mixer has no new parameters"))
+            print(f"stage I is skipped: {skipped}")
         else:
-            total = run.align_steps * run.batch
-            align(run, student, Mixture(train, weights, total, run.seed), stop)
+            align(run, student, mixture(run.align_steps, run.seed), stop)
         save_pretrained(student, seed)
-    # Stage II trains a copy of its own in fp32: one AdamW step of 1e-5 is lost in bf16 weights.
+    # Stage II trains a copy of its own in fp32: bf16 weights would lose an AdamW step of 1e-5.
     student = load_pretrained(seed, device=run.device, dtype=torch.float32)
     if not skipped:
         measure("after stage I", student)
-
-    final = run.out / "student"
     if not final.exists():
         # Another seed than stage I's, or both stages would begin with the same rows.
-        total = run.distil_steps * run.batch
-        distil(run, student, teacher, Mixture(train, weights, total, run.seed + 1), heldout, stop)
+        distil(run, student, teacher, mixture(run.distil_steps, run.seed + 1), heldout, stop)
         for name, p in student.named_parameters():  # store the copied weights as they came
-            p.data = p.data if is_new(name) else p.data.to(stored_dtype)
+            p.data = p.data if is_new(name) else p.data.to(teacher.lm_head_weight.dtype)
         save_pretrained(student, final)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     student = load_pretrained(final, device=run.device, dtype=torch.float32)

@@ -353,17 +353,16 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
     starts = None if document_ids is None else document_starts(document_ids)
     outputs = []
     for a in range(N - T, N, 512):  # blocks of queries: memory O(512 N), not O(T N)
-        t = torch.arange(a, min(a + 512, N), device=q.device)[:, None]
-        low = 0 if window is None else max(0, a - window + 1)
-        s = torch.arange(low, int(t[-1]) + 1, device=q.device)
+        b, low = min(a + 512, N), 0 if window is None else max(0, a - window + 1)
+        t = torch.arange(a, b, device=q.device)[:, None]
+        s = torch.arange(low, b, device=q.device)
         visible = (s <= t)[None]
         if window is not None:
             visible = visible & (s > t - window)
         if starts is not None:
-            visible = visible & (s >= starts[:, t])
-        rows = slice(a - (N - T), a - (N - T) + len(t))
-        outputs.append(_grouped_attention(q[:, :, rows], k[:, :, s[0]:s[-1] + 1],
-                                          v[:, :, s[0]:s[-1] + 1], None if T == 1 else visible))
+            visible = visible & (s >= starts[:, a:b, None])
+        outputs.append(_grouped_attention(q[:, :, a - (N - T):b - (N - T)], k[:, :, low:b],
+                                          v[:, :, low:b], None if T == 1 else visible))
     return torch.cat(outputs, dim=2)
 
 
@@ -452,6 +451,7 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
     S, z, m = state or empty_state(B, H, D, v.shape[-1], q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide).repeat_interleave(H // x.shape[1], dim=1) for x in (q, k, v))
+    log_i, log_f = log_i.to(wide), log_f.to(wide)
     h = []
     for t in range(T):
         i, f, k_t, v_t, q_t = log_i[:, :, t], log_f[:, :, t], k[:, :, t], v[:, :, t], q[:, :, t]
@@ -460,7 +460,8 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
         S = keep[..., None] * S + (write * k_t)[..., None] * v_t[..., None, :]  # Eq. 8
         z = keep * z + write * k_t                                              # Eq. 9
         m = m_new
-        h.append((q_t[..., None, :] @ S).squeeze(-2) / (q_t * z).sum(-1, keepdim=True))  # Eq. 10
+        den = (q_t * z).sum(-1, keepdim=True).clamp_min(1e-30)  # only against 0 / 0
+        h.append((q_t[..., None, :] @ S).squeeze(-2) / den)                     # Eq. 10
     return torch.stack(h, dim=2).to(dtype), (S, z, m)
 
 
@@ -488,10 +489,10 @@ def _mlstm_chunkwise(q, k, v, log_i, log_f, state, document_ids, chunk_size):
     q = F.pad(q.to(wide), (0, 0, 0, pad)).view(B, K, G, N, L, D)
     k = F.pad(k.to(wide), (0, 0, 0, pad)).view(B, K, N, L, D)
     v = F.pad(v.to(wide), (0, 0, 0, pad)).view(B, K, N, L, E)
-    log_i = F.pad(log_i, (0, pad), value=EMPTY).view(B, K, G, N, L)
-    log_f = F.pad(log_f, (0, pad)).view(B, K, G, N, L)
+    log_i = F.pad(log_i.to(wide), (0, pad), value=EMPTY).view(B, K, G, N, L)
+    log_f = F.pad(log_f.to(wide), (0, pad)).view(B, K, G, N, L)
     S, z, m = state or empty_state(B, H, D, E, q.device)
-    S, z, m = S.view(B, K, G, D, E), z.view(B, K, G, D), m.view(B, K, G)
+    S, z, m = (x.to(wide).view(B, K, G, *x.shape[2:]) for x in (S, z, m))
     same, continues, survives, is_last = _chunk_documents(document_ids, B, N, L, q.device)
 
     # log W_ts, laid out [s, t]: a sum over just the gates between s and t, not a difference of
@@ -527,7 +528,7 @@ def _mlstm_chunkwise(q, k, v, log_i, log_f, state, document_ids, chunk_size):
     q = q * carry[..., None]
     num = P.transpose(-1, -2) @ v[:, :, None] + q @ torch.stack(Ss[:-1], 3)
     den = P.sum(-2) + (q * torch.stack(zs[:-1], 3)[..., None, :]).sum(-1)
-    h = num / den.clamp_min(1e-30)[..., None]  # the clamp only keeps padded rows from 0 / 0
+    h = num / den.clamp_min(1e-30)[..., None]  # only against 0 / 0, as in padded rows
     h = h.view(B, H, N * L, E)[:, :, :T].to(dtype)
     return h, (Ss[-1].view(B, H, D, E), zs[-1].view(B, H, D), ms[-1].view(B, H))
 
@@ -623,12 +624,12 @@ class OutputGate(nn.Module):
 
     def forward(self, x, raw):
         """raw: projections q (B, T, H D), k and v (B, T, K D) -> logits (B, H, T) fp32."""
-        H, _, D = self.weight.shape
-        logits = self.bias.float()
-        for flat, w in zip(raw, self.weight.float().unbind(1)):
-            per_head = flat.float().unflatten(-1, (-1, D))  # (B, T, H or K, D)
-            w = w.view(per_head.shape[2], -1, D)  # (K, G, D): a group's heads read the same k, v
-            logits = logits + torch.einsum("btkd,kgd->btkg", per_head, w).flatten(2)
+        D, logits = self.weight.shape[-1], self.bias.float()
+        with torch.autocast(x.device.type, enabled=False):
+            for flat, w in zip(raw, self.weight.float().unbind(1)):
+                per_head = flat.float().unflatten(-1, (-1, D))  # (B, T, H or K, D)
+                w = w.view(per_head.shape[2], -1, D)  # (K, G, D): a group's heads share k and v
+                logits = logits + torch.einsum("btkd,kgd->btkg", per_head, w).flatten(2)
         return logits.transpose(1, 2)
 
 
@@ -1125,6 +1126,10 @@ def _read_tensor(path, name):
         return f.get_tensor(name)
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "generation_config.json", "chat_template.jinja")
+
+
 def save_pretrained(model, directory, *, max_shard_bytes=4 << 30):
     """Write config.json, *.safetensors (+ index) and the source folder's tokenizer files.
 
@@ -1148,8 +1153,16 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30):
             shutil.copy(path, tmp)
     (tmp / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    _write_tensors(dict(model.named_parameters()), tmp, max_shard_bytes)
+    if directory.exists():
+        directory.rmdir()
+    os.replace(tmp, directory)
+
+
+def _write_tensors(tensors, folder, max_shard_bytes):
+    """Tensors by name -> model.safetensors, or numbered shards and their index."""
     shards, size = [{}], 0
-    for name, p in model.named_parameters():
+    for name, p in tensors.items():
         if size + p.nbytes > max_shard_bytes and shards[-1]:
             shards.append({})
             size = 0
@@ -1158,19 +1171,12 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30):
     files = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards):  # one shard at a time leaves the accelerator
-        save_file({name: p.detach().cpu().contiguous() for name, p in shard.items()}, tmp / file,
-                  metadata={"format": "pt"})
+        save_file({name: p.detach().cpu().contiguous() for name, p in shard.items()},
+                  folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
+        index = {"metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
                  "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}}
-        (tmp / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    if directory.exists():
-        directory.rmdir()
-    os.replace(tmp, directory)
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json", "chat_template.jinja")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------
