@@ -4,6 +4,9 @@ import copy
 import json
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import (MIXERS, Cache, ModelConfig, fold_output_gate, generate,
+from model import (MIXERS, Cache, ModelConfig, Transformer, fold_output_gate, generate,
                    load_pretrained, mlstm_chunkwise, mlstm_recurrent, save_pretrained,
                    student_from_teacher, window_attention)
 
@@ -563,3 +566,43 @@ def test_rows_of_a_batch_do_not_see_each_other(both):
     together = generate(both[1], prompt, max_new_tokens=10, stop=())
     alone = [generate(both[1], prompt[i:i + 1], max_new_tokens=10, stop=()) for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
+
+
+# ------------------------------------------------------------------ memory
+
+PEAK = """
+import sys, threading, time
+import torch
+from model import load_pretrained, student_from_teacher
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+student_from_teacher(load_pretrained(sys.argv[2]))  # pages of torch itself do not count
+before, peak, done = resident(), [0], []
+def watch():
+    while not done:
+        peak[0] = max(peak[0], resident())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+student = student_from_teacher(load_pretrained(sys.argv[1]))
+done.append(1)
+thread.join()
+print((peak[0] - before) / sum(p.nbytes for p in student.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_loading_and_building_a_student_peaks_at_its_own_size(tmp_path):
+    sizes = dict(hidden_size=2048, intermediate_size=7168, num_hidden_layers=2, vocab_size=32000,
+                 num_attention_heads=16, num_key_value_heads=4, max_position_embeddings=256)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    with torch.device("meta"):
+        empty = Transformer(ModelConfig.from_hf(tmp_path))
+    save_file({name: torch.zeros(p.shape, dtype=torch.bfloat16) + 0.01
+               for name, p in empty.named_parameters()}, tmp_path / "model.safetensors")
+    result = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), "tests/teacher"],
+                            capture_output=True, text=True, check=True,
+                            cwd=Path(__file__).parent.parent)
+    assert float(result.stdout) < 1.1  # of 0.45 GB
