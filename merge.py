@@ -1,26 +1,22 @@
 """Merge experts into one student: theta = sum_i lambda_i theta_i (arXiv 2603.15590, Eq. 14).
 
-Experts that were distilled separately from the same stage-I seed, one for each domain, lie so
-close together that a weighted mean of their weights keeps what each has learnt. Two methods:
+Experts distilled one by one from the same stage-I seed, each for its own domain, lie so close
+together that a weighted mean of their weights keeps what each has learnt. Two methods:
 
-    linear   the mean itself
-    ties     only each expert's largest changes to the seed count, and only those whose sign
-             the experts agree on (TIES, arXiv 2306.01708), which lessens interference
+    linear   that mean
+    ties     only each expert's largest changes to the seed count, and of those only the ones
+             whose sign the experts elect (TIES, arXiv 2306.01708), which lessens interference
 
-The lambdas are uniform, given, or chosen by a sweep that scores candidates on task files.
-
-The merged model has the layout of the first folder: its shards, its headers, its small files. So
-merging is arithmetic on ranges of bytes that pass from disk to disk in small pieces, and models of
-any size need the same 200 MB of memory. Everything is checked before the first byte is written,
-and the output appears complete or not at all. OUT/merge.json says what went in.
-
-Not here: training the experts (distill.py), scoring (evaluate.py).
+The output has the layout of the first folder: its shards, headers and small files. So merging is
+arithmetic on byte ranges, disk to disk in small pieces, and needs the same little memory for any
+model. All is checked before a byte is written, the output appears complete or not at all, and its
+merge.json says what went in. Not here: training experts (distill.py), scoring (evaluate.py).
 
 Run:
-    python merge.py MATH CODE STEM CHAT --out MERGED                            # uniform
-    python merge.py MATH CODE STEM CHAT --out MERGED --weights .35 .35 .2 .1    # the paper's, Llama
-    python merge.py MATH CODE STEM CHAT --out MERGED --method ties --seed-model RUN/seed
-    python merge.py MATH CODE STEM CHAT --out MERGED --sweep a.jsonl b.jsonl    # go on: run it again
+    python merge.py MATH CODE STEM CHAT --out DIR                            # uniform lambdas
+    python merge.py MATH CODE STEM CHAT --out DIR --weights .35 .35 .2 .1    # the paper's, Llama
+    python merge.py MATH CODE STEM CHAT --out DIR --method ties --seed-model RUN/seed
+    python merge.py MATH CODE STEM CHAT --out DIR --sweep a.jsonl b.jsonl    # the same again: go on
 """
 
 import argparse
@@ -40,46 +36,42 @@ from tqdm import tqdm
 
 from model import TOKENIZER_FILES, ModelConfig, _list_tensors, _read_json
 
-PIECE_BYTES = 1 << 21  # of every expert in memory at once
+PIECE_BYTES = 1 << 19  # of every expert in memory at once
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DENSITY = 0.2  # TIES keeps the largest 20 % of the changes; the best setting in its paper
 
 # ----------------------------------------------------------------------------------------------
-# 1. Folders and what must agree between them
+# 1. Folders, and all that must hold before they are merged
 # ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor's bytes lie. Pieces of tensors of equal dtype and shape correspond."""
+    """Where a tensor's bytes lie. It is read piece by piece, each named by its first byte."""
 
     path: Path
-    offset: int  # of its first byte in the file
+    offset: int  # of the tensor in the file
     nbytes: int
     dtype: str  # a key of DTYPES
-    shape: tuple
 
     @property
     def starts(self):
-        """Where its pieces start, in bytes from its own first one."""
         return range(0, self.nbytes, PIECE_BYTES)
 
-    def read_bytes(self, start):
-        """The piece from `start` on, (bytes,) uint8. Read and not mapped: no pages stay behind."""
-        return np.fromfile(self.path, np.uint8, min(PIECE_BYTES, self.nbytes - start),
-                           offset=self.offset + start)
-
     def read(self, start):
-        """The same piece as numbers, (elements,) float64."""
-        return torch.from_numpy(self.read_bytes(start)).view(DTYPES[self.dtype]).double()
+        """One piece, (elements,) as stored. Read, not mapped, so no pages stay in memory."""
+        count = min(PIECE_BYTES, self.nbytes - start)
+        data = np.fromfile(self.path, np.uint8, count, offset=self.offset + start)
+        return torch.from_numpy(data).view(DTYPES[self.dtype])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Folder:
     path: Path
     tensors: dict  # name -> Stored
-    config: ModelConfig
-    tokenizer: str | None  # sha256 of tokenizer.json
-    parent: str | None  # sha256 of the stage-I seed, from lineage.json
+    facts: dict  # what must be equal in all folders: a name for the user -> value
+    parent: str | None  # sha256 of the stage-I seed, by lineage.json
+    sha256: str | None = None  # of the weights, once `read_through`
 
     @property
     def nbytes(self):
@@ -87,90 +79,84 @@ class Folder:
 
 
 def open_folder(path):
-    """Read a folder's small files and tensor headers; ValueError or OSError naming the file."""
-    path, tensors = Path(path), {}
-    for file in sorted({file for file, _ in _list_tensors(path).values()}):  # well-formed files
-        with open(file, "rb") as f:  # 8 bytes: length of the header, JSON header, data
+    """Headers and small files of a folder; ValueError or OSError naming the file that is wrong."""
+    tensors, facts = {}, {}
+    for file in sorted({file for file, _ in _list_tensors(path).values()}):  # checks their form
+        with open(file, "rb") as f:  # length of the header (8 bytes), header (JSON), data
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            tensors[name] = Stored(file, 8 + size + start, stop - start, entry["dtype"],
-                                   tuple(entry["shape"]))
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{file}: tensor {name} is {entry['dtype']}, which has no mean; "
-                                 f"convert it to one of {', '.join(DTYPES)}")
+                                 "convert it to one of " + ", ".join(DTYPES))
+            tensors[name] = Stored(file, 8 + size + start, stop - start, entry["dtype"])
+            facts[f"tensor {name}"] = f"{entry['dtype']} {entry['shape']}"
+    config = dataclasses.asdict(ModelConfig.from_hf(path))
+    facts |= {f"config.json's {name}": value for name, value in config.items()}
     tokenizer, lineage = path / "tokenizer.json", path / "lineage.json"
-    return Folder(
-        path, tensors, ModelConfig.from_hf(path),
-        hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else None,
-        _read_json(lineage).get("seed_sha256") if lineage.exists() else None)
+    if tokenizer.exists():
+        facts["tokenizer.json"] = "sha256 " + hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    parent = _read_json(lineage).get("seed_sha256") if lineage.exists() else None
+    return Folder(path, tensors, facts, parent)
 
 
 def differences(folder, first):
-    """Everything in which a folder does not match the first one, a sentence each."""
-    found = [f"{folder.path}: tensor {name} is missing, {first.path} has it"
-             for name in sorted(first.tensors.keys() - folder.tensors.keys())]
-    found += [f"{folder.path}: tensor {name} is unexpected, {first.path} has none of that name"
-              for name in sorted(folder.tensors.keys() - first.tensors.keys())]
-    for name in sorted(first.tensors.keys() & folder.tensors.keys()):
-        one, other = first.tensors[name], folder.tensors[name]
-        if (one.dtype, one.shape) != (other.dtype, other.shape):
-            found.append(f"{folder.path}: tensor {name} is {other.dtype} {other.shape}, in "
-                         f"{first.path} {one.dtype} {one.shape}")
-    for field in dataclasses.fields(ModelConfig):
-        one, other = getattr(first.config, field.name), getattr(folder.config, field.name)
-        if one != other:
-            found.append(f"{folder.path}/config.json: {field.name} is {other}, in {first.path} {one}")
-    if folder.tokenizer != first.tokenizer:
-        found.append(f"{folder.path}/tokenizer.json is not that of {first.path}")
+    """One sentence for each thing in which a folder does not match the first."""
+    found = []
+    for key in dict.fromkeys([*first.facts, *folder.facts]):
+        here, there = folder.facts.get(key, "missing"), first.facts.get(key, "missing")
+        if here != there:
+            found.append(f"{folder.path}: {key} is {here}, in {first.path} {there}")
     return found
 
 
 def read_through(folder, bar):
-    """Read every weight once -> (sha256, a sentence for each tensor with NaN or infinite values).
+    """Set folder.sha256; return a sentence for each tensor with NaN or infinite values.
 
-    The hash is over name and bytes of each tensor in order of name: shards do not change it.
+    Hashed are name and bytes of each tensor in order of names, so shards make no difference.
     """
     digest, found = hashlib.sha256(), []
     for name, tensor in sorted(folder.tensors.items()):
         digest.update(name.encode())
         bad = 0
         for start in tensor.starts:
-            digest.update(tensor.read_bytes(start))
-            bad += int((~tensor.read(start).isfinite()).sum())
-            bar.update(min(PIECE_BYTES, tensor.nbytes - start))
+            piece = tensor.read(start)
+            digest.update(piece.view(torch.uint8).numpy())
+            bad += int((~piece.isfinite()).sum())
+            bar.update(piece.nbytes)
         if bad:
-            found.append(f"{tensor.path}: tensor {name} has {bad} NaN or infinite values; "
+            found.append(f"{tensor.path}: {bad} values of tensor {name} are NaN or infinite; "
                          "distil this expert again")
-    return digest.hexdigest(), found
+    folder.sha256 = digest.hexdigest()
+    return found
 
 
 def check(directories, output, weights, method, seed, density):
-    """Refuse what cannot be merged -> (experts, seed or None, {path: sha256}).
+    """Refuse what cannot be merged -> (expert Folders, seed Folder or None).
 
-    Everything that is wrong is named in one ValueError, and nothing has been written.
+    Nothing is written. Raises one ValueError that lists everything that is wrong.
     """
-    found, folders, hashes = [], [], {}
+    found, folders = [], []
     if len(weights) != len(directories):
-        found.append(f"{len(weights)} weights were given for {len(directories)} folders")
+        found.append(f"{len(weights)} weights are given for {len(directories)} folders")
     if not (all(w >= 0 for w in weights) and abs(sum(weights) - 1) <= 1e-6):
-        found.append(f"the weights {weights} must not be negative and must sum to 1")
+        found.append(f"the weights {weights} must sum to 1 and none may be negative")
     if method not in ("linear", "ties") or (method == "ties") != (seed is not None):
-        found.append(f"method {method!r} with seed model {seed}: give 'linear', or 'ties' with the "
-                     "stage-I folder that the experts started from")
+        found.append(f"method {method!r} with seed model {seed}: give 'linear' and no seed, or "
+                     "'ties' and the stage-I folder that all experts started from")
     if not 0 < density <= 1:
-        found.append(f"density {density} must lie above 0 and not above 1")
+        found.append(f"density {density} must be above 0 and at most 1")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         found.append(f"{output} exists and is not empty; name a new folder")
-    for directory in [*directories, *([seed] if seed else [])]:
+    seed = seed and Path(seed)
+    for path in [Path(d) for d in directories] + ([seed] if seed else []):
         for ours in (output, beside(output, ".tmp"), beside(output, ".sweep")):
-            if Path(directory).resolve().is_relative_to(ours.resolve()):
-                found.append(f"the input {directory} lies where {ours} is to be written; name "
-                             "another output")
+            if path.resolve().is_relative_to(ours.resolve()):
+                found.append(f"the input {path} lies where {ours} is written; name another output")
         try:
-            folders.append(open_folder(directory))
+            folders.append(open_folder(path))
         except (ValueError, OSError) as error:
             found.append(str(error))
     for folder in folders[1:]:
@@ -178,25 +164,286 @@ def check(directories, output, weights, method, seed, density):
     parents = {str(f.path): f.parent for f in folders if f.path != seed}
     if len(set(parents.values()) - {None}) > 1:
         found.append(f"the experts come from different stage-I seeds (lineage.json): {parents}")
-    elif None in parents.values():
-        print("whether the experts share a stage-I seed is not checked: no lineage.json in "
+    if None in parents.values():
+        print("not checked, for want of a lineage.json: the stage-I seed of "
               + ", ".join(path for path, parent in parents.items() if parent is None))
-    parent = next(p for p in output.resolve().parents if p.exists())
-    need, free = folders[0].nbytes if folders else 0, shutil.disk_usage(parent).free
+    disk = next(p for p in output.resolve().parents if p.exists())
+    need, free = folders[0].nbytes if folders else 0, shutil.disk_usage(disk).free
     if need > free:
-        found.append(f"{output} needs {need:,} bytes and {parent} has {free:,} free")
-    with progress_bar("check", sum(f.nbytes for f in folders)) as bar:
+        found.append(f"{output} needs {need:,} bytes, {disk} has {free:,}; make room")
+    with progress("check", sum(f.nbytes for f in folders)) as bar:
         for folder in folders:
-            hashes[folder.path], bad = read_through(folder, bar)
-            found += bad
+            found += read_through(folder, bar)
     if found:
-        raise ValueError("nothing was merged:\n  " + "\n  ".join(found))
-    return folders[:len(directories)], folders[-1] if seed else None, hashes
+        raise ValueError("nothing is merged:\n  " + "\n  ".join(found))
+    return folders[:len(directories)], folders[-1] if seed else None
 
 
 def beside(output, suffix):
     return output.with_name(output.name + suffix)
 
 
-def progress_bar(name, nbytes):
+def progress(name, nbytes):
     return tqdm(desc=name, total=nbytes, unit="B", unit_scale=True, leave=False)
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. The two methods, on one tensor
+# ----------------------------------------------------------------------------------------------
+
+
+def merged_pieces(experts, weights, seed, density):
+    """Yield one tensor of the merged model piece by piece, (elements,) in the stored dtype.
+
+    Sums are in float64 and rounded once: in pieces that costs nothing, and where experts cancel
+    an fp32 sum is off by more than a rounding. seed: the seed's tensor, None for linear.
+    """
+    thresholds = seed and [trim_threshold(e, seed, density) for e in experts]
+    for start in experts[0].starts:
+        tensors = [e.read(start).double() for e in experts]
+        if seed:
+            base = seed.read(start).double()
+            total = base + elect_and_average([t - base for t in tensors], weights, thresholds)
+        else:
+            total = weights[0] * tensors[0]  # not 0 + ...: that would turn -0.0 into 0.0
+            for weight, tensor in zip(weights[1:], tensors[1:]):
+                total += weight * tensor  # Eq. 14
+        yield total.to(DTYPES[experts[0].dtype])
+
+
+def elect_and_average(changes, weights, thresholds):
+    """TIES (arXiv 2306.01708, Alg. 1): each expert's change to the seed, (N,) -> theirs, (N,).
+
+    Trim to the changes that reach the threshold, elect the sign with the larger sum, average the
+    changes of that sign. Weights count in the election and in the average; the paper's experts
+    are equal. Where the sum is exactly 0 nobody is elected and the seed's value stays.
+    """
+    trimmed = torch.stack([torch.where(c.float().abs() >= threshold, c, 0)
+                           for c, threshold in zip(changes, thresholds)])  # (K, N)
+    weights = torch.tensor(weights, dtype=torch.float64)[:, None]
+    elected = (weights * trimmed).sum(0).sign()
+    weights = weights * (trimmed.sign() == elected)
+    return (weights * trimmed).sum(0) / weights.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def trim_threshold(expert, seed, density):
+    """The smallest of the `density` largest |expert - seed| of a tensor, fp32, without a sort.
+
+    The bits of non-negative fp32 numbers, read as integers, are in the order of the numbers. So a
+    histogram of the upper 16 bits finds those of the threshold, and another the lower 16.
+    Paper: the largest of the whole model. Here: of each tensor, because tensors are streamed.
+    """
+    keep = max(1, round(density * (expert.nbytes // DTYPES[expert.dtype].itemsize)))
+    known = 0  # the threshold's upper bits so far
+    for shift in (16, 0):
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for start in expert.starts:
+            change = expert.read(start).double() - seed.read(start).double()
+            bits = change.float().abs().view(torch.int32).long()
+            digits = torch.where(bits >> shift + 16 == known, bits >> shift & 0xFFFF, 1 << 16)
+            counts += torch.bincount(digits, minlength=(1 << 16) + 1)[:-1]  # the others come last
+        at_least = counts.flip(0).cumsum(0).flip(0)  # numbers with these bits or higher ones
+        digit = int((at_least >= keep).nonzero()[-1])
+        keep -= int(at_least[digit] - counts[digit])
+        known = known << 16 | digit
+    return torch.tensor(known, dtype=torch.int32).view(torch.float32)
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Merging and the sweep
+# ----------------------------------------------------------------------------------------------
+
+
+def merge(directories, output, *, weights=None, method="linear", seed=None, density=DENSITY):
+    """Merge student folders into a new folder `output` that model.load_pretrained opens.
+
+    weights: the lambdas, one a folder, >= 0 with sum 1; None: uniform. method "linear", or "ties"
+    with the stage-I folder `seed` and the `density` in (0, 1] of changes kept. Each tensor keeps
+    its dtype. Raises one ValueError listing all that is wrong, before anything is written; when
+    writing fails nothing is left behind.
+    """
+    directories, output = list(directories), Path(output)
+    weights = [1 / len(directories) for _ in directories] if weights is None else list(weights)
+    experts, seed = check(directories, output, weights, method, seed, density)
+    write(experts, seed, weights, density, output)
+
+
+def write(experts, seed, weights, density, output, **record):
+    """Write the merged folder, checked before, and into its merge.json also `record`."""
+    first, tmp = experts[0], beside(output, ".tmp")
+    record["inputs"] = [{"directory": str(e.path), "weight": w, "sha256": e.sha256}
+                        for e, w in zip(experts, weights)]
+    record["method"] = "ties" if seed else "linear"
+    if seed:
+        record |= {"seed": str(seed.path), "seed_sha256": seed.sha256, "density": density}
+    # An expert of weight 0 is left out, so weights (1, 0) give the first expert bit for bit.
+    experts, weights = zip(*[(e, w) for e, w in zip(experts, weights) if w > 0])
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        for name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES):
+            if (first.path / name).exists():
+                shutil.copy(first.path / name, tmp)
+        order = sorted(first.tensors.items(), key=lambda item: (item[1].path, item[1].offset))
+        with progress("merge", first.nbytes) as bar:
+            for path, shard in itertools.groupby(order, key=lambda item: item[1].path):
+                shard = list(shard)
+                with open(path, "rb") as source, open(tmp / path.name, "wb") as target:
+                    target.write(source.read(shard[0][1].offset))  # the header
+                    for name, _ in shard:
+                        for piece in merged_pieces([e.tensors[name] for e in experts], weights,
+                                                   seed and seed.tensors[name], density):
+                            target.write(piece.view(torch.uint8).numpy())
+                            bar.update(piece.nbytes)
+        (tmp / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
+        if output.exists():
+            output.rmdir()
+        os.replace(tmp, output)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+
+
+def simplex_grid(count, step):
+    """Every tuple of `count` multiples of `step` that sums to 1; ValueError if there is none."""
+    n = round(1 / step) if 0 < step <= 1 else 0
+    if abs(n * step - 1) > 1e-6:
+        raise ValueError(f"--step {step}: 1 is not a multiple of it; give for example 0.25")
+    return [tuple((b - a - 1) / n for a, b in itertools.pairwise((-1, *bars, n + count - 1)))
+            for bars in itertools.combinations(range(n + count - 1), count - 1)]  # stars and bars
+
+
+def sweep(directories, output, score, *, search="grid", step=0.25, method="linear", seed=None,
+          density=DENSITY, about=None):
+    """Choose the lambdas by `score` (a callable: folder -> float, more is better), then merge.
+
+    search "grid": all multiples of `step`; of equal scores the most even lambdas win. "greedy":
+    from the best single expert on, add the next best while the uniform mean is no worse (greedy
+    soup, arXiv 2203.05482): 2 K - 1 scores for K experts. Scores go to OUT.sweep/results.jsonl as
+    they come and the same call goes on from there; `about` (JSON) is what else they depend on.
+    merge.json records them all. Returns the lambdas. Raises ValueError as `merge` does, and when
+    the scores found are of other models, settings or `about`.
+    """
+    directories, output, count = list(directories), Path(output), len(directories)
+    if search not in ("grid", "greedy"):
+        raise ValueError(f"search {search!r} is neither 'grid' nor 'greedy'")
+    grid = simplex_grid(count, step)
+    experts, seed = check(directories, output, grid[0], method, seed, density)
+    candidate = beside(output, ".sweep") / "candidate"
+    results = candidate.with_name("results.jsonl")
+    inputs = [folder.sha256 for folder in [*experts, *([seed] if seed else [])]]
+    scores = read_scores(results, {"inputs": inputs, "method": method, "density": density,
+                                   "about": about})
+    print(f"{len(grid) if search == 'grid' else 2 * count - 1} candidates, {len(scores)} have a "
+          f"score in {results}")
+
+    def measure(weights):
+        if weights not in scores:
+            shutil.rmtree(candidate, ignore_errors=True)
+            write(experts, seed, weights, density, candidate)
+            value = float(score(candidate))
+            if not math.isfinite(value):
+                raise ValueError(f"{candidate} (lambdas {weights}) scores {value}; look at it")
+            with open(results, "a") as f:
+                f.write(json.dumps([weights, value]) + "\n")
+            scores[weights] = value
+            print(f"{value:.4f}  lambdas " + " ".join(f"{w:.3f}" for w in weights), flush=True)
+        return scores[weights]
+
+    def soup(members):
+        return tuple((i in members) / len(members) for i in range(count))
+
+    if search == "grid":
+        best = max(grid, key=lambda weights: (measure(weights), -max(weights)))
+    else:
+        first, *others = sorted(range(count), key=lambda i: -measure(soup([i])))
+        members = [first]
+        for i in others:
+            if measure(soup([*members, i])) >= measure(soup(members)):
+                members.append(i)
+        best = soup(members)
+    shutil.rmtree(candidate, ignore_errors=True)
+    write(experts, seed, best, density, output, search=search, about=about,
+          scores=[{"weights": w, "score": value} for w, value in scores.items()])
+    return best
+
+
+def read_scores(path, settings):
+    """results.jsonl -> {lambdas: score}; made if it is not there; ValueError if it is not ours.
+
+    Its first line holds the settings. A last line without its line end was torn: it is cut off.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text, first = path.read_text() if path.exists() else "", json.dumps(settings)
+    complete = text[:text.rfind("\n") + 1] or first + "\n"
+    if complete != text:
+        path.write_text(complete)
+    lines = complete.splitlines()
+    if lines[0] != first:
+        raise ValueError(f"{path} holds scores of other models, settings or tasks; delete "
+                         f"{path.parent} or name another output")
+    scores = {}
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            weights, value = json.loads(line)
+            scores[tuple(weights)] = float(value)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is damaged ({error}); delete the line") from None
+    return scores
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. The command
+# ----------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv):
+    p = argparse.ArgumentParser(description="Merge experts into one student (Eq. 14).",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="the experts")
+    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p.add_argument("--weights", nargs="+", type=float, help="lambdas, one a folder; none: uniform")
+    p.add_argument("--method", choices=("linear", "ties"), default="linear")
+    p.add_argument("--seed-model", type=Path, metavar="DIR", help="ties: the stage-I folder")
+    p.add_argument("--density", type=float, default=DENSITY, help="ties: fraction of changes kept")
+    p.add_argument("--sweep", nargs="+", type=Path, metavar="TASKS",
+                   help="choose the lambdas by the mean score on these validation task files")
+    p.add_argument("--search", choices=("grid", "greedy"), default="grid", help="way of the sweep")
+    p.add_argument("--step", type=float, default=0.25, help="of the sweep's grid")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="on which the sweep scores")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    run = parse_arguments(argv)
+    how = dict(method=run.method, seed=run.seed_model, density=run.density)
+    print(f"{run.method} merge into {run.out} of " + ", ".join(map(str, run.directories)))
+    if run.sweep:
+        if run.weights:
+            raise ValueError("--sweep chooses the lambdas; drop --weights or --sweep")
+        for path in run.sweep:
+            if not path.is_file():
+                raise FileNotFoundError(f"--sweep {path}: there is no such file")
+        from evaluate import evaluate_tasks  # only a sweep scores
+
+        def score(folder):
+            scores = evaluate_tasks(folder, run.sweep, device=run.device)
+            return sum(scores.values()) / len(scores)
+
+        tasks = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in run.sweep}
+        weights = sweep(run.directories, run.out, score, search=run.search, step=run.step,
+                        about=tasks, **how)
+        print("chosen lambdas: " + " ".join(f"{w:.3f}" for w in weights))
+    else:
+        print(f"lambdas: {run.weights or 'uniform'}")
+        merge(run.directories, run.out, weights=run.weights, **how)
+    print(f"done: model.load_pretrained opens {run.out}; its merge.json says what went in")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

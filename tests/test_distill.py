@@ -288,6 +288,22 @@ def test_a_run_ends_with_a_table_and_a_student(tmp_path, corpus):
     assert again.returncode == 2 and "--resume" in again.stderr
 
 
+@pytest.mark.parametrize("flags, moves", [
+    (["--train", "new"], lambda name: is_new(name)),
+    (["--train", "mixer", "--mixer", "mlstm"], lambda name: "self_attn" in name),
+    (["--skip-align", "--mixer", "mlstm+swa"], lambda name: True),
+    (["--mixer", "swa", "--gamma", 0], lambda name: True)])
+def test_ablation_flags_change_what_they_say(tmp_path, corpus, flags, moves):
+    done = command(*tiny(tmp_path / "run", corpus, *flags))
+    assert done.returncode == 0, done.stderr
+    student, teacher = (dict(load_pretrained(x).named_parameters())
+                        for x in (tmp_path / "run/student", TEACHER))
+    for name, p in student.items():
+        assert name not in teacher or torch.equal(p, teacher[name]) != moves(name), name
+    aligned = any(stage == "align" for stage, _ in logged(tmp_path / "run"))
+    assert aligned == ("after stage I " in done.stdout) == ("stage I is skipped" not in done.stdout)
+
+
 def test_killed_runs_resume_with_the_same_losses(tmp_path, corpus):
     whole = command(*tiny(tmp_path / "whole", corpus))
     assert whole.returncode == 0, whole.stderr
