@@ -16,7 +16,7 @@ Run:
     python merge.py MATH CODE STEM CHAT --out DIR                            # uniform lambdas
     python merge.py MATH CODE STEM CHAT --out DIR --weights .35 .35 .2 .1    # the paper's, Llama
     python merge.py MATH CODE STEM CHAT --out DIR --method ties --seed-model RUN/seed
-    python merge.py MATH CODE STEM CHAT --out DIR --sweep a.jsonl b.jsonl    # the same again: go on
+    python merge.py MATH CODE STEM CHAT --out DIR --sweep a.jsonl b.jsonl    # again: it goes on
 """
 
 import argparse
@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 from model import TOKENIZER_FILES, ModelConfig, _list_tensors, _read_json
 
-PIECE_BYTES = 1 << 19  # of every expert in memory at once
+PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DENSITY = 0.2  # TIES keeps the largest 20 % of the changes; the best setting in its paper
+DENSITY = 0.2  # of the changes that TIES keeps; the setting its paper recommends
 
 # ----------------------------------------------------------------------------------------------
 # 1. Folders, and all that must hold before they are merged
@@ -175,7 +175,7 @@ def check(directories, output, weights, method, seed, density):
         for folder in folders:
             found += read_through(folder, bar)
     if found:
-        raise ValueError("nothing is merged:\n  " + "\n  ".join(found))
+        raise ValueError("nothing is merged: " + "; ".join(found))
     return folders[:len(directories)], folders[-1] if seed else None
 
 
@@ -198,7 +198,7 @@ def merged_pieces(experts, weights, seed, density):
     Sums are in float64 and rounded once: in pieces that costs nothing, and where experts cancel
     an fp32 sum is off by more than a rounding. seed: the seed's tensor, None for linear.
     """
-    thresholds = seed and [trim_threshold(e, seed, density) for e in experts]
+    thresholds = [trim_threshold(e, seed, density) for e in experts] if seed else None
     for start in experts[0].starts:
         tensors = [e.read(start).double() for e in experts]
         if seed:
@@ -263,7 +263,11 @@ def merge(directories, output, *, weights=None, method="linear", seed=None, dens
     writing fails nothing is left behind.
     """
     directories, output = list(directories), Path(output)
-    weights = [1 / len(directories) for _ in directories] if weights is None else list(weights)
+    if not directories:
+        raise ValueError("there is no folder to merge")
+    if weights is None:
+        weights = [1 / len(directories)] * len(directories)
+    weights = [float(w) for w in weights]  # JSON knows no other numbers
     experts, seed = check(directories, output, weights, method, seed, density)
     write(experts, seed, weights, density, output)
 

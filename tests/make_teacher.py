@@ -27,6 +27,7 @@ Run:  pip install tokenizers                                     # beside requir
       python tests/make_teacher.py --out tests/teacher           # about one hour on 2 cores
       python tests/make_teacher.py --out /tmp/teacher --minutes 5
       python tests/make_teacher.py --out tests/teacher --measure # only measure, rewrite README.md
+      python tests/make_teacher.py --out out/student --measure   # a student's skills
 """
 
 import argparse
@@ -530,7 +531,7 @@ def write_figures(found, readme, examples):
             shown = f"`{prompt}` -> `{answer.strip()}`".replace("\n", "\\n")
             value = f"{figure:.1%}"
         rows += f"| {name} | {shown} | {distance or ''} | {value} |\n"
-    about = readme.read_text(encoding="utf-8").split("## Measured")[0]
+    about = readme.read_text(encoding="utf-8").split("## Measured")[0] if readme.exists() else ""
     readme.write_text(about + rows, encoding="utf-8")
     print(rows)
 

@@ -1,0 +1,443 @@
+"""merge.py: sums against float64, TIES against the paper's definition, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import merge as merging
+from merge import merge, simplex_grid, sweep
+from model import ModelConfig, Transformer, load_pretrained, save_pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48,
+              num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+              hybrid=dict(window=8, sinks=2, mixer="hybrid", folded=False))
+INDEX = "model.safetensors.index.json"
+
+
+def build_student(folder, seed, dtype=torch.float32):
+    """A folder with a random student; the new parameters stay fp32, as distill.py stores them."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text("{}")
+    model = Transformer(ModelConfig.from_hf(folder))
+    random = torch.Generator().manual_seed(seed)
+    weights = {n: torch.randn(p.shape, generator=random) for n, p in model.named_parameters()}
+    save_file({n: w if "gate" in n else w.to(dtype) for n, w in weights.items()},
+              folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def students(request, tmp_path):
+    return [build_student(tmp_path / f"expert-{i}", i, request.param) for i in range(4)]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return [build_student(tmp_path / name, i) for i, name in enumerate("AB")]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(merging, "PIECE_BYTES", 1 << 10)  # or no tensor here has a second piece
+
+
+def stored(folder):
+    return {n: w for file in folder.glob("*.safetensors") for n, w in load_file(file).items()}
+
+
+def change(folder, name, new):
+    """Replace (new: a tensor) or remove (None) one tensor of a folder."""
+    weights = stored(folder) | {name: new}
+    save_file({n: w for n, w in weights.items() if w is not None}, folder / "model.safetensors")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ------------------------------------------------------------------ linear, Eq. 14
+
+
+def test_linear_is_a_float64_sum_rounded_once(students, tmp_path):
+    lambdas = (.35, .35, .2, .1)
+    merge(students, tmp_path / "out", weights=lambdas)
+    experts, merged = [stored(s) for s in students], stored(tmp_path / "out")
+    assert merged.keys() == experts[0].keys()
+    for name, got in merged.items():
+        want = sum(w * e[name].double() for w, e in zip(lambdas, experts))
+        assert got.dtype == experts[0][name].dtype
+        assert torch.equal(got, want.to(got.dtype)), name
+
+
+def test_weights_are_uniform_by_default(students, tmp_path):
+    merge(students, tmp_path / "default")
+    merge(students, tmp_path / "given", weights=[.25] * 4)
+    assert all(torch.equal(w, stored(tmp_path / "given")[n])
+               for n, w in stored(tmp_path / "default").items())
+
+
+@pytest.mark.parametrize("weights, count", [([1], 1), ([1, 0], 2)], ids=["alone", "beside a zero"])
+def test_one_model_with_weight_one_comes_out_bit_for_bit(students, tmp_path, weights, count):
+    name = "model.norm.weight"
+    change(students[0], name, torch.full_like(stored(students[0])[name], -0.0))
+    merge(students[:count], tmp_path / "out", weights=weights)
+    file = "model.safetensors"
+    assert (tmp_path / "out" / file).read_bytes() == (students[0] / file).read_bytes()
+
+
+def test_output_loads_as_a_student_and_remembers_its_inputs(pair, tmp_path):
+    merge(pair, tmp_path / "out", weights=[.75, .25])
+    a, b, merged = (dict(load_pretrained(f).named_parameters()) for f in [*pair, tmp_path / "out"])
+    for name, p in merged.items():
+        torch.testing.assert_close(p, .75 * a[name] + .25 * b[name])
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    record = json.loads((tmp_path / "out/merge.json").read_text())
+    assert record["method"] == "linear"
+    assert [(r["directory"], r["weight"]) for r in record["inputs"]] == [
+        (str(pair[0]), .75), (str(pair[1]), .25)]
+    assert all(len(r["sha256"]) == 64 for r in record["inputs"])
+
+
+def test_shards_make_no_difference(pair, tmp_path):
+    for folder in pair:
+        save_pretrained(load_pretrained(folder), folder.with_name(folder.name + "-sharded"),
+                        max_shard_bytes=20_000)
+    sharded = [folder.with_name(folder.name + "-sharded") for folder in pair]
+    merge(pair, tmp_path / "whole")
+    merge([sharded[0], pair[1]], tmp_path / "parts")  # laid out as the first: in shards
+    whole, parts = stored(tmp_path / "whole"), stored(tmp_path / "parts")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[n], parts[n]) for n in whole)
+    load_pretrained(tmp_path / "parts")
+    records = [json.loads((tmp_path / f / "merge.json").read_text()) for f in ("whole", "parts")]
+    assert records[0]["inputs"][0]["sha256"] == records[1]["inputs"][0]["sha256"]
+
+
+# ------------------------------------------------------------------ TIES
+
+
+def dense_ties(seed, experts, weights, density):
+    """The definition (arXiv 2306.01708, section 4) on one whole tensor, with a sort."""
+    changes = []
+    for expert in experts:
+        change = (expert.double() - seed.double()).flatten()
+        order = change.abs().argsort(descending=True)
+        kept = torch.zeros_like(change)
+        kept[order[:round(density * len(order))]] = change[order[:round(density * len(order))]]
+        changes.append(kept)
+    merged = torch.zeros_like(changes[0])
+    for p in range(len(merged)):
+        sign = sum(w * c[p] for w, c in zip(weights, changes)).sign()
+        agreeing = [(w, c[p]) for w, c in zip(weights, changes) if c[p] * sign > 0]
+        if agreeing:
+            merged[p] = sum(w * c for w, c in agreeing) / sum(w for w, _ in agreeing)
+    return (seed.double() + merged.view(seed.shape)).to(seed.dtype)
+
+
+@pytest.mark.parametrize("weights", [[1 / 3] * 3, [.5, .3, .2]], ids=["uniform", "weighted"])
+@pytest.mark.parametrize("density", [.2, .77])
+def test_ties_equals_the_dense_definition(tmp_path, weights, density):
+    *folders, seed = [build_student(tmp_path / f"{i}", i) for i in range(4)]
+    merge(folders, tmp_path / "out", weights=weights, method="ties", seed=seed, density=density)
+    merged, start, experts = stored(tmp_path / "out"), stored(seed), [stored(f) for f in folders]
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight",
+                 "model.norm.weight"):
+        want = dense_ties(start[name], [e[name] for e in experts], weights, density)
+        torch.testing.assert_close(merged[name], want, rtol=1e-6, atol=0)
+    record = json.loads((tmp_path / "out/merge.json").read_text())
+    assert record["density"] == density and record["seed"] == str(seed)
+
+
+def test_ties_of_unchanged_experts_is_the_seed(pair, tmp_path):
+    merge([pair[0], pair[0]], tmp_path / "out", method="ties", seed=pair[0])
+    assert all(torch.equal(w, stored(pair[0])[n]) for n, w in stored(tmp_path / "out").items())
+
+
+def test_ties_keeps_the_seed_where_signs_are_even(pair, tmp_path):
+    seed, plus, minus = (build_student(tmp_path / n, 5) for n in ("seed", "plus", "minus"))
+    for folder, step in ((seed, 0.), (plus, 1.), (minus, -1.)):
+        change(folder, "model.norm.weight", torch.full((32,), 2 + step))
+    merge([plus, minus], tmp_path / "out", method="ties", seed=seed)
+    assert torch.equal(stored(tmp_path / "out")["model.norm.weight"], torch.full((32,), 2.))
+
+
+# ------------------------------------------------------------------ refusals
+
+GATE, NORM = "model.layers.0.self_attn.input_gate.weight", "model.norm.weight"
+REFUSALS = {  # name -> (what is done to folder B, what the error must name)
+    "missing tensor": (lambda b: change(b, NORM, None), f"tensor {NORM} is missing"),
+    "unexpected tensor": (lambda b: change(b, "more", torch.ones(2)), "tensor more is F32"),
+    "shape": (lambda b: change(b, NORM, torch.ones(31)), "F32 [31], in"),
+    "dtype": (lambda b: change(b, NORM, torch.ones(32).half()), "F16 [32], in"),
+    "integers": (lambda b: change(b, NORM, torch.ones(32).int()), "I32, which has no mean"),
+    "config": (lambda b: edit(b / "config.json", rms_norm_eps=1e-3), "norm_eps is 0.001"),
+    "hybrid": (lambda b: edit(b / "config.json", hybrid=dict(window=9)), "hybrid is {'window': 9"),
+    "tokenizer": (lambda b: (b / "tokenizer.json").write_text("[]"), "tokenizer.json is sha256"),
+    "no tokenizer": (lambda b: (b / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "NaN": (lambda b: change(b, NORM, torch.full((32,), torch.nan)), f"32 values of tensor {NORM}"),
+    "infinite": (lambda b: change(b, NORM, torch.full((32,), torch.inf)), "NaN or infinite"),
+    "no folder": (shutil.rmtree, "B holds no model.safetensors"),
+    "truncated": (lambda b: os.truncate(b / "model.safetensors", 5000), "is truncated"),
+    "shard outside": (lambda b: (b / INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}'),
+                      "not a plain"),
+    "lost shard": (lambda b: (b / INDEX).write_text('{"weight_map": {"a": "a.safetensors"}}'),
+                   "missing; copy it again"),
+    "other seed": (lambda b: (b / "lineage.json").write_text('{"seed_sha256": "ff"}'),
+                   "different stage-I seeds"),
+}
+
+
+@pytest.mark.parametrize("damage, words", REFUSALS.values(), ids=REFUSALS.keys())
+def test_mismatch_is_refused_and_nothing_written(pair, tmp_path, damage, words):
+    (pair[0] / "lineage.json").write_text('{"seed_sha256": "00"}')
+    damage(pair[1])
+    with pytest.raises(ValueError) as error:
+        merge(pair, tmp_path / "out")
+    assert words in str(error.value)
+    assert {p.name for p in tmp_path.iterdir()} <= {"A", "B"}
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(weights=[1.]), "1 weights are given for 2 folders"),
+    (dict(weights=[.5, .4]), "must sum to 1"),
+    (dict(weights=[1.5, -.5]), "none may be negative"),
+    (dict(weights=[.5, float("nan")]), "must sum to 1"),
+    (dict(method="ties"), "give 'linear' and no seed"),
+    (dict(method="slerp"), "method 'slerp'"),
+    (dict(density=0), "density 0"),
+])
+def test_bad_settings_are_refused(pair, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        merge(pair, tmp_path / "out", **options)
+    assert {p.name for p in tmp_path.iterdir()} == {"A", "B"}
+
+
+def test_all_mismatches_come_in_one_error(pair, tmp_path):
+    change(pair[1], NORM, torch.ones(31))
+    change(pair[1], GATE, None)
+    edit(pair[1] / "config.json", rope_theta=1.)
+    (pair[1] / "tokenizer.json").write_text("[]")
+    change(pair[0], "model.embed_tokens.weight", torch.full((64, 32), torch.nan))
+    with pytest.raises(ValueError) as error:
+        merge(pair, tmp_path / "out", weights=[.5, .6])
+    for words in (NORM, GATE, "rope", "tokenizer.json", "2048 values", "sum to 1"):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("inputs", ["out", "out.tmp", "out.sweep/candidate"])
+def test_inputs_are_safe_from_the_output(pair, tmp_path, inputs):
+    (tmp_path / inputs).parent.mkdir(exist_ok=True)
+    shutil.copytree(pair[0], tmp_path / inputs)
+    with pytest.raises(ValueError, match="name another output"):
+        merge([tmp_path / inputs, pair[1]], tmp_path / "out")
+    assert stored(tmp_path / inputs).keys() == stored(pair[0]).keys()
+
+
+def test_output_that_is_not_empty_is_refused(pair, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    with pytest.raises(ValueError, match="not empty"):
+        merge(pair, tmp_path / "out")
+
+
+def test_full_disk_is_refused(pair, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match="make room"):
+        merge(pair, tmp_path / "new/out")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("failure", [OSError("no space"), KeyboardInterrupt()])
+def test_failure_while_writing_leaves_nothing(pair, tmp_path, monkeypatch, failure):
+    def pieces(*_):
+        yield torch.zeros(3)
+        raise failure
+    monkeypatch.setattr(merging, "merged_pieces", pieces)
+    with pytest.raises(type(failure)):
+        merge(pair, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"A", "B"}
+
+
+def test_unknown_parent_is_said(pair, tmp_path, capsys):
+    merge(pair, tmp_path / "out")
+    assert "lineage.json" in capsys.readouterr().out
+    for folder in pair:
+        (folder / "lineage.json").write_text('{"seed_sha256": "00"}')
+    merge(pair, tmp_path / "again")
+    assert "lineage.json" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ memory
+
+MEASURE = """
+import sys, threading, time
+sys.path.insert(0, {root!r})
+import merge
+def anonymous():  # bytes of process memory, mapped pages excluded
+    return 1024 * int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])
+peak = before = anonymous()
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+merge.merge({folders!r}, {out!r}, **{options!r})
+print(before, peak)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc")
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_memory_does_not_grow_with_the_model(tmp_path, method):
+    first = build_student(tmp_path / "0", 0, torch.bfloat16)
+    change(first, "large", torch.ones(1024, 40_000, dtype=torch.bfloat16))  # 80 MB
+    folders = [str(first)] + [shutil.copytree(first, tmp_path / str(i)) and str(tmp_path / str(i))
+                              for i in (1, 2, 3)]
+    options = dict(method=method) | (dict(seed=folders[0]) if method == "ties" else {})
+    program = MEASURE.format(root=str(ROOT), folders=folders, out=str(tmp_path / "out"),
+                             options=options)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    before, peak = map(int, done.stdout.split("\n")[-2].split())
+    assert peak - before < 150 << 20, f"{(peak - before) >> 20} MB"
+
+
+# ------------------------------------------------------------------ sweep
+
+
+def closeness(target):
+    """A score that is best (0) where the merged final norm is `target`."""
+    return lambda folder: -(stored(folder)[NORM].mean() - target).abs().item()
+
+
+@pytest.fixture
+def triple(tmp_path):
+    folders = [build_student(tmp_path / str(i), i) for i in range(3)]
+    for i, folder in enumerate(folders):
+        change(folder, NORM, torch.full((32,), float(i)))
+    return folders
+
+
+def test_grid_covers_the_simplex():
+    grid = simplex_grid(3, .25)
+    assert len(grid) == len(set(grid)) == 15
+    assert all(sum(w) == 1 and min(w) >= 0 for w in grid)
+    with pytest.raises(ValueError, match="step"):
+        simplex_grid(3, .3)
+
+
+def test_sweep_merges_the_best_and_records_all(triple, tmp_path):
+    best = sweep(triple, tmp_path / "out", closeness(1.75), step=.25)
+    assert best == (0, .25, .75)
+    assert torch.equal(stored(tmp_path / "out")[NORM], torch.full((32,), 1.75))
+    record = json.loads((tmp_path / "out/merge.json").read_text())
+    assert len(record["scores"]) == 15 and [r["weight"] for r in record["inputs"]] == [0, .25, .75]
+    assert {p.name for p in (tmp_path / "out.sweep").iterdir()} == {"results.jsonl"}
+
+
+def test_equal_scores_go_to_the_most_even_lambdas(triple, tmp_path):
+    assert sweep(triple, tmp_path / "out", lambda folder: 1, step=1 / 3) == (1 / 3, 1 / 3, 1 / 3)
+
+
+def test_greedy_soup_adds_what_does_no_harm(triple, tmp_path):
+    best = sweep(triple, tmp_path / "out", closeness(1.4), search="greedy")
+    assert best == (0, .5, .5)  # from 1 on: 2 helps (1.5), then 0 harms (1)
+    assert len(json.loads((tmp_path / "out/merge.json").read_text())["scores"]) == 5
+
+
+def test_sweep_goes_on_where_it_stopped(triple, tmp_path):
+    scored, score = [], closeness(.5)
+
+    def stops_after_four(folder):
+        if len(scored) == 4:
+            raise OSError("stopped")
+        scored.append(json.loads((folder / "merge.json").read_text())["inputs"])
+        return score(folder)
+
+    with pytest.raises(OSError, match="stopped"):
+        sweep(triple, tmp_path / "out", stops_after_four, step=.5)
+    assert not (tmp_path / "out").exists()
+    with open(tmp_path / "out.sweep/results.jsonl", "a") as f:
+        f.write("[[0.5, 0")  # a crash in the middle of a line
+
+    def counted(folder):
+        scored.append(json.loads((folder / "merge.json").read_text())["inputs"])
+        return score(folder)
+
+    assert sweep(triple, tmp_path / "out", counted, step=.5) == (.5, .5, 0)
+    assert len(scored) == 6 and len({str(s) for s in scored}) == 6
+
+
+def test_scores_of_other_models_or_tasks_are_refused(triple, tmp_path):
+    sweep(triple, tmp_path / "out", lambda folder: 1, step=1, about={"tasks": "one"})
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(ValueError, match="other models, settings or tasks"):
+        sweep(triple, tmp_path / "out", lambda folder: 1, step=1, about={"tasks": "two"})
+    change(triple[0], NORM, torch.ones(32))
+    with pytest.raises(ValueError, match="other models, settings or tasks"):
+        sweep(triple, tmp_path / "out", lambda folder: 1, step=1, about={"tasks": "one"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_scores_are_named_by_line(triple, tmp_path):
+    sweep(triple, tmp_path / "out", lambda folder: 1, step=1)
+    shutil.rmtree(tmp_path / "out")
+    results = tmp_path / "out.sweep/results.jsonl"
+    results.write_text(results.read_text().replace("[[0.0, 1.0", "[[0.0; 1.0"))
+    with pytest.raises(ValueError, match=r"results.jsonl:\d is damaged"):
+        sweep(triple, tmp_path / "out", lambda folder: 1, step=1)
+
+
+def test_score_that_is_not_a_number_is_refused(triple, tmp_path):
+    with pytest.raises(ValueError, match="scores nan"):
+        sweep(triple, tmp_path / "out", lambda folder: float("nan"))
+
+
+# ------------------------------------------------------------------ the command
+
+
+def command(*arguments):
+    return subprocess.run([sys.executable, "merge.py", *map(str, arguments)], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_command_merges_and_explains_errors(pair, tmp_path):
+    done = command(*pair, "--out", tmp_path / "out", "--weights", ".25", ".75")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("linear merge into")
+    want = .25 * stored(pair[0])[NORM].double() + .75 * stored(pair[1])[NORM].double()
+    assert torch.equal(stored(tmp_path / "out")[NORM], want.float())
+    done = command(*pair, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "out exists and is not empty; name a new folder" in done.stderr
+
+
+def test_command_sweeps_over_task_files(pair, tmp_path, monkeypatch):
+    class Evaluate:  # stands for evaluate.py: two tasks, whose mean is best at lambda (1, 0)
+        @staticmethod
+        def evaluate_tasks(directory, task_files, *, device):
+            first = json.loads((directory / "merge.json").read_text())["inputs"][0]["weight"]
+            return {"one": first, "two": 0.5}
+
+    monkeypatch.setitem(sys.modules, "evaluate", Evaluate)
+    tasks = tmp_path / "tasks.jsonl"
+    arguments = [*map(str, pair), "--out", str(tmp_path / "out"), "--sweep", str(tasks)]
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        merging.main(arguments)
+    tasks.write_text("{}")
+    merging.main(arguments)
+    record = json.loads((tmp_path / "out/merge.json").read_text())
+    assert [r["weight"] for r in record["inputs"]] == [1, 0]
+    assert max(s["score"] for s in record["scores"]) == .75
