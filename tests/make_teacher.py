@@ -559,7 +559,7 @@ def make(text, out, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the teacher")
-    parser.add_argument("--tokens", type=int, default=40_000_000, help="end after this many tokens")
+    parser.add_argument("--tokens", type=int, default=41_000_000, help="end after this many tokens")
     parser.add_argument("--minutes", type=float, default=math.inf, help="or after this long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
