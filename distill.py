@@ -713,7 +713,7 @@ def show_samples(run, student, teacher, tokenizer, heldout):
 # the teacher does not do, and pulls it away (README, "How stage II weighs its losses").
 SMALL = dict(
     teacher=HERE / "tests/teacher", out=Path("out"), context=512, window=16, batch=8,
-    micro_batch=8, align_tokens=614_400, align_lr=3e-2, tokens=819_200, lr=1e-3, gamma=0.1,
+    micro_batch=8, align_tokens=1_024_000, align_lr=3e-2, tokens=1_024_000, lr=3e-4, gamma=0.1,
     beta=0.9, warmup=10, eval_every=50, eval_rows=8, save_every=50,
     data=sorted(str(p) for p in (HERE / "tests/teacher/data").glob("*.jsonl")))
 
