@@ -14,8 +14,9 @@ a small preset runs on the teacher that ships in tests/teacher. The run writes i
     checkpoints/ the last two, for --resume
     run.json, results.json, log.jsonl     settings, the final table, the losses
 
-One process, one device. Not here: the mathematics (model.py), merging (merge.py), benchmarks
-(evaluate.py).
+With --experts, stage II runs once per --data file from the same seed and the experts are merged
+(Eq. 14). One process, one device. Not here: the mathematics (model.py), merging (merge.py),
+scoring (evaluate.py).
 
 Run:
     python distill.py                                             # shipped teacher, minutes on CPU
@@ -23,12 +24,14 @@ Run:
     python distill.py --teacher DIR --data a.jsonl=2 b.txt=1 --out RUN    # two thirds from a.jsonl
     python distill.py --teacher DIR --data a.jsonl --out RUN --resume     # go on after a stop
     python distill.py --mixer swa --out RUN                      # an ablation: window, sinks only
+    python distill.py --experts                                  # branch, merge, score
 
 Contents: 1 data · 2 losses · 3 held-out comparison · 4 optimiser and checkpoints · 5 stage I ·
-6 stage II · 7 report · 8 command
+6 stage II · 7 report · 8 experts · 9 command
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -49,8 +52,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import evaluate
+from merge import merge
 from model import (MIXERS, Attention, Tokenizer, document_starts, generate, is_new, load_pretrained,
-                   save_pretrained, student_from_teacher)
+                   save_pretrained, sha256, student_from_teacher)
 
 HERE = Path(__file__).resolve().parent
 
@@ -102,16 +107,6 @@ def _decode(data, where):
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 ({error}); convert the file") from None
-
-
-def sha256(*paths):
-    """Hex digest of files' contents, read in pieces."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            while piece := f.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
 
 
 def tokenise(path, tokenizer, eos_id, folder):
@@ -704,7 +699,73 @@ def show_samples(run, student, teacher, tokenizer, heldout):
 
 
 # ----------------------------------------------------------------------------------------------
-# 8. The command
+# 8. A student, or experts and their merger
+# ----------------------------------------------------------------------------------------------
+
+
+def write_json(path, value):
+    """Replace a small file in one step."""
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(tmp, path)
+
+
+def train_student(run, seed, final, teacher, mixture, heldout, stop):
+    """Stage II: the student folder `seed` -> the student folder `final`, unless that exists."""
+    if not final.exists():
+        # A copy of its own in fp32: bf16 weights would lose an AdamW step of 1e-5.
+        student = load_pretrained(seed, device=run.device, dtype=torch.float32)
+        distil(run, student, teacher, mixture, heldout, stop)
+        for name, p in student.named_parameters():  # store the copied weights as they came
+            p.data = p.data if is_new(name) else p.data.to(teacher.lm_head_weight.dtype)
+        save_pretrained(student, final)
+        # merge.py refuses experts that do not share a seed.
+        weights = sorted(seed.glob("*.safetensors"))
+        write_json(final / "lineage.json", {"seed_sha256": sha256(*weights)})
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return load_pretrained(final, device=run.device, dtype=torch.float32)
+
+
+def train_experts(run, seed, teacher, sources, heldout, stop, measure):
+    """Branch and merge (Eq. 14): an expert per --data file, a generalist, and the experts' mean.
+
+    An expert draws 70 % of its rows from its own file and the rest from the others; the
+    generalist draws from all alike and trains as long as all experts together. Returns the
+    students' folders by name.
+    """
+    names, folders = [source.name for source in sources], {}
+    plans = {name: ([0.7 if n == name else 0.3 / (len(names) - 1) for n in names],
+                    run.distil_steps) for name in names}
+    plans["generalist"] = [1] * len(names), run.distil_steps * len(names)
+    for name, (weights, steps) in plans.items():
+        print(f"\n===== {name} =====")
+        part = argparse.Namespace(**{**vars(run), "out": run.out / name, "distil_steps": steps})
+        part.checkpoints, folders[name] = part.out / "checkpoints", part.out / "student"
+        part.out.mkdir(exist_ok=True)
+        mixture = Mixture(sources, weights, steps * run.batch, run.seed + 1)
+        measure(name, train_student(part, seed, folders[name], teacher, mixture, heldout, stop))
+    folders["merged"] = run.out / "merged"
+    if not folders["merged"].exists():
+        merge([folders[name] for name in names], folders["merged"])
+    measure("merged", load_pretrained(folders["merged"], device=run.device, dtype=torch.float32))
+    return folders
+
+
+def prove(run, folders):
+    """Score teacher and students on --tasks and print recovery, C_0 and alpha* (Eq. 15-17)."""
+    out = run.out / "report"
+    out.mkdir(exist_ok=True)
+    scores = {name: evaluate.evaluate_rows(folder, run.tasks, device=run.device.type,
+                                           samples=out / f"{name}.jsonl")
+              for name, folder in {"teacher": run.teacher, **folders}.items()}
+    found = evaluate.compare(scores.pop("teacher"), scores)
+    write_json(out / "report.json", found)
+    evaluate.show_report(found)
+    evaluate.draw_curves(found, out / "win_and_tie.png")
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. The command
 # ----------------------------------------------------------------------------------------------
 
 # The shipped teacher's preset: what differs from the paper's settings below when --teacher is not
@@ -716,6 +777,9 @@ SMALL = dict(
     micro_batch=8, align_tokens=1_024_000, align_lr=3e-2, tokens=1_024_000, lr=3e-4, gamma=0.1,
     beta=0.9, warmup=10, eval_every=50, eval_rows=8, save_every=50,
     data=sorted(str(p) for p in (HERE / "tests/teacher/data").glob("*.jsonl")))
+SMALL_EXPERTS = dict(
+    out=Path("out-experts"), tokens=204_800,
+    tasks=sorted(str(p) for p in (HERE / "tests/tasks").glob("*.jsonl")))
 
 
 def parse_arguments(argv):
@@ -746,6 +810,8 @@ def parse_arguments(argv):
     g.add_argument("--align-tokens", type=float, default=655e6)
     g.add_argument("--align-lr", type=float, default=1e-2, help="peak; cosine to a thousandth")
     g.add_argument("--skip-align", action="store_true", help="ablation: no stage I")
+    g.add_argument("--start", type=Path, metavar="DIR", help="no stage I: start stage II from this "
+                   "student folder, such as another run's seed/")
 
     g = p.add_argument_group("stage II (distil)")
     g.add_argument("--tokens", type=float, default=5e9)
@@ -755,11 +821,16 @@ def parse_arguments(argv):
     g.add_argument("--gamma", type=float, default=0.9, help="weight of next-token CE")
     g.add_argument("--beta", type=float, default=0.1, help="weight of KL to the teacher")
     g.add_argument("--topk", type=int, default=256, help="teacher tokens in the KL")
+    g.add_argument("--experts", action="store_true", help="an expert of --tokens per --data file, "
+                   "a generalist of as many as all experts, and the merged experts (Eq. 14)")
+    g.add_argument("--tasks", nargs="+", metavar="FILE", default=[],
+                   help="task files on which the students are scored at the end (evaluate.py)")
     g.add_argument("--eval-every", type=int, default=500, help="steps between held-out checks")
     g.add_argument("--eval-rows", type=int, default=16, help="held-out rows a source")
 
-    if p.parse_known_args(argv)[0].teacher is None:
-        p.set_defaults(**SMALL)
+    run, _ = p.parse_known_args(argv)
+    if run.teacher is None:
+        p.set_defaults(**SMALL | (SMALL_EXPERTS if run.experts else {}))
     return p.parse_args(argv)
 
 
@@ -771,6 +842,11 @@ def check_arguments(run):
                  "eval_rows", "align_tokens", "tokens", "window"):
         if getattr(run, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if run.experts and len(run.data) < 2:
+        raise ValueError("--experts needs two --data files or more: an expert for each")
+    for path in run.tasks:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--tasks {path}: there is no such file")
     if not (run.gamma >= 0 and run.beta >= 0 and run.gamma + run.beta > 0):
         raise ValueError("--gamma and --beta must not be negative, nor both 0")
     if run.device.startswith("cuda") and not torch.cuda.is_available():
@@ -781,7 +857,7 @@ def settings_of(run):
     """What must not change between a run and its resumption, as JSON."""
     free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every")
     settings = {k: v for k, v in vars(run).items() if k not in free}
-    settings["teacher"] = str(run.teacher.resolve())
+    settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
     settings["teacher_sha256"] = sha256(*sorted(run.teacher.glob("*.safetensors")),
                                         run.teacher / "config.json")
     settings["data_sha256"] = [sha256(parse_data(spec)[0]) for spec in run.data]
@@ -805,13 +881,6 @@ def open_run(run):
     return json.loads(results.read_text()) if results.exists() else {}
 
 
-def write_json(path, value):
-    """Replace a small file in one step."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(tmp, path)
-
-
 def load_teacher(run):
     """--teacher -> (frozen model, tokenizer), checked against each other."""
     # On a GPU the frozen teacher stays as it is stored (bf16); a CPU multiplies in fp32.
@@ -827,13 +896,32 @@ def load_teacher(run):
     return teacher, tokenizer
 
 
-def load_data(run, tokenizer, eos_id):
-    """--data -> (mixture of a number of steps and a seed: a function, held-out sources)."""
+def new_student(run, teacher):
+    """The student before training, or for --start the one to go on from."""
+    if run.start:
+        student = load_pretrained(run.start, device=run.device, dtype=torch.float32)
+        if dataclasses.replace(student.config, hybrid=None) != teacher.config:
+            raise ValueError(f"--start {run.start}: its config.json is not of a student of "
+                             f"{run.teacher}")
+    else:
+        student = student_from_teacher(teacher, window=run.window, sinks=run.sinks,
+                                       mixer=run.mixer)
+    hybrid = student.config.hybrid
+    if hybrid is None:
+        raise ValueError(f"--start {run.start} is a teacher, not a student")
+    print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks; on "
+          f"{run.device}")
+    return student
+
+
+def load_data(run, tokenizer, eos_ids):
+    """--data -> `open_data`'s sources, weights and held-out sources, and say what they are."""
+    eos_id = eos_ids[0] if eos_ids else None
     train, weights, heldout = open_data(run.data, tokenizer, eos_id, run.out / "data", run.context)
     for source, weight in zip(train, weights):
         print(f"data      {source.name}: {source.total:,} tokens to train on, the longest document "
               f"{source.lengths.max():,}; {weight / sum(weights):.0%} of every batch")
-    return lambda steps, seed: Mixture(train, weights, steps * run.batch, seed), heldout
+    return train, weights, heldout
 
 
 def main(argv=None):
@@ -846,10 +934,8 @@ def main(argv=None):
     run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
     results = open_run(run)
     teacher, tokenizer = load_teacher(run)
-    student = student_from_teacher(teacher, window=run.window, sinks=run.sinks, mixer=run.mixer)
-    print(f"student   mixer {run.mixer}, window {run.window}, {run.sinks} sinks; on {run.device}")
-    eos_id = teacher.config.eos_ids[0] if teacher.config.eos_ids else None
-    mixture, heldout = load_data(run, tokenizer, eos_id)
+    student = new_student(run, teacher)
+    sources, weights, heldout = load_data(run, tokenizer, teacher.config.eos_ids)
     if not run.resume:
         write_json(run.out / "run.json", settings_of(run))  # only now: a refused run leaves none
 
@@ -862,35 +948,38 @@ def main(argv=None):
         print(f"held-out, {name}: CE {r['ce']:.4f}  KL {r['kl']:.4f}  top-1 {r['top1']:.3f}")
 
     measure("teacher", teacher)
-    measure("entry", student)
-    stop = StopRequested()
-    seed, final = run.out / "seed", run.out / "student"
-    skipped = "--skip-align" if run.skip_align else (
+    stop, seed = StopRequested(), run.start or run.out / "seed"
+    skipped = f"the run starts from {run.start}" if run.start else (
+        "--skip-align" if run.skip_align else
         "the mixer has no new parameters" if run.mixer == "swa" else None)
+    if skipped:
+        print(f"stage I is skipped: {skipped}")
+    if not run.start:
+        measure("entry", student)
     if not seed.exists():
-        if skipped:
-            print(f"stage I is skipped: {skipped}")
-        else:
-            align(run, student, mixture(run.align_steps, run.seed), stop)
+        if not skipped:
+            total = run.align_steps * run.batch
+            align(run, student, Mixture(sources, weights, total, run.seed), stop)
         save_pretrained(student, seed)
-    # Stage II trains a copy of its own in fp32: bf16 weights would lose an AdamW step of 1e-5.
-    student = load_pretrained(seed, device=run.device, dtype=torch.float32)
-    if not skipped:
+    if not skipped or run.start:
         measure("after stage I", student)
-    if not final.exists():
+    if run.experts:
+        folders = train_experts(run, seed, teacher, sources, heldout, stop, measure)
+        student = load_pretrained(folders["merged"], device=run.device, dtype=torch.float32)
+    else:
         # Another seed than stage I's, or both stages would begin with the same rows.
-        distil(run, student, teacher, mixture(run.distil_steps, run.seed + 1), heldout, stop)
-        for name, p in student.named_parameters():  # store the copied weights as they came
-            p.data = p.data if is_new(name) else p.data.to(teacher.lm_head_weight.dtype)
-        save_pretrained(student, final)
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-    student = load_pretrained(final, device=run.device, dtype=torch.float32)
-    measure("after stage II", student)
+        mixture = Mixture(sources, weights, run.distil_steps * run.batch, run.seed + 1)
+        folders = {"student": run.out / "student"}
+        student = train_student(run, seed, folders["student"], teacher, mixture, heldout, stop)
+        measure("after stage II", student)
 
     report(results)
     show_samples(run, student, teacher, tokenizer, heldout)
-    print(f"\n{time.time() - started:.0f} s. The student is in {final}; model.load_pretrained opens "
-          f"it.\nNext: what the mLSTM adds, `python distill.py --mixer swa --out {run.out}-swa`")
+    if run.tasks:
+        prove(run, folders)
+    print(f"\n{time.time() - started:.0f} s. The student is in {list(folders.values())[-1]}; "
+          "model.load_pretrained opens it.\nNext: what the mLSTM adds, "
+          f"`python distill.py --mixer swa --out {run.out}-swa`")
 
 
 if __name__ == "__main__":

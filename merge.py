@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import TOKENIZER_FILES, ModelConfig, _list_tensors, _read_json
+from model import TOKENIZER_FILES, ModelConfig, list_tensors, read_json, sha256
 
 PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -81,7 +81,7 @@ class Folder:
 def open_folder(path):
     """Headers and small files of a folder; ValueError or OSError naming the file that is wrong."""
     tensors, facts = {}, {}
-    for file in sorted({file for file, _ in _list_tensors(path).values()}):  # checks their form
+    for file in sorted({file for file, _ in list_tensors(path).values()}):  # checks their form
         with open(file, "rb") as f:  # length of the header (8 bytes), header (JSON), data
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
@@ -97,8 +97,8 @@ def open_folder(path):
     facts |= {f"config.json's {name}": value for name, value in config.items()}
     tokenizer, lineage = path / "tokenizer.json", path / "lineage.json"
     if tokenizer.exists():
-        facts["tokenizer.json"] = "sha256 " + hashlib.sha256(tokenizer.read_bytes()).hexdigest()
-    parent = _read_json(lineage).get("seed_sha256") if lineage.exists() else None
+        facts["tokenizer.json"] = "sha256 " + sha256(tokenizer)
+    parent = read_json(lineage).get("seed_sha256") if lineage.exists() else None
     return Folder(path, tensors, facts, parent)
 
 
@@ -435,7 +435,7 @@ def main(argv=None):
             scores = evaluate_tasks(folder, run.sweep, device=run.device)
             return sum(scores.values()) / len(scores)
 
-        tasks = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in run.sweep}
+        tasks = {str(path): sha256(path) for path in run.sweep}
         weights = sweep(run.directories, run.out, score, search=run.search, step=run.step,
                         about=tasks, **how)
         print("chosen lambdas: " + " ".join(f"{w:.3f}" for w in weights))

@@ -32,6 +32,7 @@ Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), 
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -120,7 +121,7 @@ class ModelConfig:
         setting when the family or a setting is one this file does not implement.
         """
         path = Path(directory) / "config.json"
-        c = _read_json(path)
+        c = read_json(path)
         try:
             config = _parse_config(c, path)
         except KeyError as missing:
@@ -129,7 +130,7 @@ class ModelConfig:
             raise ValueError(f"{path}: a setting has the wrong type ({wrong})") from None
         generation = Path(directory) / "generation_config.json"
         if generation.exists():  # overrides config.json: instruct models stop at more ids
-            eos = _as_tuple(_read_json(generation).get("eos_token_id"))
+            eos = _as_tuple(read_json(generation).get("eos_token_id"))
             config = dataclasses.replace(config, eos_ids=eos or config.eos_ids)
         return config
 
@@ -239,7 +240,18 @@ def _as_tuple(value):
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
-def _read_json(path):
+def sha256(*paths):
+    """Hex digest of files' contents one after the other, read in pieces."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            while piece := f.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_json(path):
+    """A JSON file's value; FileNotFoundError or ValueError with the remedy."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -1056,7 +1068,7 @@ def load_pretrained(directory, *, device="cpu", dtype=None):
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
-    stored = _list_tensors(directory)  # name -> (file, shape)
+    stored = list_tensors(directory)  # name -> (file, shape)
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -1082,11 +1094,11 @@ def load_pretrained(directory, *, device="cpu", dtype=None):
     return model
 
 
-def _list_tensors(directory):
+def list_tensors(directory):
     """The folder's tensors: name -> (path of its file, shape)."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: there is no weight_map object; copy the file again")
         files = sorted(set(weight_map.values()))
@@ -1144,7 +1156,7 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30):
         raise ValueError(f"{directory} exists and is not empty; name a new folder")
     if model.source is None:
         raise ValueError("model.source is None: set it to the folder of its config.json")
-    config = _read_json(model.source / "config.json")
+    config = read_json(model.source / "config.json")
     if model.config.hybrid is not None:
         config["hybrid"] = dataclasses.asdict(model.config.hybrid)
     tmp = directory.with_name(directory.name + ".tmp")

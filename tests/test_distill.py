@@ -371,3 +371,32 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, corpus):
     done = command(*tiny(tmp_path / "run", corpus, "--lr", 1e30))
     assert done.returncode == 2 and "not finite" in done.stderr
     assert not (tmp_path / "run/student").exists() and (tmp_path / "run/seed").exists()
+
+
+def test_experts_share_a_seed_and_are_merged_and_scored(tmp_path, corpus):
+    rng = np.random.default_rng(1)
+    other = write_rows(tmp_path / "b.jsonl", [words(rng, 60) for _ in range(200)])
+    task = tmp_path / "copy.jsonl"
+    task.write_text(json.dumps({"id": "1", "type": "generate", "prompt": "copy: x y =",
+                                "gold": " x y", "stop": ["\n"], "max_new_tokens": 8}) + "\n")
+    out = tmp_path / "run"
+    flags = tiny(out, corpus, "--experts", "--tasks", task)
+    done = command(*(x for flag in flags for x in ([flag, other] if flag == corpus else [flag])))
+    assert done.returncode == 0, done.stderr
+    weights = {name: dict(load_pretrained(out / name).named_parameters())
+               for name in ("a/student", "b/student", "generalist/student", "merged", "seed")}
+    for name, merged in weights["merged"].items():
+        mean = (weights["a/student"][name].double() + weights["b/student"][name].double()) / 2
+        assert torch.equal(merged, mean.float())
+        assert not torch.equal(weights["a/student"][name], weights["b/student"][name])
+    lineages = {(out / name / "lineage.json").read_text()
+                for name in ("a/student", "b/student", "generalist/student")}
+    assert len(lineages) == 1
+    report = json.loads((out / "report/report.json").read_text())
+    assert set(report["students"]) == {"a", "b", "generalist", "merged"}
+    steps = [len((out / name / "log.jsonl").read_text().splitlines())
+             for name in ("a", "b", "generalist")]
+    assert steps == [12, 12, 24]  # the generalist trains as long as both
+    again = command(*tiny(tmp_path / "more", corpus, "--start", out / "seed"))
+    assert again.returncode == 0 and "stage I is skipped" in again.stdout
+    assert not any(stage == "align" for stage, _ in logged(tmp_path / "more"))
