@@ -645,6 +645,7 @@ def describe(run, title, student, trainable, steps):
 
 
 def progress_bar(name, first, steps, run):
+    """tqdm over the tokens of a stage, from step `first` on."""
     tokens = run.batch * run.context
     return tqdm(desc=name, total=steps * tokens, initial=first * tokens, unit="tok",
                 unit_scale=True, dynamic_ncols=True)
@@ -783,6 +784,7 @@ SMALL_EXPERTS = dict(
 
 
 def parse_arguments(argv):
+    """The command line -> settings; without --teacher the small preset comes before the paper's."""
     p = argparse.ArgumentParser(description="Distil a Transformer into a hybrid xLSTM student.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--teacher", type=Path, help="Hugging Face folder; none: the shipped teacher "
@@ -925,6 +927,7 @@ def load_data(run, tokenizer, eos_ids):
 
 
 def main(argv=None):
+    """One run from top to bottom: load, measure, align, distil, report."""
     run, started = parse_arguments(argv), time.time()
     check_arguments(run)
     torch.manual_seed(run.seed)

@@ -830,6 +830,7 @@ def draw_gates(medians, path):
 
 
 def run_compare(run):
+    """`compare`: score, print, write report.json and the picture; goes on where it stopped."""
     names = [path.name for path in run.student]
     names = names if len(set(names)) == len(names) else [str(path) for path in run.student]
     run.out.mkdir(parents=True, exist_ok=True)
@@ -848,6 +849,7 @@ def run_compare(run):
 
 
 def run_gates(run):
+    """`gates`: the map in the terminal, and as a picture."""
     medians = gate_map(Scorer(run.student, run.device), read_texts(run.data), tokens=run.context,
                        rows=run.rows)
     show_gates(medians)
@@ -856,6 +858,7 @@ def run_gates(run):
 
 
 def run_lm_eval(run):
+    """`lm-eval`: the harness's own tasks through the bridge."""
     try:
         import lm_eval
     except ImportError:
@@ -869,6 +872,7 @@ def run_lm_eval(run):
 
 
 def parse_arguments(argv):
+    """The command line -> settings."""
     p = argparse.ArgumentParser(description="Score students against their teacher.")
     commands = p.add_subparsers(dest="command", required=True)
     c = commands.add_parser("compare", help="tasks, recovery, Win-and-Tie rate")
@@ -911,6 +915,7 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
+    """One of the three commands."""
     run = parse_arguments(argv)
     run.run(run)
 

@@ -67,6 +67,7 @@ class Stored:
 
 @dataclasses.dataclass
 class Folder:
+    """A folder to merge, opened and described."""
     path: Path
     tensors: dict  # name -> Stored
     facts: dict  # what must be equal in all folders: a name for the user -> value
@@ -180,10 +181,12 @@ def check(directories, output, weights, method, seed, density):
 
 
 def beside(output, suffix):
+    """The path next to `output` with a longer name."""
     return output.with_name(output.name + suffix)
 
 
 def progress(name, nbytes):
+    """tqdm over bytes."""
     return tqdm(desc=name, total=nbytes, unit="B", unit_scale=True, leave=False)
 
 
@@ -402,6 +405,7 @@ def read_scores(path, settings):
 
 
 def parse_arguments(argv):
+    """The command line -> settings."""
     p = argparse.ArgumentParser(description="Merge experts into one student (Eq. 14).",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="the experts")
@@ -420,6 +424,7 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
+    """Merge, or choose lambdas by a sweep and merge."""
     run = parse_arguments(argv)
     how = dict(method=run.method, seed=run.seed_model, density=run.density)
     print(f"{run.method} merge into {run.out} of " + ", ".join(map(str, run.directories)))
