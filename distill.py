@@ -775,7 +775,7 @@ def prove(run, folders):
 # the teacher does not do, and pulls it away (README, "How stage II weighs its losses").
 SMALL = dict(
     teacher=HERE / "tests/teacher", out=Path("out"), context=512, window=16, batch=4,
-    micro_batch=4, align_tokens=819_200, align_lr=3e-2, tokens=614_400, lr=3e-4, gamma=0.1,
+    micro_batch=4, align_tokens=819_200, align_lr=3e-2, tokens=819_200, lr=3e-4, gamma=0.1,
     beta=0.9, warmup=20, eval_every=100, eval_rows=16, save_every=100,
     data=sorted(str(p) for p in (HERE / "tests/teacher/data").glob("*.jsonl")))
 SMALL_EXPERTS = dict(
