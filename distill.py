@@ -54,8 +54,8 @@ from tqdm import tqdm
 
 import evaluate
 from merge import merge
-from model import (MIXERS, Attention, Tokenizer, document_starts, generate, is_new, load_pretrained,
-                   save_pretrained, sha256, student_from_teacher)
+from model import (MIXERS, Attention, document_starts, generate, is_new, load_pretrained,
+                   load_with_tokenizer, save_pretrained, sha256, student_from_teacher)
 
 HERE = Path(__file__).resolve().parent
 
@@ -883,21 +883,6 @@ def open_run(run):
     return json.loads(results.read_text()) if results.exists() else {}
 
 
-def load_teacher(run):
-    """--teacher -> (frozen model, tokenizer), checked against each other."""
-    # On a GPU the frozen teacher stays as it is stored (bf16); a CPU multiplies in fp32.
-    teacher = load_pretrained(run.teacher, device=run.device,
-                              dtype=None if run.device.type == "cuda" else torch.float32)
-    teacher.requires_grad_(False)
-    tokenizer = Tokenizer(run.teacher)
-    if tokenizer.vocab_size > teacher.config.vocab_size:
-        raise ValueError(f"{run.teacher}: tokenizer.json has {tokenizer.vocab_size} ids and the "
-                         f"embedding {teacher.config.vocab_size} rows; they are not of one model")
-    print(f"teacher   {run.teacher} ({teacher.config.family}, "
-          f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
-    return teacher, tokenizer
-
-
 def new_student(run, teacher):
     """The student before training, or for --start the one to go on from."""
     if run.start:
@@ -936,7 +921,10 @@ def main(argv=None):
     run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
     run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
     results = open_run(run)
-    teacher, tokenizer = load_teacher(run)
+    teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device)
+    teacher.requires_grad_(False)
+    print(f"teacher   {run.teacher} ({teacher.config.family}, "
+          f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
     student = new_student(run, teacher)
     sources, weights, heldout = load_data(run, tokenizer, teacher.config.eos_ids)
     if not run.resume:

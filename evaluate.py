@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import MIXERS, Cache, HybridAttention, Tokenizer, load_pretrained, sha256
+from model import MIXERS, Cache, HybridAttention, load_with_tokenizer, sha256
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -279,21 +279,15 @@ def _equal_lengths(items, length, most):
 class Scorer:
     """A model on disk, its tokenizer, and what the harness asks of a model.
 
-    On a CPU the model computes in fp32, elsewhere in the dtype it is stored in. Raises as
-    `load_pretrained` and `Tokenizer`, and ValueError if these two do not belong together.
+    Loads and raises as `load_with_tokenizer`.
     """
 
     def __init__(self, directory, device="cpu"):
-        self.model = load_pretrained(
-            directory, device=device, dtype=torch.float32 if str(device) == "cpu" else None)
-        self.tokenizer = t = Tokenizer(directory)
-        config = self.model.config
-        if t.vocab_size > config.vocab_size:
-            raise ValueError(f"{directory}: tokenizer.json has {t.vocab_size} ids, the embedding "
-                             f"{config.vocab_size} rows; they are not of one model")
+        self.model, self.tokenizer = load_with_tokenizer(directory, device=device)
+        config, bos_id = self.model.config, self.tokenizer.bos_id
         self.device, self.max_tokens = torch.device(device), config.max_positions
         # What stands before a text that has no context: BOS, or EOS where a family has none.
-        self.prefix = config.eos_ids[:1] if t.bos_id is None else (t.bos_id,)
+        self.prefix = config.eos_ids[:1] if bos_id is None else (bos_id,)
 
     def encode(self, text):
         """Ids with BOS as the tokenizer's own files say, but not twice where text spells it."""

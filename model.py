@@ -1499,3 +1499,18 @@ class Tokenizer:
         generation_prompt: end with the header of the assistant's next turn."""
         text = "".join(text for text, _ in self.render_chat_parts(messages))
         return text + (self.chat_format.header.format("assistant") if generation_prompt else "")
+
+
+def load_with_tokenizer(directory, *, device="cpu"):
+    """(model, tokenizer) of a folder, checked against each other.
+
+    On a CPU in fp32, elsewhere as stored: CPUs multiply bf16 slowly. Raises as `load_pretrained`
+    and `Tokenizer`, and ValueError if the tokenizer has more ids than the embedding has rows.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    model = load_pretrained(directory, device=device, dtype=torch.float32 if on_cpu else None)
+    tokenizer = Tokenizer(directory)
+    if tokenizer.vocab_size > model.config.vocab_size:  # fewer is fine: padding rows
+        raise ValueError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, the embedding "
+                         f"{model.config.vocab_size} rows; they are not of one model")
+    return model, tokenizer
