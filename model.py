@@ -1511,6 +1511,6 @@ def load_with_tokenizer(directory, *, device="cpu"):
     model = load_pretrained(directory, device=device, dtype=torch.float32 if on_cpu else None)
     tokenizer = Tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:  # fewer is fine: padding rows
-        raise ValueError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, the embedding "
-                         f"{model.config.vocab_size} rows; they are not of one model")
+        raise ValueError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, the "
+                         f"embedding {model.config.vocab_size} rows; they are not of one model")
     return model, tokenizer

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -363,6 +364,11 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
     assert "FILE.txt" in refused(*tiny(out, tmp_path / "a.parquet"))
     assert "not a number" in refused(*tiny(out, f"{corpus}=much"))
     assert "config.json" in refused(*tiny(out, corpus, "--teacher", tmp_path / "nowhere"))
+    shutil.copytree(TEACHER, tmp_path / "mixed")
+    spec = json.loads((TEACHER / "tokenizer.json").read_text())
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 2000, "content": "<|more|>"})
+    (tmp_path / "mixed/tokenizer.json").write_text(json.dumps(spec))
+    assert "not of one model" in refused(*tiny(out, corpus, "--teacher", tmp_path / "mixed"))
     assert "--window" in refused(*tiny(out, corpus, "--window", 0))
     assert "--resume" in refused(*tiny(out, corpus, "--resume"))
 
