@@ -622,7 +622,7 @@ class FeatureMap(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, width, width))
 
     def forward(self, x):
-        features = torch.einsum("bhtd,hde->bhte", x, self.weight)
+        features = torch.einsum("bhtd,hde->bhte", x, self.weight.to(x.dtype))
         return features.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 

@@ -240,6 +240,32 @@ def test_alignment_trains_the_new_parameters_as_plain_autograd_would(teacher):
     assert all(p.grad is None for name, p in student.named_parameters() if not is_new(name))
 
 
+def test_both_losses_under_bf16_autocast_stay_near_fp32(teacher):
+    """What a GPU runs: bf16 teacher and autocast, fp32 gates, states, gradients and masters."""
+    tokens = torch.randint(0, 1000, (2, 128), generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(128).expand(2, -1) // 50
+    found = {}
+    for bf16 in (False, True):
+        frozen = load_pretrained(TEACHER, dtype=torch.bfloat16 if bf16 else None)
+        targets = teacher_topk(frozen.hidden(tokens).flatten(0, 1).detach(),
+                               frozen.lm_head_weight.detach(), 64)
+        aligned = student_from_teacher(frozen, window=16)
+        student = load_pretrained(TEACHER)
+        student = student_from_teacher(student, window=16)
+        new = distill.select_trainable(aligned, "new")
+        everything = distill.select_trainable(student, "all")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            align = alignment_losses(aligned, tokens, ids, backward_scale=1.0)
+            hidden = student.hidden(tokens, document_ids=ids).flatten(0, 1)
+            loss, _ = sparse_kd_loss(hidden, student.lm_head_weight, tokens.flatten(), *targets)
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in (*new.values(), *everything.values()))
+        found[bf16] = [align, loss.detach()] + [
+            torch.cat([p.grad.flatten() for p in ps.values()]) for ps in (new, everything)]
+    for a, b in zip(found[True], found[False]):
+        assert (a - b).norm() < 0.05 * b.norm()
+
+
 def test_schedule_warms_up_and_ends_where_it_should():
     rates = [learning_rate(i, 100, 10, 1.0, 0.1) for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0

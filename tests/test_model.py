@@ -487,6 +487,18 @@ def test_student_folder_describes_itself(folders, tmp_path, mixer):
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "s").iterdir()}
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+@torch.no_grad()
+def test_student_of_a_bf16_teacher_computes_what_the_fp32_one_does(folders, mixer):
+    # Copied weights in bf16, new ones in fp32: what stage I trains on a GPU.
+    students = [wake_gates(student_from_teacher(load_pretrained(folders("qwen3")[0], dtype=dtype),
+                                                window=9, mixer=mixer))
+                for dtype in (torch.bfloat16, torch.float32)]
+    a, b = (student(random_tokens()).float() for student in students)
+    assert 0 < (a - b).abs().mean() < 0.1 and (a.argmax(-1) == b.argmax(-1)).float().mean() > 0.9
+    assert generate(students[0], random_tokens(), max_new_tokens=3, stop=()).shape == (2, 103)
+
+
 def test_student_shares_the_teachers_weights_and_adds_few(folders):
     teacher = load_pretrained(folders("llama3.1")[0])
     student = student_from_teacher(teacher)
