@@ -561,11 +561,11 @@ def align(run, student, mixture, stop):
             optimizer.zero_grad()
             # --------------------
             log(run, bar, "align", step, lr=lr, loss=losses.sum(), norm=norm)
-            save = (step + 1) % run.save_every == 0 or stop
-            if save and step + 1 < run.align_steps:
-                save_checkpoint(run.checkpoints, "align", step + 1, trainable, optimizer)
-            if stop:
-                raise Stopped(f"stage I, step {step + 1}")
+            done = step + 1
+            if done < run.align_steps and (done % run.save_every == 0 or stop):
+                save_checkpoint(run.checkpoints, "align", done, trainable, optimizer)
+                if stop:
+                    raise Stopped(f"stage I, step {done}")
     tqdm.write("loss per layer: " + " ".join(f"{x:.2e}" for x in losses.tolist()))
 
 
@@ -614,8 +614,8 @@ def distil(run, student, teacher, mixture, heldout, stop):
             done = step + 1
             if done < run.distil_steps and (done % run.save_every == 0 or stop):
                 save_checkpoint(run.checkpoints, "distil", done, trainable, optimizer)
-            if stop:
-                raise Stopped(f"stage II, step {done}")
+                if stop:
+                    raise Stopped(f"stage II, step {done}")
             if done < run.distil_steps and done % run.eval_every == 0:
                 r = compare(student, teacher, heldout, run.eval_rows, run.micro_batch, run.device)
                 tqdm.write(f"held-out after {done} steps: CE {r['all']['ce']:.4f}  "
@@ -844,6 +844,11 @@ def check_arguments(run):
                  "eval_rows", "align_tokens", "tokens", "window"):
         if getattr(run, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    names = [parse_data(spec)[0].stem for spec in run.data]
+    taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all"}
+    if len(set(names)) < len(names) or taken & set(names):
+        raise ValueError(f"--data: the files' names {names} name sources and folders of the run; "
+                         f"they must differ and be none of {sorted(taken)}: rename a file")
     if run.experts and len(run.data) < 2:
         raise ValueError("--experts needs two --data files or more: an expert for each")
     for path in run.tasks:

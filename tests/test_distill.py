@@ -395,6 +395,8 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
     spec["added_tokens"].append({**spec["added_tokens"][0], "id": 2000, "content": "<|more|>"})
     (tmp_path / "mixed/tokenizer.json").write_text(json.dumps(spec))
     assert "not of one model" in refused(*tiny(out, corpus, "--teacher", tmp_path / "mixed"))
+    seed = write_rows(tmp_path / "seed.jsonl", ["one", "two"])
+    assert "rename" in refused(*tiny(out, seed))
     assert "--window" in refused(*tiny(out, corpus, "--window", 0))
     assert "--resume" in refused(*tiny(out, corpus, "--resume"))
 
