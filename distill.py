@@ -280,10 +280,10 @@ def open_data(specs, tokenizer, eos_id, folder, T):
 # ----------------------------------------------------------------------------------------------
 
 
-def _chunks(tokens, vocab_size):
-    """Slices of tokens so small that (slice, vocab_size) in fp32 stays below 256 MB."""
-    size = max(1, (1 << 26) // vocab_size)
-    return [slice(i, min(i + size, tokens)) for i in range(0, tokens, size)]
+def _chunks(count, width):
+    """Slices of range(count) so small that (slice, width) in fp32 stays below 256 MB."""
+    size = max(1, (1 << 26) // width)
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 @torch.no_grad()
@@ -312,8 +312,8 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
 
     Paper: KL over "the distribution over the top-k tokens". Here: both distributions are
     renormalised over those k tokens, because cutting them off without is biased (2503.16870).
-    With k = V it is the full KL. Logits exist for one chunk of tokens at a time, and gradients
-    are formed with them: neither pass holds a (tokens, V) matrix.
+    With k = V it is the full KL. Logits exist for one slice of the vocabulary at a time, and
+    gradients are formed in the forward pass: there is never a (tokens, V) matrix.
     """
     loss, ce, kl = _SparseKD.apply(
         hidden.flatten(0, -2), lm_head_weight, labels.flatten(), topk_ids.flatten(0, -2),
@@ -322,45 +322,62 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
 
 
 class _SparseKD(torch.autograd.Function):
+    """Two passes over slices of the vocabulary: log Z and the logits that count, then gradients.
+
+    Slices of V, not of tokens: every row of lm_head's gradient is then one matrix product over all
+    tokens, rounded once, and needs no fp32 buffer of lm_head's size. The price is that logits are
+    computed twice, 2 % of an 8B model's step.
+    """
+
     @staticmethod
     def forward(ctx, hidden, weight, labels, ids, logprobs, gamma, beta):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        x, w = hidden.to(dtype), weight.to(dtype)
-        need_x, need_w = ctx.needs_input_grad[:2]
-        grad_x = torch.empty_like(hidden) if need_x else None
-        grad_w = torch.zeros_like(weight, dtype=wide) if need_w else None
-        valid = labels != -100
-        count = valid.sum().clamp_min(1)
-        ce = kl = torch.zeros((), dtype=wide, device=hidden.device)
+        x, (N, V) = hidden.to(dtype), (len(hidden), len(weight))
+        slices = _chunks(V, max(N, x.shape[1]))  # no (slice, hidden) product above 256 MB either
+        valid = (labels != -100)[:, None]
+        share = valid.to(wide) / valid.sum().clamp_min(1)
+        # The label is one more column of ids; each column is looked up in the slice it falls in.
+        ids = torch.cat((ids.long(), labels.clamp_min(0)[:, None]), dim=1)  # (N, k + 1)
+
+        def local(v):
+            return (ids - v.start).clamp(0, v.stop - v.start - 1), (ids >= v.start) & (ids < v.stop)
+
         with torch.autocast(kind, enabled=False):
-            for rows in _chunks(len(x), len(w)):
-                z = (x[rows] @ w.T).to(wide)  # (C, V)
-                ok = valid[rows, None].to(wide) / count
-                label, id_k = labels[rows, None].clamp_min(0), ids[rows].long()
-                lse = z.logsumexp(-1, keepdim=True)
-                ce = ce + ((lse - z.gather(1, label)) * ok).sum()
-                log_p = logprobs[rows].to(wide).log_softmax(-1)  # teacher over its top k
-                log_q = z.gather(1, id_k).log_softmax(-1)  # student over the same k
-                kl = kl + (log_p.exp() * (log_p - log_q) * ok).sum()
-                if not (need_x or need_w):
-                    continue
-                # d CE / dz = softmax(z) - onehot(label);  d KL / dz_k = q_k - p_k
-                g = z.sub_(lse).exp_().mul_(gamma * ok)
-                g.scatter_add_(1, label, -gamma * ok)
-                g.scatter_add_(1, id_k, beta * ok * (log_q.exp() - log_p.exp()))
-                g = g.to(dtype)
+            log_z = torch.full((N, 1), -torch.inf, dtype=wide, device=hidden.device)
+            z_ids = torch.zeros(ids.shape, dtype=wide, device=hidden.device)
+            for v in slices:
+                z = (x @ weight[v].to(dtype).T).to(wide)  # (N, slice)
+                log_z = torch.logaddexp(log_z, z.logsumexp(-1, keepdim=True))
+                at, here = local(v)
+                z_ids = torch.where(here, z.gather(1, at), z_ids)
+            ce = ((log_z - z_ids[:, -1:]) * share).sum()
+            log_p = logprobs.to(wide).log_softmax(-1)  # teacher over its top k
+            log_q = z_ids[:, :-1].log_softmax(-1)  # student over the same k
+            kl = (log_p.exp() * (log_p - log_q) * share).sum()
+
+            # d CE / dz = softmax(z) - onehot(label);  d KL / dz_k = q_k - p_k
+            need_x, need_w = ctx.needs_input_grad[:2]
+            grad_x = torch.zeros_like(hidden, dtype=wide) if need_x else None
+            grad_w = torch.empty_like(weight) if need_w else None
+            change = torch.cat((beta * share * (log_q.exp() - log_p.exp()), -gamma * share), dim=1)
+            for v in slices if need_x or need_w else ():
+                if len(slices) > 1:
+                    z = (x @ weight[v].to(dtype).T).to(wide)
+                g = z.sub_(log_z).exp_().mul_(gamma * share)
+                at, here = local(v)
+                g = g.scatter_add_(1, at, change * here).to(dtype)
                 if need_x:
-                    grad_x[rows] = (g @ w).to(grad_x.dtype)
+                    grad_x += g @ weight[v].to(dtype)
                 if need_w:
-                    grad_w += g.T @ x[rows]
-        ctx.save_for_backward(grad_x, grad_w)
+                    grad_w[v] = g.T @ x
+        ctx.grads = grad_x if grad_x is None else grad_x.to(hidden.dtype), grad_w
         return gamma * ce + beta * kl, ce, kl
 
     @staticmethod
     def backward(ctx, grad, _ce, _kl):
-        return *(None if g is None else g * grad for g in ctx.saved_tensors), *(None,) * 5
+        return *(None if g is None else g.mul_(grad) for g in ctx.grads), *(None,) * 5
 
 
 def alignment_losses(student, tokens, document_ids, backward_scale=None):
@@ -805,21 +822,22 @@ class LiveBytes(TorchDispatchMode):
         self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.update(storages((args, kwargs)))  # what was made outside is not counted
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.see(tensor.untyped_storage())
-        return out
-
-    def see(self, storage):
-        if storage not in self.seen:
+        for storage in storages(out).difference(self.seen):
             self.seen.add(storage)
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.free, storage.nbytes())
+        return out
 
     def free(self, size):
         self.now -= size
+
+
+def storages(values):
+    """The set of memory blocks behind all tensors in a nest of tuples and dicts."""
+    return {x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
 
 
 def working_bytes(run, config, stage, layers):

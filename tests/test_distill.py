@@ -1,6 +1,8 @@
 """distill.py: packing, mixtures, losses against autograd, exact resume, and what it refuses."""
 
+import glob
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -297,8 +299,7 @@ def tiny(out, corpus, *more):
 
 
 def logged(out):
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {(r["stage"], r["step"]): r for r in rows}
+    return {(r["stage"], r["step"]): r for r in all_lines(out)}
 
 
 def test_a_run_ends_with_a_table_and_a_student(tmp_path, corpus):
@@ -331,36 +332,144 @@ def test_ablation_flags_change_what_they_say(tmp_path, corpus, flags, moves):
     assert aligned == ("after stage I " in done.stdout) == ("stage I is skipped" not in done.stdout)
 
 
-def test_killed_runs_resume_with_the_same_losses(tmp_path, corpus):
+def all_lines(out):
+    """Every whole line of the log, repeated steps too."""
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(x) for x in lines if x.endswith("\n")]
+
+
+def start(args):
+    """distill.main(args) in a forked child (fork: no seconds of imports), its output in a file."""
+    def child():
+        sys.stdout = sys.stderr = open(Path(args[args.index("--out") + 1]).with_suffix(".txt"), "a")
+        distill.main([str(a) for a in args])
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def saving(out):
+    return glob.glob(f"{out}/checkpoints/*.tmp/*")  # Path.glob raises when a folder vanishes
+
+
+def test_runs_killed_at_random_go_on_with_the_same_losses(tmp_path, corpus):
+    more = ("--save-every", 1, "--align-tokens", 64 * 4 * 24, "--tokens", 64 * 4 * 24)
+    whole = start(tiny(tmp_path / "whole", corpus, *more))
+    whole.join(240)
+    assert whole.exitcode == 0
+    expected = logged(tmp_path / "whole")
+    out, rng = tmp_path / "run", np.random.default_rng(0)
+    flags, kills, in_save = tiny(out, corpus, *more), [], 0
+    while True:
+        resume = ("--resume",) if (out / "run.json").exists() else ()
+        process, began = start((*flags, *resume)), time.time()
+        if len(kills) < 24:  # after one or two more steps, and a random part of one
+            before = len(all_lines(out)) if (out / "log.jsonl").exists() else 0
+            while process.is_alive() and (not (out / "log.jsonl").exists()
+                                          or len(all_lines(out)) < before + rng.integers(1, 3)):
+                assert time.time() < began + 120
+            if len(kills) % 3 == 0:  # every third one in the middle of a save
+                while process.is_alive() and not saving(out):
+                    pass
+            else:
+                time.sleep(rng.uniform(0, 0.1))
+            in_save += bool(saving(out))
+            process.kill()
+            kills.append(len(logged(out)))
+        process.join(240)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        assert kills and len(list(out.glob("checkpoints/*"))) <= 4  # two, one torn, one replaced
+    assert len(kills) >= 20 and min(kills) < 24 < max(kills) and in_save >= 3
+    for row in all_lines(out):  # bit-equal, also the steps that were done twice
+        assert row == expected[row["stage"], row["step"]]
+    assert logged(out) == expected
+    assert all(torch.equal(a, b) for a, b in zip(load_pretrained(out / "student").parameters(),
+                                                 load_pretrained(tmp_path / "whole/student").parameters()))
+
+
+def test_a_stop_is_saved_and_other_settings_are_refused(tmp_path, corpus):
+    for stage, name in (("align", "seed"), ("distil", "student")):
+        out = tmp_path / stage
+        process = start(tiny(out, corpus, "--save-every", 100))
+        while not (out / "log.jsonl").exists() or (stage, 7) not in logged(out):
+            assert process.is_alive()
+            time.sleep(0.01)
+        process.terminate()
+        process.join(60)
+        assert "--resume" in str(out.with_suffix(".txt").read_text()) or process.exitcode == 1
+        assert not (out / name).exists() and list(out.glob(f"checkpoints/{stage}-*"))
+        changed = command(*tiny(out, corpus, "--resume", "--seed", 3, "--beta", 0.2))
+        assert changed.returncode == 2
+        assert "seed was 0, now 3" in changed.stderr and "beta was 0.1, now 0.2" in changed.stderr
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, corpus):
+    out = tmp_path / "run"
+    process = start(tiny(out, corpus, "--save-every", 2))
+    while not (out / "log.jsonl").exists() or ("distil", 7) not in logged(out):
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    last = sorted(out.glob("checkpoints/distil-*[0-9]"))[-1]
+    file = last / "exp_avg-0000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    resumed = command(*tiny(out, corpus, "--save-every", 2, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{last} cannot be read" in resumed.stdout
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def torchrun(*args):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
+            "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "distill.py"), *map(str, args)]
+
+
+def closeness(a, b):
+    """Largest relative difference of two logs' losses."""
+    assert a.keys() == b.keys()
+    return max(abs(a[at][key] - b[at][key]) / abs(a[at][key])
+               for at in a for key in ("loss", "ce", "kl") if key in a[at])
+
+
+@pytest.mark.parametrize("train", ["all", "mixer"])
+def test_two_processes_have_the_losses_of_one(tmp_path, corpus, train):
+    flags = ("--train", train, "--micro-batch", 1, "--align-tokens", 64 * 4 * 20, "--tokens",
+             64 * 4 * 20, "--recompute" if train == "all" else "--no-recompute")
+    one = command(*tiny(tmp_path / "one", corpus, *flags))
+    assert one.returncode == 0, one.stderr
+    two = subprocess.run(torchrun(*tiny(tmp_path / "two", corpus, *flags)), text=True, timeout=240,
+                         capture_output=True, cwd=ROOT, env=ONE_THREAD)
+    assert two.returncode == 0, two.stderr
+    assert closeness(logged(tmp_path / "one"), logged(tmp_path / "two")) < 1e-5
+    assert two.stdout.count("held-out, after stage II") == 1  # one process speaks
+    results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two")]
+    for name, r in results[0].items():
+        assert r["all"]["kl"] == pytest.approx(results[1][name]["all"]["kl"], rel=1e-3, abs=1e-6)
+
+
+def test_a_run_of_two_processes_goes_on_with_one(tmp_path, corpus):
     whole = command(*tiny(tmp_path / "whole", corpus))
     assert whole.returncode == 0, whole.stderr
-    for stage, name in (("align", "seed"), ("distil", "student")):
-        for how in (signal.SIGKILL, signal.SIGTERM):
-            out = tmp_path / f"{stage}{how}"
-            args = [sys.executable, str(ROOT / "distill.py"), *map(str, tiny(out, corpus))]
-            process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                       text=True, cwd=ROOT, env=ONE_THREAD)
-            deadline = time.time() + 200
-            while not ((out / "log.jsonl").exists() and (stage, 7) in logged_so_far(out)):
-                assert time.time() < deadline and process.poll() is None
-                time.sleep(0.01)
-            process.send_signal(how)
-            printed, _ = process.communicate(timeout=60)
-            assert not (out / name).exists()
-            if how == signal.SIGTERM:
-                assert process.returncode == 0 and "--resume" in printed
-            resumed = command(*tiny(out, corpus, "--resume"))
-            assert resumed.returncode == 0, resumed.stderr
-            assert f"resuming {stage}" in resumed.stdout
-            assert logged(out) == logged(tmp_path / "whole")  # bit-equal, also after the kill
-    changed = command(*tiny(tmp_path / "whole", corpus, "--resume", "--seed", 3, "--beta", 0.2))
-    assert changed.returncode == 2
-    assert "seed was 0, now 3" in changed.stderr and "beta was 0.1, now 0.2" in changed.stderr
-
-
-def logged_so_far(out):
-    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-    return {(r["stage"], r["step"]) for r in map(json.loads, (x for x in lines if x[-1] == "\n"))}
+    for stage in ("align", "distil"):
+        out = tmp_path / stage
+        process = subprocess.Popen(torchrun(*tiny(out, corpus)), cwd=ROOT, env=ONE_THREAD,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 200
+        while not ((out / "log.jsonl").exists() and (stage, 7) in logged(out)):
+            assert time.time() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)  # torchrun hands it on
+        process.wait(60)
+        resumed = command(*tiny(out, corpus, "--resume"))
+        assert resumed.returncode == 0, resumed.stderr
+        assert "written by 2 processes, now 1" in resumed.stdout
+        assert closeness(logged(tmp_path / "whole"), logged(out)) < 1e-5
 
 
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
