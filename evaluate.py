@@ -838,8 +838,6 @@ QUANTITIES = {  # key of a measurement: title, unit, how many of these are one o
     "decode_tokens_per_s": ("decode throughput", "tokens/s", 1),
     "cache_bytes": ("cache", "MB", 1e-6),
     "peak_bytes": ("peak memory above the weights", "MB", 1e-6)}  # None on a CPU
-
-
 PASSES = 4  # over a cell, the first to warm up
 
 
@@ -859,8 +857,8 @@ def _parts(thing, seen):
     if id(thing) in seen or isinstance(thing, (torch.nn.Module, torch.nn.Parameter)):
         return  # the model's own
     seen[id(thing)] = thing
-    if isinstance(thing, (list, tuple)):
-        values = thing
+    if isinstance(thing, (list, tuple, dict)):
+        values = thing.values() if isinstance(thing, dict) else thing
     elif isinstance(thing, torch.Tensor) or type(thing).__module__ == Cache.__module__:
         yield thing
         values = () if isinstance(thing, torch.Tensor) else vars(thing).values()
@@ -939,8 +937,8 @@ def measure_cell(models, batch, context, new_tokens, seconds, passes=PASSES):
         if found[name] is None or spent[name] >= seconds:
             continue
         started, device = time.perf_counter(), model.lm_head_weight.device
-        tokens = torch.randint(model.config.vocab_size, (batch, context), device=device)
         try:
+            tokens = torch.randint(model.config.vocab_size, (batch, context), device=device)
             found[name].append(time_once(model, tokens, new_tokens, seconds))
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -1058,27 +1056,25 @@ def run_lm_eval(run):
 
 
 def open_speed_models(run):
-    """For `speed`: {"teacher": (model, what it is), "student": (model, what it is)}."""
+    """{"teacher": Transformer, "student": Transformer} for `speed`."""
     on_cpu, window = torch.device(run.device).type == "cpu", 512
     dtype = torch.float32 if on_cpu else None  # as load_with_tokenizer
     if run.shape:
         teacher = random_8b_stack(run.layers, run.device, dtype or torch.bfloat16)
-        source = f"{run.layers} layers of random weights, each shaped as Llama-3.1-8B's"
     else:
-        source = run.teacher or Path(__file__).resolve().parent / "tests/teacher"
+        folder = run.teacher or Path(__file__).resolve().parent / "tests/teacher"
         window = 512 if run.teacher else 16  # as distill.py's preset for the shipped teacher
-        teacher = load_pretrained(source, device=run.device, dtype=dtype)
+        teacher = load_pretrained(folder, device=run.device, dtype=dtype)
         if teacher.config.hybrid:
-            raise ValueError(f"--teacher {source} is a student; name its teacher's folder")
-    if run.student:
-        student, made = load_pretrained(run.student, device=run.device, dtype=dtype), run.student
+            raise ValueError(f"--teacher {folder} is a student; name its teacher's folder")
+    if not run.student:
+        student = student_from_teacher(teacher, window=run.window or window)
+    else:
+        student = load_pretrained(run.student, device=run.device, dtype=dtype)
         if not student.config.hybrid:
             raise ValueError(f"--student {run.student} is no student: its config.json has no "
                              '"hybrid" object; leave the flag out to measure an untrained student')
-    else:
-        student = student_from_teacher(teacher, window=run.window or window)
-        made = "the teacher's weights and untrained new ones"
-    return {"teacher": (teacher, str(source)), "student": (student, str(made))}
+    return {"teacher": teacher, "student": student}
 
 
 def describe_machine(device):
@@ -1098,22 +1094,23 @@ def plan_speed(run, models):
               "settings": {"contexts": run.contexts, "batches": run.batches,
                            "new_tokens": run.new_tokens, "seconds": run.seconds,
                            "prefill_piece": PREFILL}, "models": {}, "cells": []}
-    for name, (model, source) in models.items():
+    untrained = "" if run.student else "the same weights and untrained new ones"
+    for name, model in models.items():
         hybrid, dtype = model.config.hybrid, str(model.lm_head_weight.dtype).removeprefix("torch.")
-        size, count = (sum(getattr(p, key) if key == "nbytes" else p.numel()
-                           for p in model.parameters()) for key in ("nbytes", "numel"))
+        source = hybrid and untrained or str(model.source or f"random weights, {run.layers} layers")
+        count, size = (sum(sizes) for sizes in zip(*((p.numel(), p.nbytes)
+                                                     for p in model.parameters())))
         report["models"][name] = {"source": source, "parameters": count, "parameter_bytes": size,
                                   "dtype": dtype, "hybrid": hybrid and vars(hybrid)}
-        print(f"{name:<10}{source}: {count:,} parameters, {size / 1e6:,.1f} MB, {dtype}"
-              + (f"; mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks" if hybrid
-                 else ""))
+        print(f"{name}   {source}: {count:,} parameters, {size / 1e6:,.1f} MB, {dtype}")
+        if hybrid:
+            print(f"          mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks")
     print("machine   " + ", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(f"plan      batches {run.batches} x contexts {run.contexts}. In each cell both models "
-          f"read a random prompt\n          and decode {run.new_tokens} tokens, in turns, up to "
-          f"{PASSES} times; the first time warms up; medians.\n          A model starts no new "
-          f"time after {run.seconds:g} s. A prefill that takes longer is given up\n          (-), "
-          "and decoding goes on from a cache filled with random numbers.\n          Peak memory is "
-          "measured on GPUs only.")
+    print(f"grid      batches {run.batches} x contexts {run.contexts}. In each cell both read a "
+          f"random prompt and\n          decode {run.new_tokens} tokens, in turns, up to {PASSES} "
+          "times, the first to warm up; medians are kept.\n          No model starts again after "
+          f"{run.seconds:g} s. A longer prefill is given up (-), and decoding timed\n          "
+          "from a cache filled with random numbers. Peak memory is measured on GPUs only.")
     return report
 
 
@@ -1122,8 +1119,7 @@ def run_speed(run):
     models = open_speed_models(run)
     report, path = plan_speed(run, models), run.out / "speed.json"
     run.out.mkdir(parents=True, exist_ok=True)
-    models, cells = {name: model for name, (model, _) in models.items()}, report["cells"]
-    grid = list(itertools.product(run.batches, run.contexts))
+    grid, cells = list(itertools.product(run.batches, run.contexts)), report["cells"]
     try:
         for batch, context in tqdm(grid, desc="speed", unit="cell", dynamic_ncols=True):
             cells.append({"batch": batch, "context": context, **measure_cell(
@@ -1131,10 +1127,10 @@ def run_speed(run):
             write_json(path, report)
     except KeyboardInterrupt:
         print(f"stopped: {len(cells)} of {len(grid)} cells are measured")
-    show_speed(cells)
     if cells:
+        show_speed(cells)
         print(f"\nreport: {path}")
-    draw_speed(cells, run.out)
+        draw_speed(cells, run.out)
 
 
 def number_of_tokens(text):
@@ -1183,7 +1179,8 @@ def parse_arguments(argv):
     s.add_argument("--batches", type=int, nargs="+", metavar="N", help="(default: 1 8; on a CPU "
                    "with --shape only 1)")
     s.add_argument("--new-tokens", type=int, default=64, help="decoded in every pass")
-    s.add_argument("--seconds", type=float, default=10.0, help="a model and cell, roughly")
+    s.add_argument("--seconds", type=float, help="a model and cell, about (default: 60; on a CPU "
+                   "10)")
     s.add_argument("--out", type=Path, required=True, help="folder of speed.json and pictures")
     s.set_defaults(run=run_speed)
 
@@ -1204,9 +1201,12 @@ def parse_arguments(argv):
     if run.command == "speed":
         if run.shape and (run.teacher or run.student) or run.student and not run.teacher:
             p.error("--student needs its --teacher, and neither goes with --shape")
+        if run.student and run.window:
+            p.error("--window is for an untrained student; the one of --student has its own")
         on_cpu = torch.device(run.device).type == "cpu"
         run.contexts = run.contexts or [1024, 4096, 16384] + [65536] * (not on_cpu)
         run.batches = run.batches or ([1] if on_cpu and run.shape else [1, 8])
+        run.seconds = run.seconds or (10.0 if on_cpu else 60.0)
     return run
 
 

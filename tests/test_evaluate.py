@@ -601,6 +601,7 @@ def test_speed_refuses_what_it_cannot_measure(tmp_path, student_dir, capsys):
                          (["--contexts", "4q"], "'4q'"), (["--shape", "9b"], "8b"),
                          (["--batches", "1", "-1"], "--batches must be"),
                          (["--student", "x"], "needs its --teacher"),
+                         (["--teacher", "x", "--student", "y", "--window", "9"], "--window"),
                          (["--shape", "8b", "--teacher", "x"], "--shape")):
         with pytest.raises(SystemExit) as status:
             evaluate.main(["speed", "--out", str(tmp_path / "out"), "--device", "cpu", *flags])
