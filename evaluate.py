@@ -1097,7 +1097,8 @@ def plan_speed(run, models):
     untrained = "" if run.student else "the same weights and untrained new ones"
     for name, model in models.items():
         hybrid, dtype = model.config.hybrid, str(model.lm_head_weight.dtype).removeprefix("torch.")
-        source = hybrid and untrained or str(model.source or f"random weights, {run.layers} layers")
+        stack = f"random weights, --shape {run.shape} --layers {run.layers}"
+        source = hybrid and untrained or str(model.source or stack)
         count, size = (sum(sizes) for sizes in zip(*((p.numel(), p.nbytes)
                                                      for p in model.parameters())))
         report["models"][name] = {"source": source, "parameters": count, "parameter_bytes": size,
