@@ -33,6 +33,7 @@ Contents: 1 data · 2 losses · 3 held-out comparison · 4 optimiser and checkpo
 import argparse
 import copy
 import dataclasses
+import datetime
 import hashlib
 import json
 import math
@@ -42,21 +43,30 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
+import weakref
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import evaluate
 from merge import merge
-from model import (MIXERS, Attention, document_starts, generate, is_new, load_pretrained,
-                   load_with_tokenizer, save_pretrained, sha256, student_from_teacher)
+from model import (MIXERS, Attention, ModelConfig, Transformer, assign, document_starts, generate, is_new,
+                   load_pretrained, load_with_tokenizer, local_rows, save_pretrained, sha256,
+                   student_config, student_from_teacher)
 
 HERE = Path(__file__).resolve().parent
 
@@ -217,8 +227,8 @@ class Mixture:
         self.which = np.repeat(np.arange(len(counts)), counts)[order]  # source of each row
         self.nth = np.concatenate([np.arange(n) for n in counts])[order]  # its how-manieth row
 
-    def rows(self, start, stop):
-        return [self.row(i) for i in range(start, stop)]
+    def rows(self, start, stop, stride=1):
+        return [self.row(i) for i in range(start, stop, stride)]
 
     def row(self, i):
         s = self.which[i]
@@ -279,10 +289,12 @@ def _chunks(tokens, vocab_size):
 
 @torch.no_grad()
 def teacher_topk(hidden, lm_head_weight, k):
-    """The teacher's k most likely tokens: hidden (N, hidden) -> ids (N, k), log-probs (N, k) fp32.
+    """The teacher's k most likely tokens: hidden (..., hidden) -> ids, log-probs (N, k), fp32.
 
     Log-probabilities are over the full vocabulary, so the mass outside the top k stays known.
     """
+    hidden = hidden.flatten(0, -2)
+    k = min(k, len(lm_head_weight))
     ids, logprobs = [], []
     for rows in _chunks(len(hidden), len(lm_head_weight)):
         logits = F.linear(hidden[rows], lm_head_weight).float()
@@ -383,7 +395,94 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. Held-out comparison of student and teacher
+# 3. Several processes (torchrun): batch rows are dealt out, stage II's weights are sharded
+# ----------------------------------------------------------------------------------------------
+# Nothing here depends on how many there are: a step has --batch rows whatever their number, losses
+# and gradients are sums over all rows divided by the step's count. Without torchrun every function
+# below is the identity.
+
+
+def start_processes(run):
+    """Join torchrun's processes, if it started this one; set run.device, run.rank and run.world."""
+    run.device, run.rank, run.world = torch.device(run.device), 0, 1
+    if "RANK" not in os.environ:
+        return
+    if run.device.type == "cuda":
+        run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(run.device)
+    # The others wait for the first one's slow work (tokenising, saving): longer than the default
+    # half hour. A process that dies is noticed by torchrun, which stops all.
+    dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(days=2))
+    run.rank, run.world = dist.get_rank(), dist.get_world_size()
+    if run.rank > 0:  # one voice: errors still reach stderr from every process
+        sys.stdout = open(os.devnull, "w")
+
+
+def barrier():
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def once(run, path, make):
+    """Have the first process call make(), unless `path` exists; all go on when it is done."""
+    if run.rank == 0 and not path.exists():
+        make()
+    barrier()
+
+
+def all_sum(tensor):
+    """The sum of every process's tensor, on every process (in place)."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(trainable):
+    """Stage I: add up all processes' gradients, in one message."""
+    if dist.is_initialized():
+        grads = [p.grad for p in trainable.values()]
+        flat = all_sum(torch.cat([g.flatten() for g in grads]))
+        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
+
+
+def clip_gradients(trainable, largest):
+    """Scale gradients down to a norm of `largest`; return the norm before, over all processes."""
+    norm = nn.utils.clip_grad_norm_(trainable.values(), largest)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def shard(model):
+    """FSDP2: every process keeps 1/world of each matrix; a block is gathered while it runs.
+
+    On GPUs in bf16, with gradients summed in fp32 and the fp32 masters sharded. The new parameters
+    (gates, feature maps) are gathered in fp32: rounding a forget gate's bias of 6.9 to bf16 moves
+    its half-life by 3 %. Micro-batches each sum their gradients: keeping them until the last one
+    would need whole gradients on every GPU.
+    """
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    half = exact if not torch.cuda.is_available() else MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model["layers"]:
+        new = [m for name, m in block.self_attn.named_children() if is_new(f".{name}.")]
+        if new:
+            fully_shard(new, mp_policy=exact)
+        fully_shard(block, mp_policy=half)
+    fully_shard(model, mp_policy=half)
+    # It warns that some modules return views, which nobody may change in place; nobody does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+
+
+def my_micro_batches(run, mixture, step):
+    """This process's rows of a step, as lists of --micro-batch rows."""
+    rows = mixture.rows(step * run.batch + run.rank, (step + 1) * run.batch, run.world)
+    return [rows[a:a + run.micro_batch] for a in range(0, len(rows), run.micro_batch)]
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Held-out comparison of student and teacher
 # ----------------------------------------------------------------------------------------------
 
 
@@ -393,42 +492,52 @@ def autocast(device):
 
 
 @torch.no_grad()
-def compare(student, teacher, sources, rows, batch_size, device):
+def compare(run, student, teacher, sources):
     """Held-out CE of the student, KL(teacher || student) over the full vocabulary, agreement.
 
-    On the first `rows` rows of every source. Returns {source: {"ce", "kl" (nats per token),
+    On the first run.eval_rows rows of every source. Returns {source: {"ce", "kl" (nats per token),
     "top1" (share of tokens where both rank the same token first)}, ..., "all": their mean}. With
     student=teacher: the teacher's own CE, and KL 0.
     """
     results = {}
     for source in sources:
-        sums, count = torch.zeros(3, dtype=torch.float64), 0
-        n = min(rows, source.num_rows)
-        for a in range(0, n, batch_size):
-            batch = [source.row(i) for i in range(a, min(a + batch_size, n))]
-            tokens, ids, labels = collate(batch, device)
-            valid = labels.flatten() != -100
-            labels = labels.flatten()[valid]
-            with autocast(device):
-                hidden_t = teacher.hidden(tokens, document_ids=ids).flatten(0, 1)[valid]
-                hidden_s = hidden_t if student is teacher else (
-                    student.hidden(tokens, document_ids=ids).flatten(0, 1)[valid])
-            for part in _chunks(len(labels), teacher.config.vocab_size):
-                p = F.linear(hidden_t[part], teacher.lm_head_weight).float().log_softmax(-1)
-                q = p if student is teacher else (
-                    F.linear(hidden_s[part], student.lm_head_weight).float().log_softmax(-1))
-                sums += torch.stack([-q.gather(1, labels[part, None]).sum(),
-                                     (p.exp() * (p - q)).sum(),
-                                     (p.argmax(-1) == q.argmax(-1)).sum()]).double().cpu()
-            count += len(labels)
-        results[source.name] = dict(zip(("ce", "kl", "top1"), (sums / max(count, 1)).tolist()))
+        sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # ce, kl, top1, tokens
+        n = min(run.eval_rows, source.num_rows)
+        # Every process makes as many calls as any other: FSDP2 gathers weights in each.
+        for a in range(0, n, run.micro_batch * run.world):
+            a += run.rank * run.micro_batch
+            rows = [source.row(i) for i in range(a, min(a + run.micro_batch, n))]
+            tokens, ids, labels = collate(rows or [source.row(0)], run.device)
+            labels = labels if rows else torch.full_like(labels, -100)
+            with autocast(run.device):
+                sums += teacher(tokens, document_ids=ids, head=lambda h_t, w_t: (
+                    _agreement(h_t, w_t, h_t, w_t, labels) if student is teacher else
+                    student(tokens, document_ids=ids, head=lambda h_s, w_s: (
+                        _agreement(h_t, w_t, h_s, w_s, labels)))))
+        *sums, count = all_sum(sums).tolist()
+        results[source.name] = {key: x / max(count, 1) for key, x in zip(("ce", "kl", "top1"), sums)}
     results["all"] = {key: sum(r[key] for r in results.values()) / len(results)
                       for key in ("ce", "kl", "top1")}
     return results
 
 
+def _agreement(hidden_t, weight_t, hidden_s, weight_s, labels):
+    """Sums over valid tokens: student's CE, KL to the teacher, equal argmax, 1.  -> (4,) fp64."""
+    valid = labels.flatten() != -100
+    labels = labels.flatten()[valid, None]
+    hidden_t, hidden_s = hidden_t.flatten(0, -2)[valid], hidden_s.flatten(0, -2)[valid]
+    sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
+    for part in _chunks(len(labels), len(weight_t)):
+        p = F.linear(hidden_t[part], weight_t).float().log_softmax(-1)
+        q = F.linear(hidden_s[part], weight_s).float().log_softmax(-1)
+        sums += torch.stack([-q.gather(1, labels[part]).sum(), (p.exp() * (p - q)).sum(),
+                             (p.argmax(-1) == q.argmax(-1)).sum(),
+                             valid.new_ones(len(q)).sum()]).double()
+    return sums
+
+
 # ----------------------------------------------------------------------------------------------
-# 4. Optimiser, schedule, checkpoints
+# 5. Optimiser, schedule, checkpoints
 # ----------------------------------------------------------------------------------------------
 
 
@@ -440,14 +549,16 @@ def learning_rate(step, steps, warmup, peak, final):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+TRAIN = {"new": is_new, "mixer": lambda name: ".self_attn." in name, "all": lambda name: True}
+
+
 def select_trainable(student, which):
     """Set requires_grad: "new" (gates and feature maps), "mixer" (+ q, k, v, o) or "all".
 
     Returns the trainable parameters by name. Raises ValueError when there are none.
     """
-    chosen = {"new": is_new, "mixer": lambda name: ".self_attn." in name, "all": lambda name: True}
     for name, p in student.named_parameters():
-        p.requires_grad_(chosen[which](name))
+        p.requires_grad_(TRAIN[which](name))
     trainable = {name: p for name, p in student.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(f"--train {which}: the mixer {student.config.hybrid.mixer!r} has no such "
@@ -458,56 +569,114 @@ def select_trainable(student, which):
 def make_optimizer(trainable):
     """AdamW with weight decay 0.1 on matrices (Paper: 0.1), none on norms and biases.
 
-    Paper: betas not stated. Here: (0.9, 0.95), as its runs are short for the default 0.999.
+    Paper: betas not stated. Here: (0.9, 0.95), as its runs are short for the default 0.999. Fused:
+    the default on a GPU makes temporary copies as large as the parameters.
     """
     matrices = [p for p in trainable.values() if p.dim() > 1]
     vectors = [p for p in trainable.values() if p.dim() <= 1]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
-                              {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95))
+                              {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True)
 
 
-def save_checkpoint(folder, stage, step, trainable, optimizer):
+STATE = ("weight", "exp_avg", "exp_avg_sq")  # a checkpoint's files: STATE-RANK.safetensors
+
+
+def save_checkpoint(run, stage, step, trainable, optimizer):
     """Write trained weights and optimiser state after `step` steps of `stage`; keep the last two.
 
-    The folder is complete or absent: it is written as *.tmp, synced and renamed. Frozen weights
+    The folder is complete or absent: it is written as *.tmp, synced and renamed. Every process
+    writes its own rows of sharded tensors, the first one those that all hold alike. Frozen weights
     are not in it: they come from the teacher (stage I) or seed/ (stage II).
     """
-    tensors = {}
-    for name, p in trainable.items():
-        tensors[f"weight.{name}"] = p.detach().cpu().contiguous()
-        for key, value in optimizer.state[p].items():  # step, exp_avg, exp_avg_sq
-            tensors[f"{key}.{name}"] = value.cpu().contiguous()
-    path = folder / f"{stage}-{step:08d}"
+    path = run.checkpoints / f"{stage}-{step:08d}"
     tmp = path.with_name(path.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    save_file(tensors, tmp / "train.safetensors", metadata={"stage": stage, "step": str(step)})
-    with open(tmp / "train.safetensors", "rb") as f:
-        os.fsync(f.fileno())
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(tmp, path)
-    for old in sorted(folder.glob(f"{stage}-????????"))[:-2]:
-        shutil.rmtree(old)
+    if run.rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+    barrier()
+    sharded = any(hasattr(p, "to_local") for p in trainable.values())
+    if sharded or run.rank == 0:
+        for state in STATE:
+            file = tmp / f"{state}-{run.rank:04d}.safetensors"
+            tensors = {name: p.detach() if state == "weight" else optimizer.state[p][state]
+                       for name, p in trainable.items()}
+            save_file({name: local_rows(x)[0].cpu().contiguous() for name, x in tensors.items()},
+                      file)
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+    barrier()
+    if run.rank == 0:
+        write_json(tmp / "manifest.json", {"stage": stage, "step": step, "world": run.world,
+                                           "files": run.world if sharded else 1})
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(tmp, path)
+        for old in checkpoints(run, stage)[:-2]:
+            shutil.rmtree(old)
 
 
-def load_checkpoint(folder, stage, trainable, optimizer):
+def checkpoints(run, stage):
+    """Folders of the stage's checkpoints, oldest first."""
+    return sorted(run.checkpoints.glob(f"{stage}-{'[0-9]' * 8}"))
+
+
+class StoredState:
+    """The tensors of one kind of STATE in a checkpoint, whatever number of processes wrote it.
+
+    Raises ValueError for a torn checkpoint.
+    """
+
+    def __init__(self, path, state):
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+            self.world = manifest["world"]
+            self.files = [safe_open(path / f"{state}-{i:04d}.safetensors", framework="pt")
+                          for i in range(manifest["files"])]
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ValueError(f"checkpoint {path} cannot be read ({error})") from None
+
+    def names(self):
+        return self.files[0].keys()
+
+    def rows(self, name, first=0, count=None):
+        """Rows first ... first + count of a tensor (all by default): each file holds the next."""
+        pieces, start = [], 0
+        for file in self.files:
+            stored = file.get_slice(name)
+            size = stored.get_shape()[0]
+            a, b = max(first - start, 0), size if count is None else first + count - start
+            if a < min(b, size):
+                pieces.append(stored[a:min(b, size)])
+            start += size
+        return torch.cat(pieces)
+
+
+def load_checkpoint(run, stage, trainable, optimizer):
     """Restore the newest whole checkpoint of `stage`; return its step, 0 if there is none.
 
-    A torn one is named and passed over.
+    A torn one is named and passed over. One written by another number of processes is read by
+    rows; the losses then go on equal up to the order of sums.
     """
-    for path in sorted(folder.glob(f"{stage}-????????"), reverse=True):
+    for path in reversed(checkpoints(run, stage)):
         try:
-            with safe_open(path / "train.safetensors", framework="pt") as f:
-                for name, p in trainable.items():
-                    p.data.copy_(f.get_tensor(f"weight.{name}"))
-                    optimizer.state[p] = {
-                        key: f.get_tensor(f"{key}.{name}").to("cpu" if key == "step" else p.device)
-                        for key in ("step", "exp_avg", "exp_avg_sq")}
-        except (SafetensorError, OSError) as error:
-            print(f"checkpoint {path} cannot be read ({error}); trying the one before")
+            stored = {state: StoredState(path, state) for state in STATE}
+        except ValueError as error:
+            print(f"{error}; trying the one before")
             continue
-        print(f"resuming {stage} from {path}")
-        return int(path.name.rpartition("-")[2])
+        step = int(path.name.rpartition("-")[2])
+        for name, p in trainable.items():
+            weight, first = local_rows(p.detach())
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
+                                  "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
+            for state in STATE:
+                into = weight if state == "weight" else local_rows(optimizer.state[p][state])[0]
+                if len(into):
+                    into.copy_(stored[state].rows(name, first, len(into)))
+        world = stored["weight"].world
+        print(f"resuming {stage} from {path}" + ("" if world == run.world else (
+            f", written by {world} processes, now {run.world}: sums change their order, so losses "
+            "go on equal to rounding, not to the bit")))
+        return step
     return 0
 
 
@@ -532,100 +701,207 @@ class Stopped(Exception):
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. Stage I: align
+# 6. Stage I: align
 # ----------------------------------------------------------------------------------------------
 
 
 def align(run, student, mixture, stop):
-    """Train the new parameters on `alignment_losses` for run.align_steps steps, in place."""
+    """Train the new parameters on `alignment_losses` for run.align_steps steps, in place.
+
+    Every process holds all frozen weights and its share of the batch: the walk over the layers
+    is no `forward`, which FSDP2 would need, and only the new parameters' gradients (0.5 % of an
+    8B model) have to be summed.
+    """
     trainable = select_trainable(student, "new")
     describe(run, "stage I (align)", student, trainable, run.align_steps)
     optimizer = make_optimizer(trainable)
-    first = load_checkpoint(run.checkpoints, "align", trainable, optimizer)
+    first = load_checkpoint(run, "align", trainable, optimizer)
     with progress_bar("align", first, run.align_steps, run) as bar:
         for step in range(first, run.align_steps):
             # ----- one step -----
             lr = learning_rate(step, run.align_steps, run.warmup, run.align_lr, run.align_lr * 1e-3)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            rows = mixture.rows(step * run.batch, (step + 1) * run.batch)
             losses = 0.0
-            for a in range(0, run.batch, run.micro_batch):
-                part = rows[a:a + run.micro_batch]
+            for part in my_micro_batches(run, mixture, step):
                 tokens, ids, _ = collate(part, run.device)
                 with autocast(run.device):
                     scale = len(part) / run.batch
                     losses = losses + scale * alignment_losses(student, tokens, ids, scale)
-            norm = nn.utils.clip_grad_norm_(trainable.values(), run.clip)
-            check_finite(run, "align", step, losses.sum(), norm)
+            sum_gradients(trainable)
+            norm = clip_gradients(trainable, run.clip)
+            *losses, stopping = all_sum(torch.cat((losses, losses.new_tensor([bool(stop)])))).tolist()
+            check_finite(run, "align", step, sum(losses), norm)
             optimizer.step()
             optimizer.zero_grad()
             # --------------------
-            log(run, bar, "align", step, lr=lr, loss=losses.sum(), norm=norm)
+            log(run, bar, "align", step, lr=lr, loss=sum(losses), norm=norm)
             done = step + 1
-            if done < run.align_steps and (done % run.save_every == 0 or stop):
-                save_checkpoint(run.checkpoints, "align", done, trainable, optimizer)
-                if stop:
+            if done < run.align_steps and (done % run.save_every == 0 or stopping):
+                save_checkpoint(run, "align", done, trainable, optimizer)
+                if stopping:
                     raise Stopped(f"stage I, step {done}")
-    tqdm.write("loss per layer: " + " ".join(f"{x:.2e}" for x in losses.tolist()))
+    tqdm.write("loss per layer: " + " ".join(f"{x:.2e}" for x in losses))
 
 
 # ----------------------------------------------------------------------------------------------
-# 6. Stage II: distil
+# 7. Stage II: distil
 # ----------------------------------------------------------------------------------------------
 
 
 def distil(run, student, teacher, mixture, heldout, stop):
     """Train run.train's parameters on `sparse_kd_loss` for run.distil_steps steps, in place."""
     trainable = select_trainable(student, run.train)
-    for p in student.parameters():  # frozen weights need no fp32 copy
-        if not p.requires_grad:
-            p.data = p.data.to(teacher.lm_head_weight.dtype)
     describe(run, "stage II (distil)", student, trainable, run.distil_steps)
     optimizer = make_optimizer(trainable)
-    first = load_checkpoint(run.checkpoints, "distil", trainable, optimizer)
-    k = min(run.topk, teacher.config.vocab_size)
+    first = load_checkpoint(run, "distil", trainable, optimizer)
     with progress_bar("distil", first, run.distil_steps, run) as bar:
         for step in range(first, run.distil_steps):
             # ----- one step -----
             lr = learning_rate(step, run.distil_steps, run.warmup, run.lr, run.lr)  # constant
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            rows = mixture.rows(step * run.batch, (step + 1) * run.batch)
-            batch = collate(rows, run.device)
-            valid = (batch[2] != -100).sum().clamp_min(1)  # of the batch: micro-batches differ
-            metrics = {"ce": 0.0, "kl": 0.0}
-            for tokens, ids, labels in zip(*(x.split(run.micro_batch) for x in batch)):
+            batches = [collate(part, run.device) for part in my_micro_batches(run, mixture, step)]
+            valid = all_sum(sum((labels != -100).sum() for _, _, labels in batches)).clamp_min(1)
+            sums = torch.zeros(3, device=run.device)  # ce, kl, whether to stop
+            for tokens, ids, labels in batches:
                 with torch.no_grad():
-                    hidden = teacher.hidden(tokens, document_ids=ids).flatten(0, 1)
-                    targets = teacher_topk(hidden, teacher.lm_head_weight, k)
+                    targets = teacher(tokens, document_ids=ids,
+                                      head=partial(teacher_topk, k=run.topk))
                 with autocast(run.device):
-                    hidden = student.hidden(tokens, document_ids=ids).flatten(0, 1)
-                    loss, parts = sparse_kd_loss(hidden, student.lm_head_weight, labels.flatten(),
-                                                 *targets, gamma=run.gamma, beta=run.beta)
-                share = (labels != -100).sum() / valid
-                (loss * share).backward()
-                metrics = {key: metrics[key] + share * parts[key] for key in metrics}
-            norm = nn.utils.clip_grad_norm_(trainable.values(), run.clip)
-            check_finite(run, "distil", step, metrics["ce"] + metrics["kl"], norm)
+                    loss, parts = student(tokens, document_ids=ids, head=lambda h, w: (
+                        sparse_kd_loss(h, w, labels, *targets, gamma=run.gamma, beta=run.beta)))
+                share = (labels != -100).sum() / valid  # of all processes' tokens in this step
+                (loss * share * run.world).backward()  # FSDP2 takes the mean over processes
+                sums += torch.stack((parts["ce"], parts["kl"], share.new_zeros(()))) * share
+            sums[2] = bool(stop)
+            ce, kl, stopping = all_sum(sums).tolist()
+            norm = clip_gradients(trainable, run.clip)
+            check_finite(run, "distil", step, ce + kl, norm)
             optimizer.step()
             optimizer.zero_grad()
             # --------------------
-            log(run, bar, "distil", step, lr=lr, norm=norm, **metrics)
+            log(run, bar, "distil", step, lr=lr, norm=norm, ce=ce, kl=kl)
             done = step + 1
-            if done < run.distil_steps and (done % run.save_every == 0 or stop):
-                save_checkpoint(run.checkpoints, "distil", done, trainable, optimizer)
-                if stop:
+            if done % run.save_every == 0 or stopping or done == run.distil_steps:
+                save_checkpoint(run, "distil", done, trainable, optimizer)
+                if stopping and done < run.distil_steps:
                     raise Stopped(f"stage II, step {done}")
             if done < run.distil_steps and done % run.eval_every == 0:
-                r = compare(student, teacher, heldout, run.eval_rows, run.micro_batch, run.device)
+                r = compare(run, student, teacher, heldout)
                 tqdm.write(f"held-out after {done} steps: CE {r['all']['ce']:.4f}  "
                            f"KL {r['all']['kl']:.4f}  top-1 {r['all']['top1']:.3f}")
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. What the user sees: plan, progress, report
+# 8. What the user sees: memory, plan, progress, report
 # ----------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside it that are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor.untyped_storage())
+        return out
+
+    def see(self, storage):
+        if storage not in self.seen:
+            self.seen.add(storage)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, storage.nbytes())
+
+    def free(self, size):
+        self.now -= size
+
+
+def working_bytes(run, config, stage, layers):
+    """Peak of what one micro-batch needs besides weights, gradients and optimiser state.
+
+    By running it, on tensors that have a shape and no memory, on a model cut to `layers` layers.
+    """
+    config = dataclasses.replace(config, num_layers=layers,
+                                 layer_windows=config.layer_windows[:layers])
+    dtype = torch.float32 if run.device.type == "cpu" else torch.bfloat16
+    with torch.device("meta"):
+        student, teacher = Transformer(config), Transformer(dataclasses.replace(config, hybrid=None))
+    with FakeTensorMode(), torch.no_grad():
+        for model in (student, teacher):
+            for name, p in list(model.named_parameters()):
+                assign(model, name, nn.Parameter(torch.empty(
+                    p.shape, dtype=torch.float32 if is_new(name) else dtype)))
+        teacher.requires_grad_(False)
+        for block in student.model["layers"]:
+            block.recompute = run.recompute
+        trainable = select_trainable(student, "new" if stage == "align" else run.train)
+        for p in trainable.values():  # they are counted as gradients
+            p.grad = torch.empty_like(p)
+        tokens = torch.zeros(run.micro_batch, run.context, dtype=torch.long)
+        with LiveBytes() as live, torch.enable_grad():
+            if stage == "align":
+                alignment_losses(student, tokens, tokens, 1.0)
+            else:
+                with torch.no_grad():
+                    targets = teacher(tokens, document_ids=tokens,
+                                      head=partial(teacher_topk, k=run.topk))
+                student(tokens, document_ids=tokens, head=lambda h, w: sparse_kd_loss(
+                    h, w, tokens, *targets, gamma=run.gamma, beta=run.beta))[0].backward()
+    return live.peak
+
+
+def plan_memory(run, config, stage):
+    """Bytes that a step of `stage` ("align", "distil") needs on one process, by kind.
+
+    config: the student's. Weights: bf16 on a GPU, fp32 on a CPU; fp32 where they train. Under
+    torchrun stage II's are sharded, and the block at work, the next one and the embeddings whole.
+    "at work": activations, the loss chunk and temporary gradients (`working_bytes`).
+    """
+    cpu, sharded = run.device.type == "cpu", stage == "distil" and "RANK" in os.environ
+    half, share = 4 if cpu else 2, run.world if sharded else 1
+    with torch.device("meta"):
+        student = Transformer(config)
+    sizes = {name: p.numel() for name, p in student.named_parameters()}
+    copied = sum(n for name, n in sizes.items() if not is_new(name))
+    trains = TRAIN["new" if stage == "align" else run.train]
+    train = sum(n for name, n in sizes.items() if trains(name))
+    needs = {"weights": (4 * train + half * (sum(sizes.values()) - train)) // share,
+             "gradients": 4 * train // share, "AdamW": 8 * train // share}
+    if stage == "distil":
+        needs["teacher"] = half * copied // share
+    blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
+    if sharded:
+        needs["gathered"] = half * (2 * (sum(sizes.values()) - sum(blocks)) + 4 * max(blocks))
+    elif not cpu and stage == "distil":
+        needs["bf16 copies"] = 2 * train  # autocast's
+    one, two = (working_bytes(run, config, stage, n) for n in (1, 2))
+    needs["at work"] = one + (config.num_layers - 1) * (two - one)
+    return needs | {"in all": sum(needs.values())}
+
+
+def why_no_align(run):
+    """Why the run has no stage I, or None."""
+    return f"the run starts from {run.start}" if run.start else (
+        "--skip-align" if run.skip_align else
+        "the mixer has no new parameters" if run.mixer == "swa" else None)
+
+
+def show_plan(run):
+    """Print the memory that each stage needs."""
+    config = ModelConfig.from_hf(run.start or run.teacher)
+    if not run.start:
+        config = student_config(config, run.window, run.sinks, run.mixer)
+    print(f"memory of one process, GB, at {run.micro_batch} x {run.context} tokens at once:")
+    for stage in ("distil",) if why_no_align(run) else ("align", "distil"):
+        needs = plan_memory(run, config, stage)
+        print(f"  {stage:<7}" + "  ".join(f"{k} {v / 1e9:.3g}" for k, v in needs.items()))
 
 
 def describe(run, title, student, trainable, steps):
@@ -649,11 +925,13 @@ def progress_bar(name, first, steps, run):
     """tqdm over the tokens of a stage, from step `first` on."""
     tokens = run.batch * run.context
     return tqdm(desc=name, total=steps * tokens, initial=first * tokens, unit="tok",
-                unit_scale=True, dynamic_ncols=True)
+                unit_scale=True, dynamic_ncols=True, disable=run.rank > 0)
 
 
 def log(run, bar, stage, step, **metrics):
     """Progress bar each step; log.jsonl too (a line a step: stage, step, metrics)."""
+    if run.rank > 0:
+        return
     metrics = {key: float(value) for key, value in metrics.items()}
     bar.update(run.batch * run.context)
     bar.set_postfix({key: f"{value:.3g}" for key, value in metrics.items()})
@@ -682,18 +960,19 @@ def report(results):
               + "".join(f" {r[n]['kl']:{width}.4f}" for n in names))
 
 
-def show_samples(run, student, teacher, tokenizer, heldout):
+def show_samples(run, folder, tokenizer, heldout):
     """One greedy continuation per source, teacher's and student's, side by side."""
-    for source in heldout:
-        prompt = torch.from_numpy(source.row(0)[0][None, :run.context // 2]).long().to(run.device)
-        texts = []
-        for model in (teacher, student):
-            new = generate(model, prompt, max_new_tokens=48)[0, prompt.shape[1]:]
-            texts.append(tokenizer.decode(new.tolist()))
-        tail = tokenizer.decode(prompt[0, -24:].tolist())
-        print(f"\n[{source.name}] ...{tail!r}")
+    prompts = [torch.from_numpy(source.row(0)[0][None, :run.context // 2]).long().to(run.device)
+               for source in heldout]
+    texts = []
+    for directory in (run.teacher, folder):  # one after the other, whole: FSDP2 does not generate
+        model, _ = load_with_tokenizer(directory, device=run.device)
+        texts.append([tokenizer.decode(generate(model, p, max_new_tokens=48)[0, p.shape[1]:].tolist())
+                      for p in prompts])
+    for source, prompt, *pair in zip(heldout, prompts, *texts):
+        print(f"\n[{source.name}] ...{tokenizer.decode(prompt[0, -24:].tolist())!r}")
         columns = [sum((textwrap.wrap(line, 46) or [""] for line in text.split("\n")), [])
-                   for text in texts]
+                   for text in pair]
         print(f"  {'teacher':<48}student")
         for i in range(max(map(len, columns))):
             left, right = (c[i] if i < len(c) else "" for c in columns)
@@ -717,7 +996,7 @@ def align_parts(run, student, teacher, mixture):
         with autocast(run.device):
             alignment_losses(student, tokens, ids, 1.0)
         yield "backward"
-        nn.utils.clip_grad_norm_(trainable.values(), run.clip)
+        clip_gradients(trainable, run.clip)
         optimizer.step()
         optimizer.zero_grad()
         yield "update"
@@ -730,26 +1009,28 @@ def distil_parts(run, student, teacher, mixture):
     for p in student.parameters():
         if not p.requires_grad:
             p.data = p.data.to(teacher.lm_head_weight.dtype)
-    optimizer, k = make_optimizer(trainable), min(run.topk, teacher.config.vocab_size)
+    for block in student.model["layers"]:
+        block.recompute = run.recompute
+    optimizer = make_optimizer(trainable)
     yield "set up"
     while True:
         tokens, ids, labels = collate(mixture.rows(0, run.micro_batch), run.device)
         yield "data"
         with torch.no_grad():
-            hidden = teacher.hidden(tokens, document_ids=ids).flatten(0, 1)
+            hidden = teacher.hidden(tokens, document_ids=ids)
         yield "teacher forward"
-        targets = teacher_topk(hidden, teacher.lm_head_weight, k)
+        targets = teacher_topk(hidden, teacher.lm_head_weight, run.topk)
         yield "teacher's top k"
         with autocast(run.device):
-            hidden = student.hidden(tokens, document_ids=ids).flatten(0, 1)
+            hidden = student.hidden(tokens, document_ids=ids)
         yield "student forward"
         with autocast(run.device):
-            loss, _ = sparse_kd_loss(hidden, student.lm_head_weight, labels.flatten(), *targets,
+            loss, _ = sparse_kd_loss(hidden, student.lm_head_weight, labels, *targets,
                                      gamma=run.gamma, beta=run.beta)
         yield "loss and its gradient"
         loss.backward()
         yield "backward"
-        nn.utils.clip_grad_norm_(trainable.values(), run.clip)
+        clip_gradients(trainable, run.clip)
         optimizer.step()
         optimizer.zero_grad()
         yield "update"
@@ -778,13 +1059,15 @@ def time_stage(run, parts, nested=()):
 
 def report_speed(run, student, teacher, mixture):
     """`--speed`: tokens/s of both stages, each part's share of a step; also in speed.json."""
+    if run.world > 1:
+        raise ValueError("--speed times one process; start it without torchrun")
     run.micro_batch, on_gpu, found = min(run.micro_batch, run.batch), run.device.type == "cuda", {}
     for stage, steps, parts, nested in (
             ("align", run.align_steps, align_parts,
              ("teacher forward", "student forward", "backward")),
             ("distil", run.distil_steps, distil_parts, ())):
-        if stage == "align" and student.config.hybrid.mixer == "swa":
-            continue  # it has no stage I
+        if stage == "align" and why_no_align(run):
+            continue
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(run.device)
         seconds = time_stage(run, parts(run, student, teacher, mixture), nested)
@@ -800,12 +1083,13 @@ def report_speed(run, student, teacher, mixture):
     write_json(run.out / "speed.json", {
         "device": str(run.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
         "teacher": str(run.teacher), "context": run.context, "batch": run.batch,
-        "micro_batch": run.micro_batch, "train": run.train, "stages": found})
+        "micro_batch": run.micro_batch, "recompute": run.recompute, "train": run.train,
+        "stages": found})
     print(f"\nreport: {run.out / 'speed.json'}; nothing was trained")
 
 
 # ----------------------------------------------------------------------------------------------
-# 8. A student, or experts and their merger
+# 9. A student, or experts and their merger
 # ----------------------------------------------------------------------------------------------
 
 
@@ -816,20 +1100,44 @@ def write_json(path, value):
     os.replace(tmp, path)
 
 
+def open_model(run, directory, train=None):
+    """A model as stage II uses it: fp32 on a CPU, as stored on a GPU, what trains in fp32 anyway
+    (bf16 weights would lose an AdamW step of 1e-5); sharded over torchrun's processes.
+    """
+    def dtype(name):
+        exact = run.device.type == "cpu" or (train and TRAIN[train](name))
+        return torch.float32 if exact else None
+
+    return load_pretrained(directory, device=run.device, dtype=dtype,
+                           prepare=shard if dist.is_initialized() else None).requires_grad_(False)
+
+
 def train_student(run, seed, final, teacher, mixture, heldout, stop):
     """Stage II: the student folder `seed` -> the student folder `final`, unless that exists."""
     if not final.exists():
-        # A copy of its own in fp32: bf16 weights would lose an AdamW step of 1e-5.
-        student = load_pretrained(seed, device=run.device, dtype=torch.float32)
+        student = open_model(run, seed, run.train)
+        for block in student.model["layers"]:
+            block.recompute = run.recompute
         distil(run, student, teacher, mixture, heldout, stop)
-        for name, p in student.named_parameters():  # store the copied weights as they came
-            p.data = p.data if is_new(name) else p.data.to(teacher.lm_head_weight.dtype)
-        save_pretrained(student, final)
-        # merge.py refuses experts that do not share a seed.
-        weights = sorted(seed.glob("*.safetensors"))
-        write_json(final / "lineage.json", {"seed_sha256": sha256(*weights)})
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-    return load_pretrained(final, device=run.device, dtype=torch.float32)
+        del student
+    once(run, final, lambda: export_student(run, seed, final))
+    return open_model(run, final)
+
+
+def export_student(run, seed, final):
+    """`seed` with the weights of stage II's last checkpoint, in the seed's precision -> `final`.
+
+    Tensor by tensor from the checkpoint's files: nobody has to hold the fp32 weights whole.
+    """
+    student = load_pretrained(seed)
+    weights = StoredState(checkpoints(run, "distil")[-1], "weight")
+    for name in weights.names():
+        p = student.get_parameter(name)
+        p.data = weights.rows(name).to(p.dtype)
+    # merge.py refuses experts that do not share a seed.
+    lineage = {"seed_sha256": sha256(*sorted(seed.glob("*.safetensors")))}
+    save_pretrained(student, final, extra={"lineage.json": lineage})
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
 def train_experts(run, seed, teacher, sources, heldout, stop, measure):
@@ -847,13 +1155,12 @@ def train_experts(run, seed, teacher, sources, heldout, stop, measure):
         print(f"\n===== {name} =====")
         part = argparse.Namespace(**{**vars(run), "out": run.out / name, "distil_steps": steps})
         part.checkpoints, folders[name] = part.out / "checkpoints", part.out / "student"
-        part.out.mkdir(exist_ok=True)
+        once(run, part.out, part.out.mkdir)
         mixture = Mixture(sources, weights, steps * run.batch, run.seed + 1)
         measure(name, train_student(part, seed, folders[name], teacher, mixture, heldout, stop))
     folders["merged"] = run.out / "merged"
-    if not folders["merged"].exists():
-        merge([folders[name] for name in names], folders["merged"])
-    measure("merged", load_pretrained(folders["merged"], device=run.device, dtype=torch.float32))
+    once(run, folders["merged"], lambda: merge([folders[n] for n in names], folders["merged"]))
+    measure("merged", open_model(run, folders["merged"]))
     return folders
 
 
@@ -871,7 +1178,7 @@ def prove(run, folders):
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. The command
+# 10. The command
 # ----------------------------------------------------------------------------------------------
 
 # The shipped teacher's preset: what differs from the paper's settings below when --teacher is not
@@ -881,7 +1188,7 @@ def prove(run, folders):
 SMALL = dict(
     teacher=HERE / "tests/teacher", out=Path("out"), context=512, window=16, batch=4,
     micro_batch=4, align_tokens=819_200, align_lr=3e-2, tokens=819_200, lr=3e-4, gamma=0.1,
-    beta=0.9, warmup=20, eval_every=100, eval_rows=16, save_every=100,
+    beta=0.9, warmup=20, eval_every=100, eval_rows=16, save_every=100, recompute=False,
     data=sorted(str(p) for p in (HERE / "tests/teacher/data").glob("*.jsonl")))
 SMALL_EXPERTS = dict(
     out=Path("out-experts"), tokens=204_800,
@@ -897,7 +1204,8 @@ def parse_arguments(argv):
     p.add_argument("--data", nargs="+", metavar="FILE[=WEIGHT]", help=".txt or .jsonl")
     p.add_argument("--out", type=Path, help="folder of the run")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
-    p.add_argument("--speed", action="store_true", help="only time the stages and their parts")
+    p.add_argument("--plan", action="store_true", help="print the memory that a step needs, stop")
+    p.add_argument("--speed", action="store_true", help="time both stages' parts and stop")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--seed", type=int, default=0)
 
@@ -909,7 +1217,7 @@ def parse_arguments(argv):
     g = p.add_argument_group("both stages")
     g.add_argument("--context", type=int, default=4096, help="tokens a row")
     g.add_argument("--batch", type=int, default=64, help="rows a step")
-    g.add_argument("--micro-batch", type=int, default=1, help="rows in memory at once")
+    g.add_argument("--micro-batch", type=int, default=1, help="rows in a process's memory at once")
     g.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
@@ -926,6 +1234,9 @@ def parse_arguments(argv):
     g.add_argument("--lr", type=float, default=1e-5, help="constant after warm-up")
     g.add_argument("--train", choices=("new", "mixer", "all"), default="all",
                    help="new parameters; and attention projections; and everything")
+    g.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True,
+                   help="keep only the blocks' inputs and compute the rest again in the backward: "
+                   "a quarter slower, a tenth of the memory")
     g.add_argument("--gamma", type=float, default=0.9, help="weight of next-token CE")
     g.add_argument("--beta", type=float, default=0.1, help="weight of KL to the teacher")
     g.add_argument("--topk", type=int, default=256, help="teacher tokens in the KL")
@@ -944,13 +1255,13 @@ def parse_arguments(argv):
 
 def check_arguments(run):
     """Refuse what cannot work, before anything is read or written."""
-    if run.data is None or run.out is None:
+    if (run.data is None or run.out is None) and not run.plan:
         raise ValueError("--teacher DIR also needs --data FILE... and --out DIR")
     for name in ("context", "batch", "micro_batch", "warmup", "save_every", "topk", "eval_every",
                  "eval_rows", "align_tokens", "tokens", "window"):
         if getattr(run, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    names = [parse_data(spec)[0].stem for spec in run.data]
+    names = [parse_data(spec)[0].stem for spec in run.data or ()]
     taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all"}
     if len(set(names)) < len(names) or taken & set(names):
         raise ValueError(f"--data: the files' names {names} name sources and folders of the run; "
@@ -968,7 +1279,8 @@ def check_arguments(run):
 
 def settings_of(run):
     """What must not change between a run and its resumption, as JSON."""
-    free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "speed")
+    free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan", "speed",
+            "micro_batch", "recompute", "rank", "world")
     settings = {k: v for k, v in vars(run).items() if k not in free}
     settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
     settings["teacher_sha256"] = sha256(*sorted(run.teacher.glob("*.safetensors")),
@@ -997,7 +1309,7 @@ def open_run(run):
 def new_student(run, teacher):
     """The student before training, or for --start the one to go on from."""
     if run.start:
-        student = load_pretrained(run.start, device=run.device, dtype=torch.float32)
+        student = open_model(run, run.start)
         if dataclasses.replace(student.config, hybrid=None) != teacher.config:
             raise ValueError(f"--start {run.start}: its config.json is not of a student of "
                              f"{run.teacher}")
@@ -1014,8 +1326,9 @@ def new_student(run, teacher):
 
 def load_data(run, tokenizer, eos_ids):
     """--data -> `open_data`'s sources, weights and held-out sources, and say what they are."""
-    eos_id = eos_ids[0] if eos_ids else None
-    train, weights, heldout = open_data(run.data, tokenizer, eos_id, run.out / "data", run.context)
+    arguments = (run.data, tokenizer, eos_ids[0] if eos_ids else None, run.out / "data", run.context)
+    once(run, run.out / "run.json", lambda: open_data(*arguments))  # one process tokenises
+    train, weights, heldout = open_data(*arguments)
     for source, weight in zip(train, weights):
         print(f"data      {source.name}: {source.total:,} tokens to train on, the longest document "
               f"{source.lengths.max():,}; {weight / sum(weights):.0%} of every batch")
@@ -1027,10 +1340,17 @@ def main(argv=None):
     run, started = parse_arguments(argv), time.time()
     check_arguments(run)
     torch.manual_seed(run.seed)
-    run.device, run.checkpoints = torch.device(run.device), run.out / "checkpoints"
+    start_processes(run)
+    if run.batch % run.world:
+        raise ValueError(f"--batch {run.batch} rows cannot be dealt out to {run.world} processes "
+                         "evenly; make it a multiple")
     run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
     run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
     run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
+    if run.plan:
+        show_plan(run)
+        return
+    run.checkpoints = run.out / "checkpoints"
     results = open_run(run)
     teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device)
     teacher.requires_grad_(False)
@@ -1041,21 +1361,21 @@ def main(argv=None):
     if run.speed:
         return report_speed(run, student, teacher, Mixture(sources, weights, run.batch, run.seed))
     if not run.resume:
-        write_json(run.out / "run.json", settings_of(run))  # only now: a refused run leaves none
+        show_plan(run)
+    # Only now: a refused run leaves none.
+    once(run, run.out / "run.json", lambda: write_json(run.out / "run.json", settings_of(run)))
 
     def measure(name, model):
         if name not in results:
-            results[name] = compare(model, teacher, heldout, run.eval_rows, run.micro_batch,
-                                    run.device)
-            write_json(run.out / "results.json", results)
+            results[name] = compare(run, model, teacher, heldout)
+            if run.rank == 0:
+                write_json(run.out / "results.json", results)
         r = results[name]["all"]
         print(f"held-out, {name}: CE {r['ce']:.4f}  KL {r['kl']:.4f}  top-1 {r['top1']:.3f}")
 
     measure("teacher", teacher)
     stop, seed = StopRequested(), run.start or run.out / "seed"
-    skipped = f"the run starts from {run.start}" if run.start else (
-        "--skip-align" if run.skip_align else
-        "the mixer has no new parameters" if run.mixer == "swa" else None)
+    skipped = why_no_align(run)
     if skipped:
         print(f"stage I is skipped: {skipped}")
     if not run.start:
@@ -1064,24 +1384,29 @@ def main(argv=None):
         if not skipped:
             total = run.align_steps * run.batch
             align(run, student, Mixture(sources, weights, total, run.seed), stop)
-        save_pretrained(student, seed)
+        once(run, seed, lambda: save_pretrained(student, seed))
     if not skipped or run.start:
-        measure("after stage I", student)
+        measure("after stage I", student if run.start else open_model(run, seed))
+    del student
+    if dist.is_initialized():
+        teacher = open_model(run, run.teacher)  # sharded: stage I needed it whole
     if run.experts:
         folders = train_experts(run, seed, teacher, sources, heldout, stop, measure)
-        student = load_pretrained(folders["merged"], device=run.device, dtype=torch.float32)
     else:
         # Another seed than stage I's, or both stages would begin with the same rows.
         mixture = Mixture(sources, weights, run.distil_steps * run.batch, run.seed + 1)
         folders = {"student": run.out / "student"}
-        student = train_student(run, seed, folders["student"], teacher, mixture, heldout, stop)
-        measure("after stage II", student)
-
+        measure("after stage II", train_student(run, seed, folders["student"], teacher, mixture,
+                                                heldout, stop))
+    if run.rank > 0:
+        return
+    del teacher
     report(results)
-    show_samples(run, student, teacher, tokenizer, heldout)
+    final = list(folders.values())[-1]
+    show_samples(run, final, tokenizer, heldout)
     if run.tasks:
         prove(run, folders)
-    print(f"\n{time.time() - started:.0f} s. The student is in {list(folders.values())[-1]}; "
+    print(f"\n{time.time() - started:.0f} s. The student is in {final}; "
           "model.load_pretrained opens it.\nNext: what the mLSTM adds, "
           f"`python distill.py --mixer swa --out {run.out}-swa`")
 

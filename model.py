@@ -48,6 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------
 # 1. Configuration: what a folder's config.json says, in one vocabulary for all families
@@ -831,6 +832,7 @@ class Block(nn.Module):
             "input_layernorm", "post_attention_layernorm")
         for name in names:
             self.add_module(name, RMSNorm(config.hidden_size, config.norm_eps, config.is_olmo))
+        self.recompute = False  # in training: keep only the block's input, run it twice
 
     def attention_input(self, x):
         return x if self.is_olmo else self.input_layernorm(x)
@@ -843,9 +845,15 @@ class Block(nn.Module):
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def forward(self, x, tables, *, document_ids=None, cache=None):
+    def run(self, x, tables, document_ids, cache):
         y = self.self_attn(self.attention_input(x), tables, document_ids=document_ids, cache=cache)
         return self.after_attention(x, y)
+
+    def forward(self, x, tables, *, document_ids=None, cache=None):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, x, tables, document_ids, cache, use_reentrant=False,
+                              preserve_rng_state=False)
+        return self.run(x, tables, document_ids, cache)
 
 
 class Transformer(nn.Module):
@@ -886,6 +894,8 @@ class Transformer(nn.Module):
         elif document_ids is not None:
             positions = positions - document_starts(document_ids)  # every document starts at 0
         x = self.model["embed_tokens"](tokens)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         layers = zip(self.model["layers"], self.rope_tables(positions))
         for i, (block, tables) in enumerate(layers):
             layer_cache = None if cache is None else cache.layers[i]
@@ -894,14 +904,29 @@ class Transformer(nn.Module):
             cache.length += T
         return self.model["norm"](x)
 
-    def forward(self, tokens, *, document_ids=None, cache=None):
+    def forward(self, tokens, *, document_ids=None, cache=None, head=F.linear):
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype.
 
         document_ids (B, T): packed documents, which do not see each other. cache: a `Cache` whose
         tokens come before these; it takes these in. Any T works after any length.
+        head(hidden, lm_head_weight): what to return instead of logits. A loss goes here, so that
+        (tokens, V) logits never exist, and FSDP, which gathers sharded weights for the length of
+        this call, has lm_head at hand.
         """
         h = self.hidden(tokens, document_ids=document_ids, cache=cache)
-        return F.linear(h, self.lm_head_weight)
+        return head(h, self.lm_head_weight)
+
+
+def student_config(config, window, sinks, mixer):
+    """The `ModelConfig` of a teacher's student; raises as `student_from_teacher`."""
+    if mixer not in MIXERS:
+        raise ValueError(f"mixer {mixer!r} is unknown; known: {', '.join(MIXERS)}")
+    if window < 1 or sinks < 0:
+        raise ValueError(f"window {window} must be at least 1 and sinks {sinks} at least 0")
+    if config.hybrid is not None:
+        raise ValueError("a student is made from a teacher, and this model is a student")
+    hybrid = Hybrid(window, 0 if mixer == "mlstm+swa" else sinks, mixer)
+    return dataclasses.replace(config, hybrid=hybrid)
 
 
 def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid"):
@@ -913,19 +938,13 @@ def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid"):
     mixer: a key of MIXERS; "linear" and "mlstm" have no window, "mlstm+swa" no sinks.
     Raises ValueError for an unknown mixer, a window below 1 or negative sinks.
     """
-    if mixer not in MIXERS:
-        raise ValueError(f"mixer {mixer!r} is unknown; known: {', '.join(MIXERS)}")
-    if window < 1 or sinks < 0:
-        raise ValueError(f"window {window} must be at least 1 and sinks {sinks} at least 0")
-    if teacher.config.hybrid is not None:
-        raise ValueError("student_from_teacher needs a teacher, and this model is a student")
-    hybrid = Hybrid(window, 0 if mixer == "mlstm+swa" else sinks, mixer)
+    config = student_config(teacher.config, window, sinks, mixer)
     device = teacher.lm_head_weight.device
     with torch.device("meta"):
-        student = Transformer(dataclasses.replace(teacher.config, hybrid=hybrid))
+        student = Transformer(config)
     copied = dict(teacher.named_parameters())
     for name, p in list(student.named_parameters()):
-        _assign(student, name, copied[name] if name in copied else nn.Parameter(
+        assign(student, name, copied[name] if name in copied else nn.Parameter(
             torch.empty(p.shape, dtype=torch.float32, device=device)))
     for block in student.model["layers"]:
         initialise_mixer(block.self_attn)
@@ -933,7 +952,8 @@ def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid"):
     return student
 
 
-def _assign(model, name, parameter):
+def assign(model, name, parameter):
+    """Put `parameter` in the place of the model's parameter `name`."""
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, parameter)
 
@@ -1066,12 +1086,15 @@ def _sample(logits, temperature, top_p, random):
 # ----------------------------------------------------------------------------------------------
 
 
-def load_pretrained(directory, *, device="cpu", dtype=None):
+def load_pretrained(directory, *, device="cpu", dtype=None, prepare=None):
     """A teacher or student from a folder of config.json and *.safetensors (+ index).
 
-    dtype None: as the embedding is stored. Loading is strict: every missing, unexpected or
-    misshapen tensor is named in one ValueError. Shards are read in pieces, so memory peaks at the
-    model's own size. Raises FileNotFoundError for missing files, ValueError for bad ones.
+    dtype: a torch.dtype, or a function from a tensor's name to one or None. None: as the embedding
+    is stored, and a student's new parameters as each is itself. prepare(model): called while
+    the model has no memory yet, to shard it; then only this process's rows are read. Loading is
+    strict: every missing, unexpected or misshapen tensor is named in one ValueError. Files are
+    read in pieces, so memory peaks at the model's own size. Raises FileNotFoundError for missing
+    files, ValueError for bad ones.
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
@@ -1088,17 +1111,36 @@ def load_pretrained(directory, *, device="cpu", dtype=None):
     if wrong:
         raise ValueError(f"{directory}: {len(wrong)} tensors do not fit config.json: "
                          + "; ".join(wrong))
-    if dtype is None:
-        path, _ = stored["model.embed_tokens.weight"]
-        dtype = _read_rows(path, "model.embed_tokens.weight", 0, 1).dtype
+    def stored_dtype(name):
+        name = name if is_new(name) else "model.embed_tokens.weight"
+        return _read_rows(stored[name][0], name, 0, 1).dtype
+
     for name, shape in expected.items():
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        step = max(1, (1 << 22) * shape[0] // tensor.numel())  # rows of 4M numbers together
-        for row in range(0, shape[0], step):
-            tensor[row:row + step] = _read_rows(stored[name][0], name, row, row + step)
-        _assign(model, name, nn.Parameter(tensor))
+        wanted = (dtype(name) if callable(dtype) else dtype) or stored_dtype(name)
+        assign(model, name, nn.Parameter(torch.empty(shape, dtype=wanted, device="meta")))
+    if prepare:
+        prepare(model)
+    model.to_empty(device=device)
+    for name, p in model.named_parameters():
+        rows, first = local_rows(p.detach())
+        step = max(1, (1 << 22) * p.shape[0] // p.numel())  # rows of 4M numbers together
+        for a in range(0, len(rows), step):
+            b = min(a + step, len(rows))
+            rows[a:b] = _read_rows(stored[name][0], name, first + a, first + b)
     model.source = directory
     return model
+
+
+def local_rows(p):
+    """The rows of a parameter that this process holds, and the number of the first.
+
+    Of a plain tensor: all. Of one that FSDP2 has sharded (a DTensor): one of equal chunks, the
+    last ones shorter or empty.
+    """
+    if not hasattr(p, "to_local"):
+        return p, 0
+    mesh = p.device_mesh
+    return p.to_local(), min(p.shape[0], -(-p.shape[0] // mesh.size()) * mesh.get_local_rank())
 
 
 def list_tensors(directory):
@@ -1151,8 +1193,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "generation_config.json", "chat_template.jinja")
 
 
-def save_pretrained(model, directory, *, max_shard_bytes=4 << 30):
+def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     """Write config.json, *.safetensors (+ index) and the source folder's tokenizer files.
+
+    extra: dict of more JSON files, name -> value.
 
     The folder appears complete or not at all: it is written as "<directory>.tmp" and renamed.
     Tensors keep their dtype. Raises ValueError if `directory` exists and is not empty (nothing is
@@ -1172,7 +1216,8 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30):
     for path in model.source.iterdir():
         if path.name in TOKENIZER_FILES:
             shutil.copy(path, tmp)
-    (tmp / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name, value in {"config.json": config, **dict(extra)}.items():
+        (tmp / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
     _write_tensors(dict(model.named_parameters()), tmp, max_shard_bytes)
     if directory.exists():
