@@ -66,7 +66,7 @@ import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Transformer, assign, document_starts, generate, is_new,
                    load_pretrained, load_with_tokenizer, local_rows, save_pretrained, sha256,
-                   student_config, student_from_teacher)
+                   student_config, student_from_teacher, write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -1091,13 +1091,6 @@ def report_speed(run, student, teacher, mixture):
 # ----------------------------------------------------------------------------------------------
 # 9. A student, or experts and their merger
 # ----------------------------------------------------------------------------------------------
-
-
-def write_json(path, value):
-    """Replace a small file in one step."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(tmp, path)
 
 
 def open_model(run, directory, train=None):
