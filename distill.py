@@ -31,6 +31,7 @@ Contents: 1 data · 2 losses · 3 held-out comparison · 4 optimiser and checkpo
 """
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import hashlib
@@ -65,7 +66,7 @@ import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Transformer, assign, document_starts, generate, is_new,
                    load_pretrained, load_with_tokenizer, local_rows, save_pretrained, sha256,
-                   student_config, student_from_teacher)
+                   student_config, student_from_teacher, write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -996,16 +997,118 @@ def show_samples(run, folder, tokenizer, heldout):
             print(f"  {left:<48}{right}")
 
 
+def align_parts(run, student, teacher, mixture):
+    """A step of `align` on one micro-batch, over and over; yields a part's name at its end."""
+    trainable = select_trainable(student, "new")
+    optimizer = make_optimizer(trainable)
+    yield "set up"
+    while True:
+        tokens, ids, _ = collate(mixture.rows(0, run.micro_batch), run.device)
+        yield "data"
+        with torch.no_grad(), autocast(run.device):
+            teacher.hidden(tokens, document_ids=ids)
+        yield "teacher forward"  # the next two are nested: they walk the layers once more
+        with autocast(run.device):
+            alignment_losses(student, tokens, ids)
+        yield "student forward"
+        with autocast(run.device):
+            alignment_losses(student, tokens, ids, 1.0)
+        yield "backward"
+        clip_gradients(trainable, run.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield "update"
+
+
+def distil_parts(run, student, teacher, mixture):
+    """A step of `distil` on one micro-batch, over and over; yields a part's name at its end."""
+    student = copy.deepcopy(student).float()  # its own weights, as `train_student` loads them
+    trainable = select_trainable(student, run.train)
+    for p in student.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(teacher.lm_head_weight.dtype)
+    for block in student.model["layers"]:
+        block.recompute = run.recompute
+    optimizer = make_optimizer(trainable)
+    yield "set up"
+    while True:
+        tokens, ids, labels = collate(mixture.rows(0, run.micro_batch), run.device)
+        yield "data"
+        with torch.no_grad():
+            hidden = teacher.hidden(tokens, document_ids=ids)
+        yield "teacher forward"
+        targets = teacher_topk(hidden, teacher.lm_head_weight, run.topk)
+        yield "teacher's top k"
+        with autocast(run.device):
+            hidden = student.hidden(tokens, document_ids=ids)
+        yield "student forward"
+        with autocast(run.device):
+            loss, _ = sparse_kd_loss(hidden, student.lm_head_weight, labels, *targets,
+                                     gamma=run.gamma, beta=run.beta)
+        yield "loss and its gradient"
+        loss.backward()
+        yield "backward"
+        clip_gradients(trainable, run.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield "update"
+
+
+def time_stage(run, parts, nested=()):
+    """Seconds by part of a whole step, from `align_parts` or `distil_parts`: medians of 3 rounds.
+
+    A first round warms up. nested: parts that each do the one before them again.
+    """
+    laps, started = {}, time.perf_counter()
+    for part in parts:
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        laps.setdefault(part, []).append(time.perf_counter() - started)
+        if len(laps.get("update", ())) == 4:
+            break
+        started = time.perf_counter()
+    del laps["set up"]
+    seconds = {part: sorted(times[1:])[1] for part, times in laps.items()}
+    for inner, outer in reversed(list(zip(nested, nested[1:]))):
+        seconds[outer] -= seconds[inner]
+    return {part: s * (1 if part == "update" else run.batch / run.micro_batch)
+            for part, s in seconds.items()}
+
+
+def report_speed(run, student, teacher, mixture):
+    """`--speed`: tokens/s of both stages, each part's share of a step; also in speed.json."""
+    if run.world > 1:
+        raise ValueError("--speed times one process; start it without torchrun")
+    run.micro_batch, on_gpu, found = min(run.micro_batch, run.batch), run.device.type == "cuda", {}
+    for stage, steps, parts, nested in (
+            ("align", run.align_steps, align_parts,
+             ("teacher forward", "student forward", "backward")),
+            ("distil", run.distil_steps, distil_parts, ())):
+        if stage == "align" and why_no_align(run):
+            continue
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(run.device)
+        seconds = time_stage(run, parts(run, student, teacher, mixture), nested)
+        step, tokens = sum(seconds.values()), run.batch * run.context
+        peak = torch.cuda.max_memory_allocated(run.device) if on_gpu else None
+        found[stage] = {"tokens_per_s": tokens / step, "step_s": step, "parts_s": seconds,
+                        "peak_bytes": peak}
+        print(f"\n{stage}: {tokens / step:,.0f} tokens/s. A step of {run.batch} x {run.context} "
+              f"takes {step:.3g} s, {steps:,} steps {steps * step / 3600:.3g} hours"
+              + (f"; peak memory {peak / 1e9:.1f} GB" if on_gpu else ""))
+        for part, s in seconds.items():
+            print(f"    {part:<22}{s / step:7.1%}{s:10.3g} s")
+    write_json(run.out / "speed.json", {
+        "device": str(run.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "teacher": str(run.teacher), "context": run.context, "batch": run.batch,
+        "micro_batch": run.micro_batch, "recompute": run.recompute, "train": run.train,
+        "stages": found})
+    print(f"\nreport: {run.out / 'speed.json'}; nothing was trained")
+
+
 # ----------------------------------------------------------------------------------------------
 # 9. A student, or experts and their merger
 # ----------------------------------------------------------------------------------------------
-
-
-def write_json(path, value):
-    """Replace a small file in one step."""
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(tmp, path)
 
 
 def open_model(run, directory, train=None):
@@ -1113,6 +1216,7 @@ def parse_arguments(argv):
     p.add_argument("--out", type=Path, help="folder of the run")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
     p.add_argument("--plan", action="store_true", help="print the memory that a step needs, stop")
+    p.add_argument("--speed", action="store_true", help="time both stages' parts and stop")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--seed", type=int, default=0)
 
@@ -1186,7 +1290,7 @@ def check_arguments(run):
 
 def settings_of(run):
     """What must not change between a run and its resumption, as JSON."""
-    free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan",
+    free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan", "speed",
             "micro_batch", "recompute", "rank", "world")
     settings = {k: v for k, v in vars(run).items() if k not in free}
     settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
@@ -1265,6 +1369,8 @@ def main(argv=None):
           f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
     student = new_student(run, teacher)
     sources, weights, heldout = load_data(run, tokenizer, teacher.config.eos_ids)
+    if run.speed:
+        return report_speed(run, student, teacher, Mixture(sources, weights, run.batch, run.seed))
     if not run.resume:
         show_plan(run)
     # Only now: a refused run leaves none.

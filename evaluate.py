@@ -5,6 +5,8 @@
     statistics   recovery, Win-and-Tie rate C_alpha and critical tolerance alpha* (arXiv
                  2603.15590, "the paper", Eq. 15-17), with bootstrap intervals over tasks' rows
     gates        the map of the output gates: where the mLSTM speaks, where the window
+    speed        teacher against student: prefill, first token, decoding and memory over a grid
+                 of contexts and batches (the paper's Figures 5 and 10 to 14)
 
 Published benchmarks (PIQA, MMLU, GSM8K, ...) run in lm-evaluation-harness itself, through the
 bridge in section 7. Not here: benchmarks judged by another language model (MT-Bench), training
@@ -14,9 +16,10 @@ Run:
     python evaluate.py compare --teacher DIR --student DIR --tasks FILE.jsonl... --out REPORT
     python evaluate.py gates --student DIR --data FILE.txt|.jsonl --picture gates.png
     python evaluate.py lm-eval --model DIR --tasks arc_easy,piqa       # pip install lm_eval
+    python evaluate.py speed --out SPEED      # the shipped teacher; or --teacher DIR, or --shape 8b
 
-Contents: 1 statistics · 2 task files · 3 log-likelihoods and generation · 4 code in a subprocess ·
-5 scoring task files · 6 output gates · 7 bridge to lm-evaluation-harness · 8 report · 9 command
+Contents: 1 statistics · 2 task files · 3 log-likelihoods, generation · 4 code in a subprocess ·
+5 scoring task files · 6 output gates · 7 bridge to lm-eval · 8 report · 9 speed · 10 command
 """
 
 import argparse
@@ -27,13 +30,16 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import secrets
 import signal
 import subprocess
+import statistics
 import sys
 import tempfile
+import time
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
@@ -42,7 +48,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import MIXERS, Cache, HybridAttention, load_with_tokenizer, sha256
+from model import (MIXERS, Cache, HybridAttention, ModelConfig, Rope, Transformer, load_pretrained,
+                   load_with_tokenizer, sha256, student_from_teacher, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -819,7 +826,190 @@ def draw_gates(medians, path):
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. The command
+# 9. Speed and memory, teacher against student
+# ----------------------------------------------------------------------------------------------
+# What Figures 5 and 10 to 14 of the paper (§4.4, App. E.4) show: cost over context and batch. The
+# prompts are random ids and new parameters need no training: neither changes what is computed.
+
+QUANTITIES = {  # key of a measurement: title, unit, how many of these are one of the key's unit
+    "prefill_tokens_per_s": ("prefill throughput", "tokens/s", 1),
+    "first_token_s": ("time to first token", "ms", 1e3),
+    "step_s": ("decode latency", "ms a token", 1e3),
+    "decode_tokens_per_s": ("decode throughput", "tokens/s", 1),
+    "cache_bytes": ("cache", "MB", 1e-6),
+    "peak_bytes": ("peak memory above the weights", "MB", 1e-6)}  # None on a CPU
+PASSES = 4  # over a cell, the first to warm up
+
+
+def random_8b_stack(layers, device, dtype):
+    """A teacher of random weights: layers of Llama-3.1-8B's shape, and only 1024 token ids."""
+    config = ModelConfig(
+        family="llama", vocab_size=1024, hidden_size=4096, intermediate_size=14336,
+        num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128, norm_eps=1e-5, tied=True,
+        qkv_bias=False, o_bias=False, mlp_bias=False, rope=Rope(5e5), sliding_rope=Rope(5e5),
+        layer_windows=(None,) * layers, max_positions=1 << 17, eos_ids=())
+    with torch.device(device):
+        return Transformer(config).to(dtype)
+
+
+def _parts(thing, seen):
+    """A cache and all that it holds, each once: objects of model.py's classes, and tensors."""
+    if id(thing) in seen or isinstance(thing, (torch.nn.Module, torch.nn.Parameter)):
+        return  # the model's own
+    seen[id(thing)] = thing
+    if isinstance(thing, (list, tuple, dict)):
+        values = thing.values() if isinstance(thing, dict) else thing
+    elif isinstance(thing, torch.Tensor) or type(thing).__module__ == Cache.__module__:
+        yield thing
+        values = () if isinstance(thing, torch.Tensor) else vars(thing).values()
+    else:
+        return
+    for value in values:
+        yield from _parts(value, seen)
+
+
+def cache_bytes(cache):
+    """Bytes of all tensors in a cache; tensors that share a buffer count once."""
+    buffers = [t.untyped_storage() for t in _parts(cache, {}) if isinstance(t, torch.Tensor)]
+    return sum({buffer.data_ptr(): buffer.nbytes() for buffer in buffers}.values())
+
+
+def jump(cache, filled, length):
+    """Bring a cache that has read `filled` tokens to the size and age of `length`, untruly.
+
+    Rows that a teacher would have filled get random numbers (untouched memory would be faster
+    than real one); a student's memory has no more rows, and only grows older.
+    """
+    for part in _parts(cache, {}):
+        if hasattr(part, "length"):
+            part.length = length
+        elif isinstance(part, torch.Tensor) and part.dim() == 4 and part.shape[2] >= length:
+            part[:, :, filled:length].normal_()
+
+
+@torch.no_grad()
+def time_once(model, tokens, new_tokens, seconds):
+    """Read tokens (B, T) and decode new_tokens greedily, as `generate` does; one measurement each.
+
+    Returns {"prefill_s", "first_token_s" (both None if prefill took more than `seconds`; the
+    cache then jumps to T), "steps_s": [of each token after the first], "cache_bytes",
+    "peak_bytes" (beyond what was allocated before; None on a CPU)}.
+    """
+    (B, T), device, now = tokens.shape, tokens.device, time.perf_counter
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    started, done = now(), 0
+    cache = Cache(model, B, T + new_tokens)
+    for piece in tokens.split(PREFILL, dim=1):
+        h = model.hidden(piece, cache=cache)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        done += piece.shape[1]
+        if now() - started > seconds:
+            break
+    prefill = now() - started
+    if done < T:
+        jump(cache, done, T)
+    times = []
+    for _ in range(new_tokens + 1):
+        new = F.linear(h[:, -1], model.lm_head_weight).float().argmax(-1)
+        new.tolist()  # waits for the device, as printing the token would
+        times.append(now())
+        if len(times) <= new_tokens:
+            h = model.hidden(new[:, None], cache=cache)
+    return {"prefill_s": prefill if done == T else None,
+            "first_token_s": times[0] - started if done == T else None,
+            "steps_s": np.diff(times).tolist(), "cache_bytes": cache_bytes(cache),
+            "peak_bytes": torch.cuda.max_memory_allocated(device) - before if on_gpu else None}
+
+
+def measure_cell(models, batch, context, new_tokens, seconds, passes=PASSES):
+    """Time models in turns on one cell of the grid: {name: measurement}, keys as in QUANTITIES.
+
+    models: name -> Transformer. Each gets up to `passes` passes, none begun after its `seconds`
+    are over; the first warms up, and counts only if it stays alone. Values are medians of "passes"
+    passes and "steps" steps; "jumped": `jump` filled the cache. Out of memory: {"oom": True}.
+    """
+    found, spent = {name: [] for name in models}, dict.fromkeys(models, 0.0)
+    for _, (name, model) in itertools.product(range(passes), models.items()):
+        if found[name] is None or spent[name] >= seconds:
+            continue
+        started, device = time.perf_counter(), model.lm_head_weight.device
+        try:
+            tokens = torch.randint(model.config.vocab_size, (batch, context), device=device)
+            found[name].append(time_once(model, tokens, new_tokens, seconds))
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                    or "can't allocate memory" in str(error)):  # what a CPU says
+                raise
+            found[name] = None
+        if found[name] is None and device.type == "cuda":
+            torch.cuda.empty_cache()
+        spent[name] += time.perf_counter() - started
+    return {name: _medians(passes, batch, context) if passes else {"oom": True}
+            for name, passes in found.items()}
+
+
+def _medians(passes, batch, context):
+    kept = passes[1:] or passes
+    steps = [seconds for p in kept for seconds in p["steps_s"]]
+    median = {key: None if kept[0][key] is None else statistics.median(p[key] for p in kept)
+              for key in kept[0] if key != "steps_s"}
+    prefill, step = median.pop("prefill_s"), statistics.median(steps)
+    return {"prefill_tokens_per_s": prefill and batch * context / prefill, **median,
+            "step_s": step, "decode_tokens_per_s": batch / step, "passes": len(kept),
+            "steps": len(steps), "jumped": prefill is None}
+
+
+def show_speed(cells):
+    """One table a quantity, a line a cell."""
+    def number(value):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+    for key, (title, unit, factor) in QUANTITIES.items():
+        if not any(cell[name].get(key) for cell in cells for name in ("teacher", "student")):
+            continue
+        print(f"\n{f'{title} ({unit})':<36}{'batch':>6}{'context':>10}"
+              f"{'teacher':>12}{'student':>12}{'student/teacher':>18}")
+        for cell in cells:
+            values = [cell[name].get(key) for name in ("teacher", "student")]
+            shown = [number(factor * value) if value else "OOM" if "oom" in cell[name] else "-"
+                     for value, name in zip(values, ("teacher", "student"))]
+            ratio = f"{values[1] / values[0]:18.2g}" if all(values) else ""
+            print(f"{cell['batch']:42}{cell['context']:10,}{shown[0]:>12}{shown[1]:>12}{ratio}")
+
+
+def draw_speed(cells, folder):
+    """A picture a quantity: a line a model and batch, over the contexts."""
+    contexts, batches = (sorted({cell[key] for cell in cells}) for key in ("context", "batch"))
+    for key, (title, unit, factor) in QUANTITIES.items():
+        lines = {(name, batch): [(cell["context"], factor * cell[name][key]) for cell in cells
+                                 if cell["batch"] == batch and cell[name].get(key)]
+                 for batch in batches for name in ("teacher", "student")}
+        if not any(lines.values()):
+            continue
+        if (picture := new_picture()) is None:
+            return
+        figure, axes = picture
+        for (name, batch), points in lines.items():
+            if points:
+                axes.plot(*zip(*sorted(points)), marker="o", label=f"{name}, batch {batch}",
+                          color="C0" if name == "teacher" else "C1",
+                          linestyle=("-", "--", ":", "-.")[batches.index(batch) % 4])
+        axes.set(xlabel="context (tokens)", ylabel=f"{title} ({unit})", xscale="log")
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(contexts, [f"{c // 1024}k" if c % 1024 == 0 else str(c) for c in contexts])
+        axes.minorticks_off()
+        axes.legend()
+        path = folder / f"{title.replace(' ', '_')}.png"
+        figure.savefig(path)
+        print(f"picture: {path}")
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. The command
 # ----------------------------------------------------------------------------------------------
 
 
@@ -837,7 +1027,7 @@ def run_compare(run):
     teacher = score(run.teacher, "the teacher")
     report = compare(teacher, {n: score(d, n) for n, d in zip(names, run.student)})
     show_report(report)
-    (run.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(run.out / "report.json", report)
     print(f"report: {run.out / 'report.json'}")
     draw_curves(report, run.out / "win_and_tie.png")
 
@@ -863,6 +1053,90 @@ def run_lm_eval(run):
         task_manager=lm_eval.tasks.TaskManager(include_path=run.include_path),
         confirm_run_unsafe_code=run.allow_code_execution)
     print(lm_eval.utils.make_table(results))
+
+
+def open_speed_models(run):
+    """{"teacher": Transformer, "student": Transformer} for `speed`."""
+    on_cpu, window = torch.device(run.device).type == "cpu", 512
+    dtype = torch.float32 if on_cpu else None  # as load_with_tokenizer
+    if run.shape:
+        teacher = random_8b_stack(run.layers, run.device, dtype or torch.bfloat16)
+    else:
+        folder = run.teacher or Path(__file__).resolve().parent / "tests/teacher"
+        window = 512 if run.teacher else 16  # as distill.py's preset for the shipped teacher
+        teacher = load_pretrained(folder, device=run.device, dtype=dtype)
+        if teacher.config.hybrid:
+            raise ValueError(f"--teacher {folder} is a student; name its teacher's folder")
+    if not run.student:
+        student = student_from_teacher(teacher, window=run.window or window)
+    else:
+        student = load_pretrained(run.student, device=run.device, dtype=dtype)
+        if not student.config.hybrid:
+            raise ValueError(f"--student {run.student} is no student: its config.json has no "
+                             '"hybrid" object; leave the flag out to measure an untrained student')
+    return {"teacher": teacher, "student": student}
+
+
+def describe_machine(device):
+    """What the figures of `speed` were measured on, as a dict for JSON."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu = Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
+        name = found[1] if found else platform.processor() or platform.machine()
+    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def plan_speed(run, models):
+    """Say what `speed` will do; returns the head of speed.json."""
+    report = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "machine": describe_machine(run.device),
+              "settings": {"contexts": run.contexts, "batches": run.batches,
+                           "new_tokens": run.new_tokens, "seconds": run.seconds,
+                           "prefill_piece": PREFILL}, "models": {}, "cells": []}
+    untrained = "" if run.student else "the same weights and untrained new ones"
+    for name, model in models.items():
+        hybrid, dtype = model.config.hybrid, str(model.lm_head_weight.dtype).removeprefix("torch.")
+        stack = f"random weights, --shape {run.shape} --layers {run.layers}"
+        source = hybrid and untrained or str(model.source or stack)
+        count, size = (sum(sizes) for sizes in zip(*((p.numel(), p.nbytes)
+                                                     for p in model.parameters())))
+        report["models"][name] = {"source": source, "parameters": count, "parameter_bytes": size,
+                                  "dtype": dtype, "hybrid": hybrid and vars(hybrid)}
+        print(f"{name}   {source}: {count:,} parameters, {size / 1e6:,.1f} MB, {dtype}")
+        if hybrid:
+            print(f"          mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks")
+    print("machine   " + ", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print(f"grid      batches {run.batches} x contexts {run.contexts}. In each cell both read a "
+          f"random prompt and\n          decode {run.new_tokens} tokens, in turns, up to {PASSES} "
+          "times, the first to warm up; medians are kept.\n          No model starts again after "
+          f"{run.seconds:g} s. A longer prefill is given up (-), and decoding timed\n          "
+          "from a cache filled with random numbers. Peak memory is measured on GPUs only.")
+    return report
+
+
+def run_speed(run):
+    """`speed`: measure the grid, print tables, write speed.json after each cell, and pictures."""
+    models = open_speed_models(run)
+    report, path = plan_speed(run, models), run.out / "speed.json"
+    run.out.mkdir(parents=True, exist_ok=True)
+    grid, cells = list(itertools.product(run.batches, run.contexts)), report["cells"]
+    try:
+        for batch, context in tqdm(grid, desc="speed", unit="cell", dynamic_ncols=True):
+            cells.append({"batch": batch, "context": context, **measure_cell(
+                models, batch, context, run.new_tokens, run.seconds)})
+            write_json(path, report)
+    except KeyboardInterrupt:
+        print(f"stopped: {len(cells)} of {len(grid)} cells are measured")
+    if cells:
+        show_speed(cells)
+        print(f"\nreport: {path}")
+        draw_speed(cells, run.out)
+
+
+def number_of_tokens(text):
+    """"4096" or "4k" -> 4096."""
+    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
 
 
 def parse_arguments(argv):
@@ -893,23 +1167,52 @@ def parse_arguments(argv):
     e.add_argument("--include-path", help="folder with tasks of your own (YAML)")
     e.set_defaults(run=run_lm_eval)
 
+    s = commands.add_parser("speed", help="prefill, first token, decoding and memory")
+    s.add_argument("--teacher", type=Path, metavar="DIR", help="none: the shipped small one")
+    s.add_argument("--student", type=Path, metavar="DIR", help="none: an untrained one of the "
+                   "teacher, which is as fast")
+    s.add_argument("--shape", choices=("8b",), help="no --teacher: random layers of this shape")
+    s.add_argument("--layers", type=int, default=1, help="of --shape")
+    s.add_argument("--window", type=int, help="W of an untrained student (default: 512, and 16 "
+                   "for the shipped teacher)")
+    s.add_argument("--contexts", type=number_of_tokens, nargs="+", metavar="N", help="tokens read "
+                   "before decoding, such as 1k 4k 16k 64k (default: those; on a CPU not 64k)")
+    s.add_argument("--batches", type=int, nargs="+", metavar="N", help="(default: 1 8; on a CPU "
+                   "with --shape only 1)")
+    s.add_argument("--new-tokens", type=int, default=64, help="decoded in every pass")
+    s.add_argument("--seconds", type=float, help="a model and cell, about (default: 60; on a CPU "
+                   "10)")
+    s.add_argument("--out", type=Path, required=True, help="folder of speed.json and pictures")
+    s.set_defaults(run=run_speed)
+
     for command in (c, e):
         command.add_argument("--limit", type=int, help="rows a task")
         command.add_argument("--allow-code-execution", action="store_true",
                              help="run what the model writes")
-    for command in (c, g, e):
+    for command in (c, g, e, s):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = p.parse_args(argv)
-    for name in ("limit", "context", "rows"):
-        if getattr(run, name, None) is not None and getattr(run, name) < 1:
-            p.error(f"--{name} must be at least 1")
+    for name in ("limit", "context", "rows", "layers", "window", "contexts", "batches",
+                 "new_tokens"):
+        value = getattr(run, name, None)
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
     if run.device.startswith("cuda") and not torch.cuda.is_available():
         p.error(f"--device {run.device}: this torch sees no GPU; use --device cpu")
+    if run.command == "speed":
+        if run.shape and (run.teacher or run.student) or run.student and not run.teacher:
+            p.error("--student needs its --teacher, and neither goes with --shape")
+        if run.student and run.window:
+            p.error("--window is for an untrained student; the one of --student has its own")
+        on_cpu = torch.device(run.device).type == "cpu"
+        run.contexts = run.contexts or [1024, 4096, 16384] + [65536] * (not on_cpu)
+        run.batches = run.batches or ([1] if on_cpu and run.shape else [1, 8])
+        run.seconds = run.seconds or (10.0 if on_cpu else 60.0)
     return run
 
 
 def main(argv=None):
-    """One of the three commands."""
+    """One of the four commands."""
     run = parse_arguments(argv)
     run.run(run)
 

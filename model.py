@@ -262,6 +262,13 @@ def read_json(path):
         raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from None
 
 
+def write_json(path, value):
+    """Replace a small JSON file in one step: readers see the old one or the new one, whole."""
+    tmp = Path(path).with_name(Path(path).name + ".tmp")
+    tmp.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(tmp, path)
+
+
 # ----------------------------------------------------------------------------------------------
 # 2. Norm, rotary positions, softmax attention: the parts a teacher and its student share
 # ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """distill.py: packing, mixtures, losses against autograd, exact resume, and what it refuses."""
 
+import argparse
 import glob
 import json
 import multiprocessing
@@ -330,6 +331,41 @@ def test_ablation_flags_change_what_they_say(tmp_path, corpus, flags, moves):
         assert name not in teacher or torch.equal(p, teacher[name]) != moves(name), name
     aligned = any(stage == "align" for stage, _ in logged(tmp_path / "run"))
     assert aligned == ("after stage I " in done.stdout) == ("stage I is skipped" not in done.stdout)
+
+
+def test_speed_adds_its_parts_up_and_leaves_no_run(tmp_path, corpus, capsys):
+    out = tmp_path / "run"
+    distill.main([str(x) for x in tiny(out, corpus, "--speed", "--device", "cpu")])
+    stages = json.loads((out / "speed.json").read_text())["stages"]
+    assert {stage: list(found["parts_s"]) for stage, found in stages.items()} == {
+        "align": ["data", "teacher forward", "student forward", "backward", "update"],
+        "distil": ["data", "teacher forward", "teacher's top k", "student forward",
+                   "loss and its gradient", "backward", "update"]}
+    for found in stages.values():
+        assert found["tokens_per_s"] == pytest.approx(4 * 64 / sum(found["parts_s"].values()))
+    assert all(s > 0 for s in stages["distil"]["parts_s"].values())
+    assert capsys.readouterr().out.count(" tokens/s. A step of 4 x 64 ") == 2
+    assert sorted(path.name for path in out.iterdir()) == ["data", "speed.json"]
+    distill.main([str(x) for x in tiny(out, corpus, "--speed", "--device", "cpu", "--mixer",
+                                       "swa", "--train", "mixer")])  # without a stage I
+    assert list(json.loads((out / "speed.json").read_text())["stages"]) == ["distil"]
+
+
+def test_parts_are_medians_scaled_to_a_step(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(distill.time, "perf_counter", lambda: clock[0])
+
+    def parts():
+        clock[0] += 1000
+        yield "set up"
+        for slow in (100, 1, 7, 2):  # the first warms up; the median of the others is 2
+            for part, seconds in (("teacher", 1), ("both", 3), ("all", 10), ("update", 5)):
+                clock[0] += seconds * slow
+                yield part
+
+    run = argparse.Namespace(device=torch.device("cpu"), batch=6, micro_batch=2)
+    assert distill.time_stage(run, parts(), ("teacher", "both", "all")) == {
+        "teacher": 3 * 2, "both": 3 * 4, "all": 3 * 14, "update": 10}
 
 
 def all_lines(out):

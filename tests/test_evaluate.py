@@ -16,7 +16,7 @@ import evaluate
 from evaluate import (Scorer, bootstrap, critical_tolerance, evaluate_rows, evaluate_tasks,
                       gate_map, is_right, needle_prompt, read_task, recovery, run_program,
                       win_and_tie)
-from model import generate, load_pretrained, save_pretrained, student_from_teacher
+from model import Cache, generate, load_pretrained, save_pretrained, student_from_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tests/teacher"
@@ -461,10 +461,166 @@ def test_compare_command_reports_and_goes_on(tmp_path, student_dir):
     assert run(*command).stdout == first.stdout
 
 
+# ------------------------------------------------------------------ speed
+
+
+def test_speed_command_measures_every_cell(tmp_path):
+    out = tmp_path / "speed"
+    result = run("speed", "--contexts", 64, 128, "1k", "--batches", 1, 2, "--new-tokens", 4,
+                 "--seconds", 0.5, "--device", "cpu", "--out", out)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((out / "speed.json").read_text())
+    assert [(c["batch"], c["context"]) for c in report["cells"]] == [
+        (b, n) for b in (1, 2) for n in (64, 128, 1024)]
+    assert report["machine"]["device"] and report["machine"]["torch"] == torch.__version__
+    assert report["models"]["teacher"]["parameters"] == 1_115_264
+    assert report["models"]["student"]["hybrid"]["window"] == 16
+    for cell in report["cells"]:
+        for m in (cell["teacher"], cell["student"]):
+            assert m.pop("peak_bytes") is None and m.pop("jumped") is False  # no GPU, no hurry
+            assert all(0 < value < float("inf") for value in m.values())
+            assert m["decode_tokens_per_s"] * m["step_s"] == pytest.approx(cell["batch"])
+            assert m["first_token_s"] > cell["batch"] * cell["context"] / m["prefill_tokens_per_s"]
+        # 4 layers, keys and values, 2 heads, 32 wide, fp32
+        assert cell["teacher"]["cache_bytes"] == (
+            cell["batch"] * (cell["context"] + 4) * 4 * 2 * 2 * 32 * 4)
+        # a window of 16 and 4 sinks; (S, z, m) of 4 heads: nothing that grows
+        rows, state = 20 * 2 * 2 * 32, 4 * (32 * 32 + 32 + 1)
+        assert rows + state <= cell["student"]["cache_bytes"] / (16 * cell["batch"]) < 2 * (
+            rows + state)
+        assert cell["student"]["cache_bytes"] == (
+            cell["batch"] * report["cells"][0]["student"]["cache_bytes"])
+    for title, *_ in list(evaluate.QUANTITIES.values())[:-1]:
+        assert f"\n{title} (" in result.stdout
+        picture = out / f"{title.replace(' ', '_')}.png"
+        assert "pip install matplotlib" in result.stdout or picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_what_is_timed_is_what_generate_does(which, student_dir, monkeypatch):
+    model = load_pretrained(TEACHER if which == "teacher" else student_dir)
+    monkeypatch.setattr(model, "hidden", lambda tokens, cache, hidden=model.hidden: (
+        read.append(tokens), hidden(tokens, cache=cache))[1])
+    prompts = torch.randint(1000, (2, 2100), generator=torch.Generator().manual_seed(0))
+    read = []
+    generate(model, prompts, max_new_tokens=5, stop=())
+    expected, read = read, []
+    found = evaluate.time_once(model, prompts, 4, seconds=1e9)
+    assert len(found["steps_s"]) == 4 and len(read) == 2 + 4
+    assert all(torch.equal(a, b) for a, b in zip(read, expected))
+
+
+def test_medians_leave_the_warm_up_out(monkeypatch):
+    model = load_pretrained(TEACHER)
+    steps = iter([[9.0, 9.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]] * 2)
+    monkeypatch.setattr(evaluate, "time_once", lambda *_: {
+        "prefill_s": 2.0, "first_token_s": 2.5, "steps_s": next(steps), "cache_bytes": 7,
+        "peak_bytes": None})
+    found = evaluate.measure_cell({"teacher": model}, 3, 10, 2, seconds=1e9)["teacher"]
+    assert found == {"prefill_tokens_per_s": 15, "first_token_s": 2.5, "step_s": 3.5,
+                     "decode_tokens_per_s": 3 / 3.5, "cache_bytes": 7, "peak_bytes": None,
+                     "passes": 3, "steps": 6, "jumped": False}
+    alone = evaluate.measure_cell({"teacher": model}, 3, 10, 2, seconds=1e-9)["teacher"]
+    assert alone["step_s"] == 9 and alone["passes"] == 1
+
+
+def test_a_prefill_that_takes_too_long_is_given_up_and_decoding_timed_all_the_same(
+        student_dir, monkeypatch):
+    monkeypatch.setattr(evaluate, "PREFILL", 32)
+    models = {"teacher": load_pretrained(TEACHER), "student": load_pretrained(student_dir)}
+    prompts = torch.randint(1000, (2, 128))
+    for name, model in models.items():
+        cache, whole = Cache(model, 2, 140), Cache(model, 2, 140)
+        with torch.no_grad():
+            model.hidden(prompts[:, :32], cache=cache)
+            model.hidden(prompts, cache=whole)
+            evaluate.jump(cache, 32, 128)
+            assert model.hidden(prompts[:, :1], cache=cache).isfinite().all()
+            model.hidden(prompts[:, :1], cache=whole)
+        assert evaluate.cache_bytes(cache) == evaluate.cache_bytes(whole)
+        for part, true in zip(cache.layers, whole.layers):
+            assert part.length == true.length == cache.length == 129
+        if name == "teacher":  # no row is left that was never written
+            assert all(part.k[:, :, :128].std(-1).min() > 0 for part in cache.layers)
+    found = evaluate.measure_cell(models, 2, 128, 3, seconds=1e-9)
+    for m in found.values():
+        assert m["jumped"] and m["prefill_tokens_per_s"] is m["first_token_s"] is None
+        assert m["step_s"] > 0 and m["passes"] == 1
+
+
+def test_a_cell_out_of_memory_is_named_and_the_grid_goes_on(tmp_path, monkeypatch, capsys):
+    real = evaluate.time_once
+
+    def limited(model, tokens, *args):
+        if tokens.shape[1] == 64 and model.config.hybrid is None:
+            raise error
+        return real(model, tokens, *args)
+
+    command = ["speed", "--contexts", "32", "64", "128", "--batches", "1", "--new-tokens", "2",
+               "--seconds", "0.1", "--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(evaluate, "time_once", limited)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")):
+        evaluate.main(command)
+        cells = json.loads((tmp_path / "speed.json").read_text())["cells"]
+        assert [cell["teacher"].get("oom") for cell in cells] == [None, True, None]
+        assert all(cell["student"]["step_s"] > 0 for cell in cells)
+        assert "OOM" in capsys.readouterr().out
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        evaluate.main(command)
+
+
+def test_ctrl_c_keeps_the_cells_that_were_measured(tmp_path, monkeypatch, capsys):
+    real = evaluate.measure_cell
+
+    def interrupted(models, batch, context, *args):
+        if context == 64:
+            raise KeyboardInterrupt
+        return real(models, batch, context, *args)
+
+    monkeypatch.setattr(evaluate, "measure_cell", interrupted)
+    evaluate.main(["speed", "--contexts", "32", "64", "--batches", "1", "--new-tokens", "2",
+                   "--seconds", "0.1", "--device", "cpu", "--out", str(tmp_path)])
+    assert len(json.loads((tmp_path / "speed.json").read_text())["cells"]) == 1
+    assert "1 of 2 cells" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_layers_in_the_shape_of_8b():
+    with torch.device("meta"):
+        layer = evaluate.random_8b_stack(1, "meta", torch.bfloat16).model["layers"][0]
+    # as in Llama-3.1-8B's index: 4096 x 4096 twice, 1024 x 4096 twice, 14336 x 4096 three times
+    assert sum(p.numel() for p in layer.parameters()) == 4096 * (
+        2 * 4096 + 2 * 1024 + 3 * 14336 + 2)
+    assert evaluate.number_of_tokens("16k") == 16384 and evaluate.number_of_tokens("7") == 7
+
+
+def test_speed_refuses_what_it_cannot_measure(tmp_path, student_dir, capsys):
+    for flags, words in ((["--contexts", "0"], "--contexts must be at least 1"),
+                         (["--contexts", "4q"], "'4q'"), (["--shape", "9b"], "8b"),
+                         (["--batches", "1", "-1"], "--batches must be"),
+                         (["--student", "x"], "needs its --teacher"),
+                         (["--teacher", "x", "--student", "y", "--window", "9"], "--window"),
+                         (["--shape", "8b", "--teacher", "x"], "--shape")):
+        with pytest.raises(SystemExit) as status:
+            evaluate.main(["speed", "--out", str(tmp_path / "out"), "--device", "cpu", *flags])
+        assert status.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+    for flags, words in ((["--teacher", str(student_dir)], "--teacher .* is a student"),
+                         (["--teacher", str(TEACHER), "--student", str(TEACHER)], "is no student")):
+        with pytest.raises(ValueError, match=words):
+            evaluate.main(["speed", "--out", str(tmp_path / "out"), "--device", "cpu", *flags])
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------ bad input
+
+
 def test_bad_input_is_one_sentence_and_status_2(tmp_path, student_dir):
     compare = ("compare", "--teacher", TEACHER, "--student", student_dir, "--out", tmp_path / "r")
     for arguments in ((*compare, "--tasks", tmp_path / "none.jsonl"),
                       ("gates", "--student", TEACHER, "--data", TASKS[0]),
+                      ("speed", "--teacher", tmp_path / "none", "--out", tmp_path / "r"),
                       ("lm-eval", "--model", tmp_path, "--tasks", "piqa", "--device", "cuda:9")):
         result = run(*arguments)
         assert result.returncode == 2 and "Traceback" not in result.stderr
