@@ -36,6 +36,7 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -318,6 +319,18 @@ def tokenizer_sha256(tokenizer):
     return sha256(*filter(Path.is_file, (Path(tokenizer.path).with_name(n) for n in names)))
 
 
+def map_array(path, dtype):
+    """A file as an array that is read where it is used, and without what stands around it.
+
+    A mapping reads ahead, up to megabytes. Rows of 16 KB come in random order: without, six times
+    as fast from a disk.
+    """
+    with open(path, "rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapping.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapping, dtype)
+
+
 class Source:
     """One file's documents as rows of T tokens: packed back to back, cut where a row is full.
 
@@ -327,11 +340,12 @@ class Source:
 
     def __init__(self, name, folder, split, T, fraction=0.02):
         lengths, hashes = np.fromfile(folder / "documents.bin", np.int64).reshape(-1, 2).T
-        limit = np.sort(hashes)[max(1, round(fraction * len(hashes))) - 1]
+        rank = max(1, round(fraction * len(hashes))) - 1
+        limit = np.partition(hashes, rank)[rank]
         chosen = hashes <= limit if split == "heldout" else hashes > limit
-        self.name, self.T = name, T
-        self.tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
-        self.loss = np.memmap(folder / "loss.bin", bool, "r")
+        self.name, self.folder, self.T = name, folder, T
+        self.tokens = map_array(folder / "tokens.bin", np.uint32)
+        self.loss = map_array(folder / "loss.bin", bool)
         self.lengths = lengths[chosen]
         self.starts = (lengths.cumsum() - lengths)[chosen]  # in the files
         self.ends = self.lengths.cumsum()  # in the stream of chosen documents
@@ -385,8 +399,7 @@ class Mixture:
         s = int(self.which[i])
         epoch, j = divmod(int(self.nth[i]), self.sources[s].num_rows)
         if self.orders.get(s, (None,))[0] != epoch:
-            rng = np.random.default_rng((self.seed, s, epoch))
-            self.orders[s] = epoch, rng.permutation(self.sources[s].num_rows)
+            self.orders[s] = epoch, row_order(self.seed, s, epoch, self.sources[s].num_rows)
         return s, int(self.orders[s][1][j])
 
     def row(self, i):
@@ -395,6 +408,11 @@ class Mixture:
 
     def rows(self, start, stop):
         return [self.row(i) for i in range(start, stop)]
+
+
+def row_order(seed, s, epoch, n):
+    """The order in which source s gives its n rows in an epoch."""
+    return np.random.default_rng((seed, s, epoch)).permutation(n)
 
 
 def interleave(weights, n):
