@@ -416,17 +416,22 @@ def test_train_selects_what_it_says(teacher, which, shares):
 # ------------------------------------------------------------------ teacher targets on disk
 
 
+def prepare(folder, tokenizer):
+    """Settings and a mixture of two sources, with some rows of a second epoch."""
+    sources = []
+    for name, step in (("a", 2), ("b", 3)):
+        rng = np.random.default_rng(step)
+        path = write_rows(folder / f"{name}.jsonl", [words(rng, n) for n in range(1, 50, step)])
+        sources.append(Source(name, tokenise(path, tokenizer, 1023, folder / "data"), "train", 64))
+    run = Namespace(teacher=TEACHER, targets=folder / "targets", context=64, topk=16,
+                    micro_batch=3, device=torch.device("cpu"))
+    return run, Mixture(sources, [1, 1], 2 * sources[0].num_rows + 6, seed=1)
+
+
 @pytest.fixture
 def targets(tmp_path, tokenizer, monkeypatch):
-    """Settings and the mixture of two sources; 4 rows a file, so that there are many files."""
-    monkeypatch.setattr(distill, "SHARD_ROWS", 4)
-    rng = np.random.default_rng(3)
-    files = [write_rows(tmp_path / f"{name}.jsonl", [words(rng, n) for n in range(1, 50, step)])
-             for name, step in (("a", 2), ("b", 3))]
-    sources, weights, _ = open_data(map(str, files), tokenizer, 1023, tmp_path / "data", 64)
-    run = Namespace(teacher=TEACHER, targets=tmp_path / "targets", context=64, topk=16,
-                    micro_batch=3, device=torch.device("cpu"))
-    return run, Mixture(sources, weights, sum(s.num_rows for s in sources) + 12, seed=1)
+    monkeypatch.setattr(distill, "SHARD_ROWS", 4)  # so that there are many files
+    return prepare(tmp_path, tokenizer)
 
 
 def everything_in(folder):
@@ -483,22 +488,19 @@ def test_processes_write_what_one_process_writes(targets, teacher, tokenizer, tm
     run, mixture = targets
     distill.prepare_targets(run, teacher, tokenizer, [mixture])
     one = everything_in(run.targets)
-    script = f"""
-import distill, pathlib, sys, torch
-from argparse import Namespace
+    script = """
+import distill, pathlib, sys
+sys.path.insert(0, "tests")
+from test_distill import TEACHER, prepare
 from model import load_with_tokenizer
-distill.SHARD_ROWS, out, rank, world = 4, *sys.argv[1:]
-teacher, tokenizer = load_with_tokenizer({str(TEACHER)!r})
-run = Namespace(teacher=pathlib.Path({str(TEACHER)!r}), targets=pathlib.Path(out), context=64,
-                topk=16, micro_batch=3, device=torch.device("cpu"))
-files = [{str(tmp_path / "a.jsonl")!r}, {str(tmp_path / "b.jsonl")!r}]
-sources, weights, _ = distill.open_data(files, tokenizer, 1023,
-                                        pathlib.Path({str(tmp_path / "data")!r}), 64)
-mixture = distill.Mixture(sources, weights, {len(mixture.which)}, 1)
+distill.SHARD_ROWS, (folder, out, rank, world) = 4, sys.argv[1:]
+teacher, tokenizer = load_with_tokenizer(TEACHER)
+run, mixture = prepare(pathlib.Path(folder), tokenizer)
+run.targets = pathlib.Path(out)
 distill.prepare_targets(run, teacher, tokenizer, [mixture], None, int(rank), int(world))
 """
     def start(out, *args):
-        return subprocess.Popen([sys.executable, "-c", script, str(tmp_path / out), *args],
+        return subprocess.Popen([sys.executable, "-c", script, tmp_path, tmp_path / out, *args],
                                 cwd=ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL)
 
     # Two that share the work; and two that do not know of each other, of which one is killed.
