@@ -421,7 +421,9 @@ def prepare(folder, tokenizer):
     sources = []
     for name, step in (("a", 2), ("b", 3)):
         rng = np.random.default_rng(step)
-        path = write_rows(folder / f"{name}.jsonl", [words(rng, n) for n in range(1, 50, step)])
+        path = folder / f"{name}.jsonl"
+        if not path.exists():  # other processes may be reading it
+            write_rows(path, [words(rng, n) for n in range(1, 50, step)])
         sources.append(Source(name, tokenise(path, tokenizer, 1023, folder / "data"), "train", 64))
     run = Namespace(teacher=TEACHER, targets=folder / "targets", context=64, topk=16,
                     micro_batch=3, device=torch.device("cpu"))
