@@ -138,7 +138,7 @@ def test_tokens_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, mo
         whole = read_files(tokenise(path, tokenizer, 1023, tmp_path / "whole"))
         with monkeypatch.context() as patch:
             patch.setattr(distill, "PART", 3000)
-            for workers in (1, 3):
+            for workers in (1, 2):
                 folder = tmp_path / f"{workers}"
                 found = read_files(tokenise(path, tokenizer, 1023, folder, workers))
                 if path.suffix == ".jsonl":  # parts begin at rows: they change nothing
@@ -186,14 +186,12 @@ def test_a_bad_row_is_named_by_its_line_in_any_part(tmp_path, tokenizer, monkeyp
     path, text = many_parts(tmp_path)
     for path, bad in ((path, b'{"text": "half'), (path, b'{"text": "\xff"}'), (text, b"\xff")):
         lines = path.read_bytes().splitlines()
-        for at in (2, 150, len(lines)):
+        for at in (2, 150, len(lines)) if workers == 1 else (150,):
             broken = tmp_path / f"broken{path.suffix}"
             broken.write_bytes(b"\n".join([*lines[:at - 1], bad, *lines[at - 1:]]) + b"\n")
             with pytest.raises(ValueError, match=f"broken{path.suffix}:{at}: not "):
                 tokenise(broken, tokenizer, 1023, tmp_path / "d", workers)
             assert not list((tmp_path / "d").iterdir())
-            if workers == 2:
-                break  # processes take a second each to start
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, corpus, tokenizer, monkeypatch):
