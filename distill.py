@@ -424,9 +424,6 @@ class Mixture:
         s, j = self.locate(i)
         return self.sources[s].row(j)
 
-    def rows(self, start, stop, stride=1):
-        return [self.row(i) for i in range(start, stop, stride)]
-
 
 def row_order(seed, s, epoch, n):
     """The order in which source s gives its n rows in an epoch."""
@@ -643,6 +640,9 @@ def start_processes(run):
     dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo",
                             timeout=datetime.timedelta(days=2))
     run.rank, run.world = dist.get_rank(), dist.get_world_size()
+    if run.batch % run.world:
+        raise ValueError(f"--batch {run.batch} rows cannot be dealt out to {run.world} processes "
+                         "evenly; make it a multiple")
     if run.rank > 0:  # one voice: errors still reach stderr from every process
         sys.stdout = open(os.devnull, "w")
 
@@ -703,10 +703,10 @@ def shard(model):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
 
 
-def my_micro_batches(run, mixture, step):
-    """This process's rows of a step, as lists of --micro-batch rows."""
-    rows = mixture.rows(step * run.batch + run.rank, (step + 1) * run.batch, run.world)
-    return [rows[a:a + run.micro_batch] for a in range(0, len(rows), run.micro_batch)]
+def my_micro_batches(run, step):
+    """The mixture's row numbers of a step that are this process's, in --micro-batch pieces."""
+    mine = range(step * run.batch + run.rank, (step + 1) * run.batch, run.world)
+    return [mine[a:a + run.micro_batch] for a in range(0, len(mine), run.micro_batch)]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -787,7 +787,7 @@ class TargetCache:
         path, rows = self.shard(s, n)
         return path.exists() and path.stat().st_size == len(rows) * self.row_type.itemsize
 
-    def rows(self, where):
+    def rows(self, where, device="cpu"):
         """[(source, row), ...] -> ids (N, T, k) int32 and log-probs (N, T, k) fp16, from the disk.
 
         As sparse_kd_loss takes them, which widens a chunk at a time. Raises FileNotFoundError, or
@@ -807,7 +807,7 @@ class TargetCache:
                 wide |= targets["high"].astype(np.int32) << 16
             ids.append(wide)
             logprobs.append(targets["logprobs"])
-        return torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(logprobs))
+        return tuple(torch.from_numpy(np.stack(x)).to(device) for x in (ids, logprobs))
 
     def write(self, s, n, teacher, micro_batch, device, after):
         """Make shard n of source s. after(tokens) is called behind each micro-batch."""
@@ -822,8 +822,8 @@ class TargetCache:
                 tokens, document_ids, _ = collate([self.sources[s].row(int(j)) for j in part],
                                                   device)
                 with torch.no_grad():
-                    hidden = teacher.hidden(tokens, document_ids=document_ids).flatten(0, 1)
-                    ids, logprobs = teacher_topk(hidden, teacher.lm_head_weight, shape[-1])
+                    ids, logprobs = teacher(tokens, document_ids=document_ids,
+                                            head=partial(teacher_topk, k=shape[-1]))
                 ids = ids.cpu().numpy().reshape(shape)
                 targets["low"] = ids & 0xFFFF
                 if "high" in targets.dtype.names:
@@ -924,7 +924,7 @@ def compare(run, student, teacher, sources):
                     student(tokens, document_ids=ids, head=lambda h_s, w_s: (
                         _agreement(h_t, w_t, h_s, w_s, labels)))))
         *sums, count = all_sum(sums).tolist()
-        results[source.name] = {key: x / max(count, 1) for key, x in zip(("ce", "kl", "top1"), sums)}
+        results[source.name] = dict(zip(("ce", "kl", "top1"), (x / max(count, 1) for x in sums)))
     results["all"] = {key: sum(r[key] for r in results.values()) / len(results)
                       for key in ("ce", "kl", "top1")}
     return results
@@ -984,7 +984,8 @@ def make_optimizer(trainable):
     matrices = [p for p in trainable.values() if p.dim() > 1]
     vectors = [p for p in trainable.values() if p.dim() <= 1]
     return torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
-                              {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True)
+                              {"params": vectors, "weight_decay": 0.0}],
+                             betas=(0.9, 0.95), fused=True)
 
 
 STATE = ("weight", "exp_avg", "exp_avg_sq")  # a checkpoint's files: STATE-RANK.safetensors
@@ -1132,14 +1133,15 @@ def align(run, student, mixture, stop):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             losses = 0.0
-            for part in my_micro_batches(run, mixture, step):
-                tokens, ids, _ = collate(part, run.device)
+            for part in my_micro_batches(run, step):
+                tokens, ids, _ = collate(map(mixture.row, part), run.device)
                 with autocast(run.device):
                     scale = len(part) / run.batch
                     losses = losses + scale * alignment_losses(student, tokens, ids, scale)
             sum_gradients(trainable)
             norm = clip_gradients(trainable, run.clip)
-            *losses, stopping = all_sum(torch.cat((losses, losses.new_tensor([bool(stop)])))).tolist()
+            sums = torch.cat((losses, losses.new_tensor([bool(stop)])))
+            *losses, stopping = all_sum(sums).tolist()
             check_finite(run, "align", step, sum(losses), norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -1158,8 +1160,11 @@ def align(run, student, mixture, stop):
 # ----------------------------------------------------------------------------------------------
 
 
-def distil(run, student, teacher, mixture, heldout, stop):
-    """Train run.train's parameters on `sparse_kd_loss` for run.distil_steps steps, in place."""
+def distil(run, student, teacher, cache, mixture, heldout, stop):
+    """Train run.train's parameters on `sparse_kd_loss` for run.distil_steps steps, in place.
+
+    What the teacher says comes from `cache`, a TargetCache, or else from the teacher, as they go.
+    """
     trainable = select_trainable(student, run.train)
     describe(run, "stage II (distil)", student, trainable, run.distil_steps)
     optimizer = make_optimizer(trainable)
@@ -1170,19 +1175,23 @@ def distil(run, student, teacher, mixture, heldout, stop):
             lr = learning_rate(step, run.distil_steps, run.warmup, run.lr, run.lr)  # constant
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batches = [collate(part, run.device) for part in my_micro_batches(run, mixture, step)]
+            parts = my_micro_batches(run, step)
+            batches = [collate(map(mixture.row, part), run.device) for part in parts]
             valid = all_sum(sum((labels != -100).sum() for _, _, labels in batches)).clamp_min(1)
             sums = torch.zeros(3, device=run.device)  # ce, kl, whether to stop
-            for tokens, ids, labels in batches:
-                with torch.no_grad():
-                    targets = teacher(tokens, document_ids=ids,
-                                      head=partial(teacher_topk, k=run.topk))
+            for part, (tokens, ids, labels) in zip(parts, batches):
+                if cache:
+                    targets = cache.rows([mixture.locate(i) for i in part], run.device)
+                else:
+                    with torch.no_grad():
+                        targets = teacher(tokens, document_ids=ids,
+                                          head=partial(teacher_topk, k=run.topk))
                 with autocast(run.device):
-                    loss, parts = student(tokens, document_ids=ids, head=lambda h, w: (
+                    loss, terms = student(tokens, document_ids=ids, head=lambda h, w: (
                         sparse_kd_loss(h, w, labels, *targets, gamma=run.gamma, beta=run.beta)))
                 share = (labels != -100).sum() / valid  # of all processes' tokens in this step
                 (loss * share * run.world).backward()  # FSDP2 takes the mean over processes
-                sums += torch.stack((parts["ce"], parts["kl"], share.new_zeros(()))) * share
+                sums[:2] += torch.stack((terms["ce"], terms["kl"])) * share
             sums[2] = bool(stop)
             ce, kl, stopping = all_sum(sums).tolist()
             norm = clip_gradients(trainable, run.clip)
@@ -1197,9 +1206,9 @@ def distil(run, student, teacher, mixture, heldout, stop):
                 if stopping and done < run.distil_steps:
                     raise Stopped(f"stage II, step {done}")
             if done < run.distil_steps and done % run.eval_every == 0:
-                r = compare(run, student, teacher, heldout)
-                tqdm.write(f"held-out after {done} steps: CE {r['all']['ce']:.4f}  "
-                           f"KL {r['all']['kl']:.4f}  top-1 {r['all']['top1']:.3f}")
+                r = compare(run, student, teacher or student, heldout)["all"]
+                tqdm.write(f"held-out after {done} steps: CE {r['ce']:.4f}" + (
+                    f"  KL {r['kl']:.4f}  top-1 {r['top1']:.3f}" if teacher else ""))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1242,7 +1251,8 @@ def working_bytes(run, config, stage, layers):
                                  layer_windows=config.layer_windows[:layers])
     dtype = torch.float32 if run.device.type == "cpu" else torch.bfloat16
     with torch.device("meta"):
-        student, teacher = Transformer(config), Transformer(dataclasses.replace(config, hybrid=None))
+        student = Transformer(config)
+        teacher = Transformer(dataclasses.replace(config, hybrid=None))
     with FakeTensorMode(), torch.no_grad():
         for model in (student, teacher):
             for name, p in list(model.named_parameters()):
@@ -1259,9 +1269,12 @@ def working_bytes(run, config, stage, layers):
             if stage == "align":
                 alignment_losses(student, tokens, tokens, 1.0)
             else:
-                with torch.no_grad():
-                    targets = teacher(tokens, document_ids=tokens,
-                                      head=partial(teacher_topk, k=run.topk))
+                targets = [torch.zeros(tokens.numel(), run.topk, dtype=dtype) for dtype in (
+                    torch.int32, torch.float16)]
+                if not run.targets:
+                    with torch.no_grad():
+                        targets = teacher(tokens, document_ids=tokens,
+                                          head=partial(teacher_topk, k=run.topk))
                 student(tokens, document_ids=tokens, head=lambda h, w: sparse_kd_loss(
                     h, w, tokens, *targets, gamma=run.gamma, beta=run.beta))[0].backward()
     return live.peak
@@ -1284,7 +1297,7 @@ def plan_memory(run, config, stage):
     train = sum(n for name, n in sizes.items() if trains(name))
     needs = {"weights": (4 * train + half * (sum(sizes.values()) - train)) // share,
              "gradients": 4 * train // share, "AdamW": 8 * train // share}
-    if stage == "distil":
+    if stage == "distil" and not run.targets:
         needs["teacher"] = half * copied // share
     blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
     if sharded:
@@ -1377,8 +1390,8 @@ def show_samples(run, folder, tokenizer, heldout):
     texts = []
     for directory in (run.teacher, folder):  # one after the other, whole: FSDP2 does not generate
         model, _ = load_with_tokenizer(directory, device=run.device)
-        texts.append([tokenizer.decode(generate(model, p, max_new_tokens=48)[0, p.shape[1]:].tolist())
-                      for p in prompts])
+        new = [generate(model, p, max_new_tokens=48)[0, p.shape[1]:].tolist() for p in prompts]
+        texts.append([tokenizer.decode(ids) for ids in new])
     for source, prompt, *pair in zip(heldout, prompts, *texts):
         print(f"\n[{source.name}] ...{tokenizer.decode(prompt[0, -24:].tolist())!r}")
         columns = [sum((textwrap.wrap(line, 46) or [""] for line in text.split("\n")), [])
@@ -1395,7 +1408,7 @@ def align_parts(run, student, teacher, mixture):
     optimizer = make_optimizer(trainable)
     yield "set up"
     while True:
-        tokens, ids, _ = collate(mixture.rows(0, run.micro_batch), run.device)
+        tokens, ids, _ = collate(map(mixture.row, range(run.micro_batch)), run.device)
         yield "data"
         with torch.no_grad(), autocast(run.device):
             teacher.hidden(tokens, document_ids=ids)
@@ -1424,7 +1437,7 @@ def distil_parts(run, student, teacher, mixture):
     optimizer = make_optimizer(trainable)
     yield "set up"
     while True:
-        tokens, ids, labels = collate(mixture.rows(0, run.micro_batch), run.device)
+        tokens, ids, labels = collate(map(mixture.row, range(run.micro_batch)), run.device)
         yield "data"
         with torch.no_grad():
             hidden = teacher.hidden(tokens, document_ids=ids)
@@ -1515,16 +1528,17 @@ def open_model(run, directory, train=None):
                            prepare=shard if dist.is_initialized() else None).requires_grad_(False)
 
 
-def train_student(run, seed, final, teacher, mixture, heldout, stop):
-    """Stage II: the student folder `seed` -> the student folder `final`, unless that exists."""
+def train_student(run, seed, teacher, cache, mixture, heldout, stop):
+    """Stage II: the student folder `seed` -> run.out/student, unless that exists; returns it."""
+    final = run.out / "student"
     if not final.exists():
         student = open_model(run, seed, run.train)
         for block in student.model["layers"]:
             block.recompute = run.recompute
-        distil(run, student, teacher, mixture, heldout, stop)
+        distil(run, student, teacher, cache, mixture, heldout, stop)
         del student
     once(run, final, lambda: export_student(run, seed, final))
-    return open_model(run, final)
+    return final
 
 
 def export_student(run, seed, final):
@@ -1543,28 +1557,38 @@ def export_student(run, seed, final):
     shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
-def train_experts(run, seed, teacher, sources, heldout, stop, measure):
-    """Branch and merge (Eq. 14): an expert per --data file, a generalist, and the experts' mean.
+def plan_students(run, sources, weights):
+    """What stage II trains: {name: (settings, mixture)}.
 
-    An expert draws 70 % of its rows from its own file and the rest from the others; the
-    generalist draws from all alike and trains as long as all experts together. Returns the
-    students' folders by name.
+    One student, "after stage II"; or with --experts (Eq. 14) an expert per --data file, which
+    draws 70 % of its rows from its own file and the rest from the others, and a generalist, which
+    draws from all alike and trains as long as all experts together.
     """
-    names, folders = [source.name for source in sources], {}
-    plans = {name: ([0.7 if n == name else 0.3 / (len(names) - 1) for n in names],
-                    run.distil_steps) for name in names}
-    plans["generalist"] = [1] * len(names), run.distil_steps * len(names)
-    for name, (weights, steps) in plans.items():
-        print(f"\n===== {name} =====")
-        part = argparse.Namespace(**{**vars(run), "out": run.out / name, "distil_steps": steps})
-        part.checkpoints, folders[name] = part.out / "checkpoints", part.out / "student"
-        once(run, part.out, part.out.mkdir)
-        mixture = Mixture(sources, weights, steps * run.batch, run.seed + 1)
-        measure(name, train_student(part, seed, folders[name], teacher, mixture, heldout, stop))
-    folders["merged"] = run.out / "merged"
-    once(run, folders["merged"], lambda: merge([folders[n] for n in names], folders["merged"]))
-    measure("merged", open_model(run, folders["merged"]))
-    return folders
+    plans = {"after stage II": (weights, run.distil_steps, run.out)}
+    if run.experts:
+        names = [source.name for source in sources]
+        plans = {name: ([0.7 if n == name else 0.3 / (len(names) - 1) for n in names],
+                        run.distil_steps, run.out / name) for name in names}
+        plans["generalist"] = [1] * len(names), run.distil_steps * len(names), run.out / "generalist"
+    students = {}
+    for name, (shares, steps, out) in plans.items():
+        own = argparse.Namespace(**vars(run) | {
+            "out": out, "checkpoints": out / "checkpoints", "distil_steps": steps})
+        # Another seed than stage I's, or both stages would begin with the same rows.
+        students[name] = own, Mixture(sources, shares, steps * run.batch, run.seed + 1)
+    return students
+
+
+def finish(run, folders, results, tokenizer, heldout, started):
+    """The table, continuations, --tasks, and where everything is."""
+    report(results)
+    final = list(folders.values())[-1]
+    show_samples(run, final, tokenizer, heldout)
+    if run.tasks:
+        prove(run, folders if run.experts else {"student": final})
+    print(f"\n{time.time() - started:.0f} s. The student is in {final}; "
+          "model.load_pretrained opens it.\nNext: what the mLSTM adds, "
+          f"`python distill.py --mixer swa --out {run.out}-swa`")
 
 
 def prove(run, folders):
@@ -1643,6 +1667,9 @@ def parse_arguments(argv):
     g.add_argument("--gamma", type=float, default=0.9, help="weight of next-token CE")
     g.add_argument("--beta", type=float, default=0.1, help="weight of KL to the teacher")
     g.add_argument("--topk", type=int, default=256, help="teacher tokens in the KL")
+    g.add_argument("--targets", type=Path, metavar="DIR", help="the teacher's top k on disk: made "
+                   "first where missing, then stage II runs without the teacher")
+    g.add_argument("--targets-only", action="store_true", help="make --targets and stop")
     g.add_argument("--experts", action="store_true", help="an expert of --tokens per --data file, "
                    "a generalist of as many as all experts, and the merged experts (Eq. 14)")
     g.add_argument("--tasks", nargs="+", metavar="FILE", default=[],
@@ -1653,7 +1680,12 @@ def parse_arguments(argv):
     run, _ = p.parse_known_args(argv)
     if run.teacher is None:
         p.set_defaults(**SMALL | (SMALL_EXPERTS if run.experts else {}))
-    return p.parse_args(argv)
+    run = p.parse_args(argv)
+    run.checkpoints = run.out and run.out / "checkpoints"
+    run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
+    run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
+    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
+    return run
 
 
 def check_arguments(run):
@@ -1669,6 +1701,8 @@ def check_arguments(run):
     if len(set(names)) < len(names) or taken & set(names):
         raise ValueError(f"--data: the files' names {names} name sources and folders of the run; "
                          f"they must differ and be none of {sorted(taken)}: rename a file")
+    if run.targets_only and not run.targets:
+        raise ValueError("--targets-only needs --targets DIR, where to make them")
     if run.experts and len(run.data) < 2:
         raise ValueError("--experts needs two --data files or more: an expert for each")
     for path in run.tasks:
@@ -1683,8 +1717,9 @@ def check_arguments(run):
 def settings_of(run):
     """What must not change between a run and its resumption, as JSON."""
     free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan", "speed",
-            "micro_batch", "recompute", "rank", "world")
+            "targets_only", "micro_batch", "recompute", "rank", "world")
     settings = {k: v for k, v in vars(run).items() if k not in free}
+    settings["targets"] = bool(run.targets)
     settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
     settings["teacher_sha256"] = sha256(*sorted(run.teacher.glob("*.safetensors")),
                                         run.teacher / "config.json")
@@ -1729,7 +1764,8 @@ def new_student(run, teacher):
 
 def load_data(run, tokenizer, eos_ids):
     """--data -> `open_data`'s sources, weights and held-out sources, and say what they are."""
-    arguments = (run.data, tokenizer, eos_ids[0] if eos_ids else None, run.out / "data", run.context)
+    eos_id = eos_ids[0] if eos_ids else None
+    arguments = run.data, tokenizer, eos_id, run.out / "data", run.context
     once(run, run.out / "run.json", lambda: open_data(*arguments))  # one process tokenises
     train, weights, heldout = open_data(*arguments)
     for source, weight in zip(train, weights):
@@ -1744,16 +1780,8 @@ def main(argv=None):
     check_arguments(run)
     torch.manual_seed(run.seed)
     start_processes(run)
-    if run.batch % run.world:
-        raise ValueError(f"--batch {run.batch} rows cannot be dealt out to {run.world} processes "
-                         "evenly; make it a multiple")
-    run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
-    run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
-    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
     if run.plan:
-        show_plan(run)
-        return
-    run.checkpoints = run.out / "checkpoints"
+        return show_plan(run)
     results = open_run(run)
     teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device)
     teacher.requires_grad_(False)
@@ -1763,6 +1791,13 @@ def main(argv=None):
     sources, weights, heldout = load_data(run, tokenizer, teacher.config.eos_ids)
     if run.speed:
         return report_speed(run, student, teacher, Mixture(sources, weights, run.batch, run.seed))
+    students, stop, cache = plan_students(run, sources, weights), StopRequested(), None
+    if run.targets:
+        mixtures = [mixture for _, mixture in students.values()]
+        cache = prepare_targets(run, teacher, tokenizer, mixtures, stop, run.rank, run.world)
+        barrier()
+        if run.targets_only:
+            return print(f"the targets are in {run.targets}")
     if not run.resume:
         show_plan(run)
     # Only now: a refused run leaves none.
@@ -1770,15 +1805,14 @@ def main(argv=None):
 
     def measure(name, model):
         if name not in results:
-            results[name] = compare(run, model, teacher, heldout)
+            results[name] = compare(run, model, teacher or open_model(run, run.teacher), heldout)
             if run.rank == 0:
                 write_json(run.out / "results.json", results)
         r = results[name]["all"]
         print(f"held-out, {name}: CE {r['ce']:.4f}  KL {r['kl']:.4f}  top-1 {r['top1']:.3f}")
 
     measure("teacher", teacher)
-    stop, seed = StopRequested(), run.start or run.out / "seed"
-    skipped = why_no_align(run)
+    seed, skipped = run.start or run.out / "seed", why_no_align(run)
     if skipped:
         print(f"stage I is skipped: {skipped}")
     if not run.start:
@@ -1789,29 +1823,24 @@ def main(argv=None):
             align(run, student, Mixture(sources, weights, total, run.seed), stop)
         once(run, seed, lambda: save_pretrained(student, seed))
     if not skipped or run.start:
-        measure("after stage I", student if run.start else open_model(run, seed))
-    del student
-    if dist.is_initialized():
-        teacher = open_model(run, run.teacher)  # sharded: stage I needed it whole
+        measure("after stage I", open_model(run, seed))
+
+    # Stage I needed the teacher whole. Stage II shards it, or does without.
+    student, folders = None, {}
+    teacher = None if cache else open_model(run, run.teacher) if dist.is_initialized() else teacher
+    for name, (own, mixture) in students.items():
+        if run.experts:
+            print(f"\n===== {name} =====")
+            once(run, own.out, own.out.mkdir)
+        folders[name] = train_student(own, seed, teacher, cache, mixture, heldout, stop)
+        measure(name, open_model(run, folders[name]))
     if run.experts:
-        folders = train_experts(run, seed, teacher, sources, heldout, stop, measure)
-    else:
-        # Another seed than stage I's, or both stages would begin with the same rows.
-        mixture = Mixture(sources, weights, run.distil_steps * run.batch, run.seed + 1)
-        folders = {"student": run.out / "student"}
-        measure("after stage II", train_student(run, seed, folders["student"], teacher, mixture,
-                                                heldout, stop))
-    if run.rank > 0:
-        return
-    del teacher
-    report(results)
-    final = list(folders.values())[-1]
-    show_samples(run, final, tokenizer, heldout)
-    if run.tasks:
-        prove(run, folders)
-    print(f"\n{time.time() - started:.0f} s. The student is in {final}; "
-          "model.load_pretrained opens it.\nNext: what the mLSTM adds, "
-          f"`python distill.py --mixer swa --out {run.out}-swa`")
+        experts, folders["merged"] = list(folders.values())[:-1], run.out / "merged"
+        once(run, folders["merged"], lambda: merge(experts, folders["merged"]))
+        measure("merged", open_model(run, folders["merged"]))
+    teacher = None
+    if run.rank == 0:
+        finish(run, folders, results, tokenizer, heldout, started)
 
 
 if __name__ == "__main__":

@@ -249,10 +249,11 @@ def test_mixture_counts_are_exact_and_order_depends_on_seed_and_step(tmp_path, t
     mixture = Mixture(train, weights, 400, seed=5)
     assert np.abs(np.cumsum(mixture.which == 0) - 0.75 * np.arange(1, 401)).max() <= 1
     again = Mixture(train, weights, 400, seed=5)
-    rows = mixture.rows(0, 400)
+    rows = [mixture.row(i) for i in range(400)]
     for i in (399, 7, 200):  # any position, in any order, without reading what came before
-        assert all(np.array_equal(a, b) for a, b in zip(again.rows(i, i + 1)[0], rows[i]))
-    other = Mixture(train, weights, 400, seed=6).rows(0, 20)
+        assert all(np.array_equal(a, b) for a, b in zip(again.row(i), rows[i]))
+    reseeded = Mixture(train, weights, 400, seed=6)
+    other = [reseeded.row(i) for i in range(20)]
     assert any(not np.array_equal(a[0], b[0]) for a, b in zip(other, rows))
     first_epoch = [tuple(r[0]) for r, s in zip(rows, mixture.which) if s == 0][:train[0].num_rows]
     assert len(set(first_epoch)) == train[0].num_rows  # each row once before any comes twice
@@ -455,7 +456,7 @@ def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, 
     weight = teacher.lm_head_weight.clone().requires_grad_()
     for start in (0, len(mixture.which) - 4):  # the last are of the second epoch
         where = [mixture.locate(i) for i in range(start, start + 4)]
-        tokens, ids, labels = collate(mixture.rows(start, start + 4), "cpu")
+        tokens, ids, labels = collate(map(mixture.row, range(start, start + 4)), "cpu")
         hidden = student.hidden(tokens, document_ids=ids)
         online = teacher_topk(teacher.hidden(tokens, document_ids=ids).flatten(0, 1),
                               teacher.lm_head_weight, 16)
@@ -749,8 +750,8 @@ def test_runs_killed_at_random_go_on_with_the_same_losses(tmp_path, corpus):
     for row in all_lines(out):  # bit-equal, also the steps that were done twice
         assert row == expected[row["stage"], row["step"]]
     assert logged(out) == expected
-    assert all(torch.equal(a, b) for a, b in zip(load_pretrained(out / "student").parameters(),
-                                                 load_pretrained(tmp_path / "whole/student").parameters()))
+    a, b = (load_pretrained(o / "student").parameters() for o in (out, tmp_path / "whole"))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 def test_a_stop_is_saved_and_other_settings_are_refused(tmp_path, corpus):
@@ -789,8 +790,8 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, corpus)
 
 
 def torchrun(*args):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend",
-            "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "distill.py"), *map(str, args)]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "distill.py"), *map(str, args)]
 
 
 def closeness(a, b):
