@@ -1569,7 +1569,8 @@ def plan_students(run, sources, weights):
         names = [source.name for source in sources]
         plans = {name: ([0.7 if n == name else 0.3 / (len(names) - 1) for n in names],
                         run.distil_steps, run.out / name) for name in names}
-        plans["generalist"] = [1] * len(names), run.distil_steps * len(names), run.out / "generalist"
+        plans["generalist"] = ([1] * len(names), run.distil_steps * len(names),
+                               run.out / "generalist")
     students = {}
     for name, (shares, steps, out) in plans.items():
         own = argparse.Namespace(**vars(run) | {

@@ -791,7 +791,8 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, corpus)
 
 def torchrun(*args):
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "distill.py"), *map(str, args)]
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "distill.py"),
+            *map(str, args)]
 
 
 def closeness(a, b):
