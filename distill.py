@@ -855,9 +855,10 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
     """
     described = describe_targets(run, teacher, tokenizer, mixtures[0])
     cache = TargetCache(run.targets, mixtures[0].sources, described)
-    for tmp in run.targets.glob("**/*.tmp"):  # of killed processes: a live one writes all the time
-        if tmp.exists() and time.time() - tmp.stat().st_mtime > 600:
-            tmp.unlink(missing_ok=True)
+    for tmp in run.targets.glob("**/*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - tmp.stat().st_mtime > 3600:  # a live process writes all the time
+                tmp.unlink()
     needed = cache.needed(mixtures)
     missing = [x for x in needed if not cache.is_whole(*x)]
     rows = sum(len(cache.shard(*x)[1]) for x in missing)

@@ -547,7 +547,7 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
     [torn] = [k for k in left if k.endswith(".tmp")]
     del left[torn]
     assert 1 < len(left) < len(whole) and left.items() < whole.items()
-    os.utime(run.targets / torn, (0, 0))  # as after ten minutes
+    os.utime(run.targets / torn, (0, 0))  # as after some hours
     path, _ = cache.shard(0, 0)
     path.write_bytes(path.read_bytes()[:100])  # such as a copy that broke off
     made = []
@@ -558,6 +558,20 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
         distill.prepare_targets(run, teacher, tokenizer, [mixture])
     assert f"{path} is torn (100 bytes)" in capsys.readouterr().out
     assert len(made) == len(whole) - len(left) + 1 and everything_in(run.targets) == whole
+
+
+def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher, tokenizer):
+    run, mixture = targets
+    with pytest.raises(distill.Stopped):
+        distill.prepare_targets(run, teacher, tokenizer, [mixture], stop=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a file needs 16 KB
+    try:
+        with pytest.raises(OSError, match="shard-000000: .*the same command goes on"):
+            distill.prepare_targets(run, teacher, tokenizer, [mixture])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(everything_in(run.targets)) == ["manifest.json"]
 
 
 def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tokenizer, tmp_path,
