@@ -478,89 +478,272 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
 
 
 def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chunk_size=64):
-    """The same function as `mlstm_recurrent`, in parallel over chunks of L tokens.
+    """The same function as `mlstm_recurrent`, a chunk of L tokens at a time.
 
     Inside a chunk: attention with the decay matrix W_ts = exp(log_i_s + sum of log_f after s up
-    to t). Between chunks: the state, in a loop over T / L chunks. Memory O(T (L + D E / L)), no
-    (T, T) matrix, any T, differentiable in all inputs.
+    to t). Between chunks: the state. One loop over T / L chunks whose working set stays in the
+    processor's cache; no (T, T) matrix; any T; differentiable in all inputs and both states.
 
     Shapes as in `mlstm_recurrent`. document_ids (B, T): the state restarts where they change; a
     given `state` belongs to the first document, the returned one to the last.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        return _mlstm_chunkwise(q, k, v, log_i, log_f, state, document_ids, chunk_size)
-
-
-def _mlstm_chunkwise(q, k, v, log_i, log_f, state, document_ids, chunk_size):
-    dtype = v.dtype
-    B, H, T, D = q.shape
-    K, E, L = k.shape[1], v.shape[-1], min(chunk_size, T)
-    G, N = H // K, -(-T // L)  # N chunks; the last one is padded with tokens that write nothing
-    pad = N * L - T
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q = F.pad(q.to(wide), (0, 0, 0, pad)).view(B, K, G, N, L, D)
-    k = F.pad(k.to(wide), (0, 0, 0, pad)).view(B, K, N, L, D)
-    v = F.pad(v.to(wide), (0, 0, 0, pad)).view(B, K, N, L, E)
-    log_i = F.pad(log_i.to(wide), (0, pad), value=EMPTY).view(B, K, G, N, L)
-    log_f = F.pad(log_f.to(wide), (0, pad)).view(B, K, G, N, L)
+    (B, H, T, D), E = q.shape, v.shape[-1]
+    starts = None if document_ids is None else document_starts(document_ids)
     S, z, m = state or empty_state(B, H, D, E, q.device)
-    S, z, m = (x.to(wide).view(B, K, G, *x.shape[2:]) for x in (S, z, m))
-    same, continues, survives, is_last = _chunk_documents(document_ids, B, N, L, q.device)
-
-    # log W_ts, laid out [s, t]: a sum over just the gates between s and t, not a difference of
-    # two cumulative sums. That keeps fp32 accurate when forget gates are near 0 (the sums reach
-    # thousands, the difference matters to 1e-6) and keeps documents independent to the last bit.
-    after = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)  # t > s
-    decay = torch.where(after, log_f[..., None, :], 0).cumsum(-1)
-    log_w = torch.where(same, decay + log_i[..., :, None], -math.inf)  # (B, K, G, N, L, L)
-    log_carry = torch.where(continues, log_f.cumsum(-1), -math.inf)  # chunk's start -> t
-    log_write = torch.where(is_last, decay[..., -1] + log_i, -math.inf)  # s -> chunk's end
-    log_keep = torch.where(survives, log_f.sum(-1), -math.inf)  # chunk's start -> end
-
-    # The state that enters each chunk. First the stabilisers, then sums written with those very
-    # values: another formula for m that rounds differently would be an error of scale.
-    ms = [m]
-    for keep, write in zip(log_keep.unbind(-1), log_write.amax(-1).unbind(-1)):
-        ms.append(torch.maximum(ms[-1] + keep, write))
-    m_in, m_out = torch.stack(ms[:-1], -1), torch.stack(ms[1:], -1)  # (B, K, G, N)
-    write = (log_write - m_out[..., None]).exp()
-    keep = (m_in + log_keep - m_out).exp()
-    new_S = torch.einsum("bknsd,bkgns,bknse->bkgnde", k, write, v)
-    new_z = torch.einsum("bknsd,bkgns->bkgnd", k, write)
-    Ss, zs = [S], [z]
-    for n, (a, dS, dz) in enumerate(zip(keep.unbind(3), new_S.unbind(3), new_z.unbind(3))):
-        Ss.append(a[..., None, None] * Ss[n] + dS)
-        zs.append(a[..., None] * zs[n] + dz)
-
-    # Outputs: r, the largest exponent a row meets, cancels in the ratio and needs no gradient.
-    log_carry = m_in[..., None] + log_carry
-    r = torch.maximum(log_carry, log_w.amax(-2)).detach()
-    carry = (log_carry - r).exp()  # (B, K, G, N, L)
-    P = torch.einsum("bknsd,bkgntd->bkgnst", k, q) * (log_w - r[..., None, :]).exp()
-    q = q * carry[..., None]
-    num = P.transpose(-1, -2) @ v[:, :, None] + q @ torch.stack(Ss[:-1], 3)
-    den = P.sum(-2) + (q * torch.stack(zs[:-1], 3)[..., None, :]).sum(-1)
-    h = num / den.clamp_min(1e-30)[..., None]  # only against 0 / 0, as in padded rows
-    h = h.view(B, H, N * L, E)[:, :, :T].to(dtype)
-    return h, (Ss[-1].view(B, H, D, E), zs[-1].view(B, H, D), ms[-1].view(B, H))
+    with torch.autocast(q.device.type, enabled=False):
+        h, *state = _MLSTM.apply(q, k, v, log_i, log_f, S, z, m, starts, min(chunk_size, T))
+    return h, tuple(state)
 
 
-def _chunk_documents(document_ids, B, N, L, device):
-    """Which (token, token) and (token, state) pairs of each chunk share a document.
+# A chunk. c_s = log_i_s - (log_f up to and with s), sums from the start of the chunk, or of the
+# document if that is later. Then log W_ts = c_s + (a number of t alone, which cancels in h), and
+# any r_t that is not below the c_s it meets keeps the exponentials in range:
+#     W_ts = e^(c_s - r_t),  carry_t = e^(m - r_t)      weights in row t of token s, of the state
+#     P = (q k^T) * W,  den = P 1 + carry (q z),  h = (P v + carry (q S)) / den
+#     keep = e^(m + F - m'),  write_s = e^(c_s + F - m')      F: all log_f; m before, m' after it
+#     S' = keep S + (write k)^T v,  z' = keep z + (write k)^T 1
+# Gradients, with dh' = dh / den, delta = dh' . h and dP = (dh' v^T - delta) * W:
+#     dq = dP k + carry (dh' S^T - delta z)         dk = dP^T q + write (v dS'^T + dz')
+#     dv = P^T dh' + write (k dS')
+#     dS = keep dS' + (carry q)^T dh'               dz = keep dz' - (carry q)^T delta
+#     X = (q k^T) * dP: of log W.  A gate multiplies weights: log_i_s those of token s, log_f_u
+#     those that reach over u: W_ts with s < u <= t, the carry of t >= u, the write of s < u, keep
 
-    Returns bool tensors that broadcast against (B, K, G, N, ...): same (L, L) [s, t] with s <= t;
-    continues (L): the token's document was open when the chunk began; survives (): ... and is
-    open at its end; is_last (L): the token's document is open at the chunk's end.
+
+def _chunk_documents(starts, L):
+    """Where each chunk's documents start: starts (B, T) or None -> three tensors (or Nones).
+
+    first (B, 1, N, L): index in the chunk of the first token of t's document; continues (same):
+    that document was open before the chunk; is_last: it is open at the chunk's end.
     """
-    causal = torch.ones(L, L, dtype=torch.bool, device=device).triu()  # s <= t
-    if document_ids is None:
-        yes = torch.ones((), dtype=torch.bool, device=device)
-        return causal, yes, yes, yes
-    doc = _pad_starts(document_starts(document_ids), N * L).view(B, 1, 1, N, L)
-    before = torch.cat((torch.zeros_like(doc[..., :1, 0]), doc[..., :-1, -1]), dim=-1)
-    continues = doc == before[..., None]
-    return (causal & (doc[..., :, None] == doc[..., None, :]), continues, continues[..., -1],
-            doc == doc[..., -1:])
+    if starts is None:
+        return None, None, None
+    T = starts.shape[1]
+    starts = _pad_starts(starts, T + -T % L).view(len(starts), 1, -1, L)
+    begin = torch.arange(0, T, L, device=starts.device)[:, None]
+    return ((starts - begin).clamp_min(0), starts <= (begin - 1).clamp_min(0),
+            starts == starts[..., -1:])
+
+
+def _running(combine, x, first, neutral):
+    """Cumulative `combine` over the last axis of x, at t of the entries from first_t on."""
+    at, step = torch.arange(x.shape[-1], device=x.device), 1
+    while step < x.shape[-1]:  # each pass doubles how far an entry has looked back
+        earlier = F.pad(x[..., :-step], (step, 0), value=neutral)
+        x = combine(x, torch.where(at - step >= first, earlier, neutral))
+        step *= 2
+    return x
+
+
+def _only(seen, x):
+    return x if seen is None else torch.where(seen, x, -math.inf)
+
+
+def _chunk_gates(log_i, log_f, m, starts, L, dtype):
+    """What the gates give every chunk: c, r, carry, write (N, B, H, L), keep (N, B, H), and m'.
+
+    In float64, for (B, H, T) numbers are nothing beside k and v: c reaches thousands where forget
+    gates are near 0 while differences matter to 1e-6. So c is returned in two parts: multiples of
+    1/64, which fp32 holds and subtracts exactly, and the rest. r is a multiple of 1/64 as well.
+    Numbers of a document come from its own gates alone, to the last bit.
+    """
+    def chunks(x, value):
+        return F.pad(x.double(), (0, -x.shape[-1] % L), value=value).unflatten(-1, (-1, L))
+
+    c = chunks(log_i, EMPTY)  # padding writes nothing
+    f = chunks(log_f.clamp_min(-2.0 ** 18 / L), 0.0)  # sums fit fp32's multiples of 1/64
+    first, continues, is_last = _chunk_documents(starts, L)
+    sums = f.cumsum(-1) if first is None else _running(torch.add, f, first, 0.0)
+    c = c - sums
+    top = c.cummax(-1).values if first is None else _running(torch.maximum, c, first, -math.inf)
+    survives, F_all = None if first is None else continues[..., -1], sums[..., -1]
+    ms = [m.double()]
+    for n in range(c.shape[2]):
+        old = _only(None if first is None else survives[..., n], ms[n])
+        # Rounded as it will be stored, and only then used: S and z are divided by this very e^m.
+        ms.append((torch.maximum(old, top[:, :, n, -1]) + F_all[:, :, n]).to(dtype).double())
+    m, m_next = torch.stack(ms[:-1], -1), torch.stack(ms[1:], -1)  # (B, H, N)
+    r = (torch.maximum(top, _only(continues, m[..., None])) * 64).ceil() / 64
+    coarse = (c * 64).round() / 64
+    carry = _only(continues, m[..., None] - r).exp()
+    write = _only(is_last, c + (F_all - m_next)[..., None]).exp()
+    keep = _only(survives, m + F_all - m_next).exp()
+    *gates, = (x.movedim(2, 0).to(dtype).contiguous()
+               for x in (coarse, c - coarse, r, carry, write, keep))
+    return *gates, ms[-1].to(dtype)
+
+
+def _chunk(x, n, L, dtype):
+    """Chunk n of x (B, K, (G,) T, D), padded with zeros: (B K, (G) L, D)."""
+    x = x[..., n * L:(n + 1) * L, :].to(dtype)
+    x = F.pad(x, (0, 0, 0, L - x.shape[-2])) if x.shape[-2] < L else x
+    return x.flatten(0, 1).flatten(1, -2)
+
+
+def _chunk_weights(coarse, fine, r, first, out):
+    """W of a chunk into out (B, H, L, L): e^(c_s - r_t) where row t sees s, else exactly 0."""
+    s = torch.arange(out.shape[-1], device=out.device)
+    seen = s <= s[:, None]
+    if first is not None:
+        seen = seen & (s >= first[..., None])
+    # Exponents below -87 are 0 in fp32, but exp takes 100 times as long to say so (measured).
+    low, high = out.new_tensor(-87.0), torch.where(seen, 0.0, -87.0).to(out.dtype)
+    torch.sub(coarse[..., None, :], r[..., None], out=out).add_(fine[..., None, :])
+    return F.threshold_(torch.clamp(out, low, high, out=out).exp_(), 2e-38, 0.0)
+
+
+def _next_state(S, z, k, v, keep, write, out):
+    """The state after a chunk, into out = (S (N, D, E), z (N, D)), which may be S and z."""
+    (R, L, D), G = k.shape, len(S) // len(k)
+    k = k[:, :, None] * write.view(R, G, L).transpose(1, 2)[..., None]  # (R, L, G, D)
+    S = torch.mul(S, keep.view(-1, 1, 1), out=out[0]).view(R, G * D, -1)
+    S.baddbmm_(k.flatten(2).transpose(1, 2), v)
+    torch.mul(z, keep.view(-1, 1), out=out[1]).add_(k.sum(1).view(-1, D))
+
+
+class _MLSTM(torch.autograd.Function):
+    """R = B K rows of keys and values; the G heads that share them lie along the query axis."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_i, log_f, S, z, m, starts, L):
+        (B, H, T, D), (K, E), dtype = q.shape, (v.shape[1], v.shape[3]), v.dtype
+        wide = torch.promote_types(q.dtype, torch.float32)
+        coarse, fine, r, carry, write, keep, m_end = _chunk_gates(log_i, log_f, m, starts, L, wide)
+        first, N = _chunk_documents(starts, L)[0], len(carry)
+        state = [x.to(wide, copy=True).flatten(0, 1) for x in (S, z)]
+        W = q.new_empty(B, H, L, L, dtype=wide)
+        P = q.new_empty(B * K, H // K * L, L, dtype=wide)
+        h, dens = q.new_empty(B, H, T, E, dtype=wide), q.new_empty(N, B * H, L, 1, dtype=wide)
+        q_groups = q.unflatten(1, (K, H // K))
+        for n in range(N):
+            qn, kn, vn = (_chunk(x, n, L, wide) for x in (q_groups, k, v))
+            _chunk_weights(coarse[n], fine[n], r[n], None if first is None else first[:, :, n], W)
+            torch.bmm(qn, kn.transpose(1, 2), out=P).mul_(W.view_as(P))
+            qn = qn.view(B * H, L, D) * carry[n].view(-1, L, 1)
+            hn = torch.bmm(P, vn).view(-1, L, E).baddbmm_(qn, state[0])
+            den = P.view(-1, L, L).sum(-1, keepdim=True).baddbmm_(qn, state[1][..., None])
+            dens[n] = den.clamp_min_(1e-30)  # only against 0 / 0, as in padded rows
+            h[:, :, n * L:(n + 1) * L] = hn.div_(den).view(B, H, L, E)[:, :, :T - n * L]
+            _next_state(*state, kn, vn, keep[n], write[n], out=state)
+        # h in full precision: if v is bf16, a rounded one would bias delta.
+        ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens)
+        ctx.set_materialize_grads(False)
+        return h.to(dtype), state[0].view(B, H, D, E), state[1].view(B, H, D), m_end
+
+    @staticmethod
+    def backward(ctx, dh, dS, dz, dm):
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return *_mlstm_backward(ctx.saved_tensors, dh, dS, dz, dm), None, None
+
+
+def _mlstm_backward(saved, dh, dS, dz, dm):
+    """Gradients of h and the last state -> of q, k, v, log_i, log_f, S, z, m."""
+    q, k, v, log_i, log_f, S, z, m, starts, h, dens = saved
+    (B, H, T, D), K, (N, _, L, _), wide = q.shape, k.shape[1], dens.shape, dens.dtype
+    coarse, fine, r, carry, write, keep, _ = _chunk_gates(log_i, log_f, m, starts, L, wide)
+    first = _chunk_documents(starts, L)[0]
+
+    # The states that enter the chunks again: storing them would cost as much memory as q and k.
+    Ss, zs = (x.new_empty(N + 1, B * H, *x.shape[2:], dtype=wide) for x in (S, z))
+    Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)
+    for n in range(N):
+        _next_state(Ss[n], zs[n], _chunk(k, n, L, wide), _chunk(v, n, L, wide), keep[n], write[n],
+                    out=(Ss[n + 1], zs[n + 1]))
+    uses_state = any(x is not None for x in (dS, dz, dm))
+    dS, dz = (torch.zeros_like(x[0]) if dx is None else dx.to(wide, copy=True).view_as(x[0])
+              for x, dx in ((Ss, dS), (zs, dz)))
+    if uses_state:  # S and z are divided by e^m
+        dm = (0 if dm is None else dm) - _dot(Ss[N], zs[N], dS, dz).view(B, H)
+
+    q_groups, h, dh = (torch.zeros_like(h).unflatten(1, (K, -1)) if x is None else
+                       x.unflatten(1, (K, -1)) for x in (q, h, dh))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    W, buffers = q.new_empty(B, H, L, L, dtype=wide), q.new_empty(3, B * K, H // K * L, L, dtype=wide)
+    d_gates = []
+    for n in reversed(range(N)):
+        rows = slice(n * L, min((n + 1) * L, T))
+        _chunk_weights(coarse[n], fine[n], r[n], None if first is None else first[:, :, n], W)
+        inputs = [_chunk(x, n, L, wide) for x in (q_groups, k, v, h, dh)]
+        inputs[4] = inputs[4] / dens[n].view(B * K, -1, 1)
+        *found, di, start, step = _chunk_gradients(*inputs, W, buffers, Ss[n], zs[n], dS, dz, carry[n],
+                                                   write[n], keep[n])
+        for x, xn in zip((dq, dk, dv), found):
+            x[:, :, rows] = xn.view(*x.shape[:2], L, -1)[:, :, :T - n * L]
+        d_gates.append((di, start, step))
+    di, start, step = (torch.stack(x[::-1], 1).unflatten(0, (B, H)) for x in zip(*d_gates))
+    dm0 = _dot(Ss[0], zs[0], dS, dz).view(B, H)
+    di, df, dm0 = _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts)
+    return dq, dk, dv, di, df, dS.view_as(S), dz.view_as(z), dm0
+
+
+def _dot(S, z, dS, dz):
+    """What a gradient of the state (S, z) is worth to the logarithm of its scale: (N,) float64."""
+    return ((S * dS).sum((1, 2)) + (z * dz).sum(1)).double()
+
+
+def _chunk_gradients(q, k, v, h, dh, W, buffers, S, z, dS, dz, carry, write, keep):
+    """One chunk's dq, dk, dv, and for the gates di, start, step (`_gate_gradients`), float64.
+
+    S, z: the state that enters the chunk. dS, dz: gradients of the one that leaves it; on return,
+    of the one that enters. dh is divided by den.
+    """
+    (R, L, D), N, (P, dP, X) = k.shape, len(S), buffers
+    G, W, per_head, carry = N // R, W.view_as(P), (N, L, -1), carry.view(N, L, 1)
+    write = write.view(R, G, L).transpose(1, 2)[..., None]  # (R, L, G, 1)
+    dS_group = dS.view(R, G * D, -1)
+    delta = (dh * h).sum(-1, keepdim=True)
+    torch.bmm(q, k.transpose(1, 2), out=P)
+    torch.bmm(dh, v.transpose(1, 2), out=dP).sub_(delta).mul_(W)
+    X = torch.mul(P, dP, out=X).view(N, L, L)
+    P.mul_(W)
+
+    dh_head, delta_head = dh.view(per_head), delta.view(per_head)
+    dq = torch.bmm(dh_head, S.transpose(1, 2)).baddbmm_(delta_head, z[:, None], alpha=-1)
+    d_carry = (dq.mul_(carry) * q.view(per_head)).sum(-1).double()
+    dq = dq.view_as(q).baddbmm_(dP, k)
+    dkw = torch.baddbmm(dz.view(R, 1, G * D), v, dS_group.transpose(1, 2)).view(R, L, G, D)
+    d_write = (dkw.mul_(write) * k[:, :, None]).sum(-1).transpose(1, 2).reshape(N, L).double()
+    dk = dkw.sum(2).baddbmm_(dP.transpose(1, 2), q)
+    dv = torch.bmm(P.transpose(1, 2), dh).baddbmm_((k[:, :, None] * write).flatten(2), dS_group)
+
+    q = q.view(per_head) * carry
+    dS.mul_(keep.view(N, 1, 1))
+    dz.mul_(keep.view(N, 1))
+    start = _dot(S, z, dS, dz) + d_carry.sum(-1)
+    dS.baddbmm_(q.transpose(1, 2), dh_head)
+    dz.sub_((q * delta_head).sum(1))
+    di = X.sum(1).double() + d_write
+    X.tril_(-1)
+    step = X.sum(1).double() - X.sum(2).double() + d_write - d_carry
+    return dq, dk, dv, di, start, step
+
+
+def _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts):
+    """Gradients of log_i, log_f (B, H, T) and of the first m (B, H).
+
+    di, step (B, H, N, L), start (B, H, N): what reaches over u is what came into the chunk
+    (`start`), less what ends before u, plus what begins before u (`step`). A sum over all s <= t
+    alone would be simpler and lose small gradients beside the large ones of X's diagonal.
+    """
+    T, L = log_i.shape[-1], di.shape[-1]
+    df = step.cumsum(-1) - step
+    first, continues, _ = _chunk_documents(starts, L)
+    if first is not None:
+        df = df - df.gather(-1, first.expand_as(df))
+        start = torch.where(continues, start[..., None], 0)
+    df = df + start.view(*start.shape[:3], -1)
+    di, df = di.flatten(2)[..., :T], df.flatten(2)[..., :T]
+    if dm is None:
+        return di, df, dm0
+    # The last m is the largest log-weight of the last document: a token's (at), or the first m.
+    starts = torch.zeros_like(di[:, 0], dtype=torch.long) if starts is None else starts
+    in_last = (starts == starts[:, -1:])[:, None]
+    c = log_i.double() - log_f.double().clamp_min(-2.0 ** 18 / L).cumsum(-1)
+    top, at = torch.where(in_last, c, -math.inf).max(-1)
+    at = torch.where((m >= top) & (starts[:, None, -1] == 0), -1, at)
+    token, dm = torch.arange(T, device=di.device), dm[..., None]
+    return (di + dm * (token == at[..., None]), df + dm * (in_last & (token > at[..., None])),
+            dm0 + dm[..., 0] * (at == -1))
 
 
 # ----------------------------------------------------------------------------------------------
