@@ -757,36 +757,84 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
     q (B, H, T, D), k and v (B, K, T, D), rotated; document_ids (B, T) or None. The current token
     counts as one of the window; a sink inside the window counts once. Returns (B, H, T, D).
 
-    Queries go in blocks of L. A block needs the L + W - 1 keys that end with it, and of older
-    tokens only the sinks of the document its first query stands in: every document that starts
-    later has its sinks inside the band. So memory is O(T (W + L) / L * D) and no T x T mask exists.
+    Queries go in blocks of L, whose keys are the L + W - 1 that end with the block and the sinks:
+    no (T, T) mask exists. The backward pass forms the weights again, so only q, k, v, h are kept.
     """
-    B, H, T, D = q.shape
-    K, L = k.shape[1], min(T, max(64, window // 2))
-    W, S, N = min(window, T), min(sinks, T), -(-T // L)
-    pad, device = N * L - T, q.device
-    starts = torch.zeros_like(q[:, 0, :, 0], dtype=torch.long) if document_ids is None else (
+    starts = torch.zeros_like(q[:1, 0, :, 0], dtype=torch.long) if document_ids is None else (
         document_starts(document_ids))
+    return _Window.apply(q, k, v, starts, window, sinks)
 
-    # Positions of queries, of the keys in each block's band, of each block's sinks; then who sees
-    # whom. All are laid out (B, N, query, key).
-    own = _pad_starts(starts, N * L).view(B, N, L, 1)  # where the query's document starts
-    t = torch.arange(N * L, device=device).view(1, N, L, 1)
-    band = torch.arange(L + W - 1, device=device) - (W - 1) + t[:, :, :1]
-    sink = own[:, :, :1] + torch.arange(S, device=device)
-    see_band = (band <= t) & (band >= own) & ((band > t - W) | (band < own + S))
-    see_sink = (sink >= own) & (sink < band[..., :1])  # unless it is in the band already
-    visible = torch.cat((see_sink, see_band), dim=-1).flatten(0, 1)  # (B N, L, S + L + W - 1)
-    at = sink.clamp(max=T - 1).view(B, 1, N * S, 1)
 
-    def blocks(x):  # (B, K, T, D) -> (B N, K, S + L + W - 1, D)
-        sunk = x.gather(2, at.expand(-1, K, -1, x.shape[-1])).unflatten(2, (N, S))
-        banded = F.pad(x, (0, 0, W - 1, pad)).unfold(2, L + W - 1, L).transpose(-1, -2)
-        return torch.cat((sunk, banded), dim=3).transpose(1, 2).flatten(0, 1)
+def _window_block(starts, a, L, window, sinks):
+    """Keys of the queries a ... a + L - 1 and who sees whom: band (a slice), sink (B, S), visible.
 
-    q = F.pad(q, (0, 0, 0, pad)).view(B, H, N, L, D).transpose(1, 2).flatten(0, 1)
-    h = _grouped_attention(q, blocks(k), blocks(v), visible)
-    return h.view(B, N, H, L, -1).transpose(1, 2).flatten(2, 3)[:, :, :T]
+    Of tokens before the band only the sinks of the document of the first query count: documents
+    that start later have theirs inside the band. visible (B, L, S + band): the sinks come first.
+    """
+    T, device = starts.shape[1], starts.device
+    b, low = min(a + L, T), max(0, a - window + 1)
+    t, s = torch.arange(a, b, device=device)[:, None], torch.arange(low, b, device=device)
+    own = starts[:, a:b, None]  # where the query's document starts
+    sink = starts[:, a:a + 1] + torch.arange(sinks, device=device)
+    see_sink = (sink[:, None] >= own) & (sink[:, None] < low)  # unless it is in the band already
+    see_band = (s <= t) & (s >= own) & ((s > t - window) | (s < own + sinks))
+    return slice(low, b), sink.clamp(max=T - 1), torch.cat((see_sink, see_band), dim=-1)
+
+
+def _spread(sink, x):
+    """Positions (1 or B, S) as an index for gather and scatter along x (B, K, T, D)."""
+    return sink[:, None, :, None].expand(*x.shape[:2], -1, x.shape[-1])
+
+
+def _block_keys(x, band, sink):
+    return torch.cat((x.gather(2, _spread(sink, x)), x[:, :, band]), dim=2)
+
+
+class _Window(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, starts, window, sinks):
+        h, L = torch.empty_like(q), max(64, window // 2)
+        for a in range(0, q.shape[2], L):
+            band, sink, visible = _window_block(starts, a, L, window, sinks)
+            kn, vn = (_block_keys(x, band, sink) for x in (k, v))
+            h[:, :, a:a + L] = _grouped_attention(q[:, :, a:a + L], kn, vn, visible)
+        ctx.save_for_backward(q, k, v, starts, h)
+        ctx.sizes = window, sinks
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        q, k, v, starts, h = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            return *_window_backward(q, k, v, starts, h, dh, *ctx.sizes), None, None, None
+
+
+def _window_backward(q, k, v, starts, h, dh, window, sinks):
+    """P = softmax(q k^T / sqrt D):  dS = P * (dh v^T - dh . h), dq = dS k, dk = dS^T q, dv = P^T dh.
+
+    The sums over a group's heads are part of the products, as its queries are rows of one matrix.
+    """
+    (B, H, T, D), K, L = q.shape, k.shape[1], 64  # small blocks: P stays in the cache
+    wide, scale = torch.promote_types(q.dtype, torch.float32), D ** -0.5
+    dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
+    q, h, dh = (x.unflatten(1, (K, H // K)) for x in (q, h, dh))
+    for a in range(0, T, L):
+        band, sink, visible = _window_block(starts, a, L, window, sinks)
+        kn, vn = (_block_keys(x, band, sink).to(wide).flatten(0, 1) for x in (k, v))
+        qn, hn, dhn = (x[:, :, :, a:a + L].to(wide).flatten(0, 1).flatten(1, 2)
+                       for x in (q, h, dh))  # (B K, G L, D)
+        qn = qn * scale
+        P = torch.bmm(qn, kn.transpose(1, 2))
+        limit = torch.where(visible, 0.0, -math.inf).to(wide)[:, None, None]
+        P = P.view(B, K, -1, *visible.shape[1:]).add_(limit).softmax(-1).view_as(P)
+        dP = torch.bmm(dhn, vn.transpose(1, 2)).sub_((dhn * hn).sum(-1, keepdim=True)).mul_(P)
+        dq[:, :, a:a + L] = torch.bmm(dP, kn).mul_(scale).view(B, H, -1, D)
+        for x, dx in ((dk, torch.bmm(dP.transpose(1, 2), qn)),
+                      (dv, torch.bmm(P.transpose(1, 2), dhn))):
+            dx = dx.view(B, K, *dx.shape[1:])
+            x[:, :, band] += dx[:, :, sinks:]
+            x.scatter_add_(2, _spread(sink, x), dx[:, :, :sinks])
+    return dq, dk, dv
 
 
 # ----------------------------------------------------------------------------------------------
