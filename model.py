@@ -419,7 +419,7 @@ class Attention(nn.Module):
         gates. cache: this layer's `KVCache`, or None.
         """
         if cache is not None:
-            k, v = cache.append(k, v)
+            return cache.attention(q, k, v, window=self.window)
         return softmax_attention(q, k, v, window=self.window, document_ids=document_ids)
 
     def forward(self, x, tables, *, document_ids=None, cache=None):
@@ -450,7 +450,7 @@ def empty_state(batch, heads, D, E, device):
 
 
 def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
-    """The definition (Eq. 8-10), one token at a time. Also the decoding step, with T = 1.
+    """The definition (Eq. 8-10), one token at a time.
 
     q (B, H, T, D), k (B, K, T, D): feature-mapped, non-negative. v (B, K, T, E).
     log_i, log_f (B, H, T) fp32: log input gate, log forget gate (at most 0).
@@ -475,6 +475,24 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
         den = (q_t * z).sum(-1, keepdim=True).clamp_min(1e-30)  # only against 0 / 0
         h.append((q_t[..., None, :] @ S).squeeze(-2) / den)                     # Eq. 10
     return torch.stack(h, dim=2).to(dtype), (S, z, m)
+
+
+def mlstm_step(q, k, v, log_i, log_f, state):
+    """The same for the one token (T = 1) of a decoding step. Returns h (B, H, 1, E) in v's dtype.
+
+    state is updated in place, so that its memory never moves: no gradients.
+    """
+    S, z, m = state
+    (B, K, _, D), dtype = k.shape, v.dtype
+    q, k, v, i, f = (x.squeeze(2).to(S.dtype) for x in (q, k, v, log_i, log_f))
+    m_new = torch.maximum(m + f, i)
+    keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()
+    m.copy_(m_new)
+    k = write.view(B, K, -1, 1) * k[:, :, None]  # (B, K, G, D)
+    S.mul_(keep[..., None]).view(B, K, -1, D, S.shape[-1]).addcmul_(k[..., None], v[:, :, None, None])
+    z.mul_(keep).add_(k.flatten(1, 2))
+    den = (q * z).sum(-1, keepdim=True).clamp_min(1e-30)
+    return ((q[:, :, None] @ S) / den[..., None]).to(dtype)
 
 
 def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chunk_size=64):
@@ -925,8 +943,11 @@ class LinearAttention(WindowAttention):
         args = (self.feature_map_q(q), self.feature_map_k(k), v, *self.log_gates(x))
         if cache is None:
             return mlstm_chunkwise(*args, document_ids=document_ids)[0]
-        mlstm = mlstm_recurrent if q.shape[2] == 1 else mlstm_chunkwise
-        h, cache.state = mlstm(*args, state=cache.state)
+        if q.shape[2] == 1:
+            return mlstm_step(*args, cache.state)
+        h, state = mlstm_chunkwise(*args, state=cache.state)
+        for old, new in zip(cache.state, state):
+            old.copy_(new)
         return h
 
     def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
@@ -1101,12 +1122,11 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens, *, document_ids=None, cache=None):
         """tokens (B, T) int64 -> the final norm's output (B, T, hidden); arguments as `forward`."""
-        B, T = tokens.shape
-        positions = torch.arange(T, device=tokens.device)[None]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if cache is not None:
             if document_ids is not None:
                 raise ValueError("a cache holds one document a row: give cache or document_ids")
-            positions = positions + cache.length
+            positions = positions + cache.position
         elif document_ids is not None:
             positions = positions - document_starts(document_ids)  # every document starts at 0
         x = self.model["embed_tokens"](tokens)
@@ -1115,7 +1135,7 @@ class Transformer(nn.Module):
             layer_cache = None if cache is None else cache.layers[i]
             x = block(x, tables, document_ids=document_ids, cache=layer_cache)
         if cache is not None:
-            cache.length += T
+            cache.position.copy_(positions[:, -1:] + 1)
         return self.model["norm"](x)
 
     def forward(self, tokens, *, document_ids=None, cache=None):
@@ -1165,22 +1185,40 @@ def _assign(model, name, parameter):
 # ----------------------------------------------------------------------------------------------
 # 7. Cache and generation: a prefill of any length hands over exactly to one-token steps
 # ----------------------------------------------------------------------------------------------
+# Buffers and lengths are tensors that are only ever written in place, so that one compiled step,
+# or one CUDA graph, serves every position.
 
 
 class KVCache:
     """A teacher layer's keys and values: fixed buffers (B, K, max_length, D), `length` filled."""
 
     def __init__(self, batch, config, max_length, like):
-        shape = (batch, config.num_kv_heads, max_length, config.head_dim)
-        self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
+        self.k = like.new_zeros(batch, config.num_kv_heads, max_length, config.head_dim)
+        self.v = torch.zeros_like(self.k)
+        self.length = torch.zeros((), dtype=torch.long, device=like.device)
 
-    def append(self, k, v):
-        """Take in k, v (B, K, T, D); return views of all keys and values so far."""
-        a, b = self.length, self.length + k.shape[2]
+    def attention(self, q, k, v, *, window):
+        """`softmax_attention` of T new tokens over all so far; takes the new ones in."""
+        if q.shape[2] == 1 and (q.is_cuda or torch.compiler.is_compiling()):
+            return self.step(q, k, v, window)
+        a = int(self.length)
+        b = a + k.shape[2]
         if b > self.k.shape[2]:
             raise ValueError(f"the cache holds {self.k.shape[2]} tokens and {b} were given")
-        self.k[:, :, a:b], self.v[:, :, a:b], self.length = k, v, b
-        return self.k[:, :, :b], self.v[:, :, :b]
+        self.k[:, :, a:b], self.v[:, :, a:b] = k, v
+        self.length.fill_(b)
+        return softmax_attention(q, self.k[:, :, :b], self.v[:, :, :b], window=window)
+
+    def step(self, q, k, v, window):
+        """One token, in shapes that never change: reads the whole buffer under a mask."""
+        for buffer, x in ((self.k, k), (self.v, v)):
+            buffer.index_copy_(2, self.length.view(1), x.to(buffer.dtype))
+        s = torch.arange(self.k.shape[2], device=q.device)
+        visible = s <= self.length
+        if window is not None:
+            visible = visible & (s > self.length - window)
+        self.length += 1
+        return _grouped_attention(q, self.k, self.v, visible[None, None])
 
 
 class HybridCache:
@@ -1195,61 +1233,92 @@ class HybridCache:
         c = config
         self.k = like.new_zeros(batch, c.num_kv_heads, sinks + window, c.head_dim)
         self.v = torch.zeros_like(self.k)
-        self.length, self.window, self.sinks = 0, window, sinks
+        self.length = torch.zeros((), dtype=torch.long, device=like.device)
+        self.window, self.sinks = window, sinks
         self.state = empty_state(batch, c.num_heads, c.head_dim, c.head_dim, like.device)
 
     def slots(self, positions):
         return torch.where(positions < self.sinks, positions,
                            self.sinks + (positions - self.sinks) % self.window)
 
+    def step(self, q, k, v):
+        """Window + sinks for one token: written first, it finds all it may see in the buffers."""
+        slot = self.slots(self.length).view(1)
+        for buffer, x in ((self.k, k), (self.v, v)):
+            buffer.index_copy_(2, slot, x.to(buffer.dtype))
+        filled = torch.arange(self.k.shape[2], device=q.device) <= self.length
+        self.length += 1
+        return _grouped_attention(q, self.k, self.v, filled[None, None])
+
     def window_attention(self, q, k, v):
         """Window + sinks for T new tokens after `length` old ones; takes the new ones in."""
-        old, T, S, W = self.length, q.shape[2], self.sinks, self.window
-        if T == 1:  # a step: write first, then every filled slot is in the window or a sink
-            self.write(k, v)
-            filled = min(self.length, S + W)
-            return _grouped_attention(q, self.k[:, :, :filled], self.v[:, :, :filled], None)
-        # A sequence: put the remembered tokens in front, in order. Sinks that left the window are
-        # really further away than they stand here, but a sink is visible from any distance.
+        if q.shape[2] == 1:
+            return self.step(q, k, v)
+        # Put the remembered tokens in front, in order. Sinks that left the window are really
+        # further away than they stand here, but a sink is visible from any distance.
+        old, S, W = int(self.length), self.sinks, self.window
         ring = torch.arange(max(S, old - W), max(S, old), device=q.device)
         slots = self.slots(torch.cat((torch.arange(min(S, old), device=q.device), ring)))
         k_all, v_all = (torch.cat(pair, dim=2) for pair in (
             (self.k[:, :, slots], k), (self.v[:, :, slots], v)))
         q = F.pad(q, (0, 0, len(slots), 0))  # remembered tokens ask nothing: rows dropped below
         h = window_attention(q, k_all, v_all, window=W, sinks=S)[:, :, len(slots):]
-        self.write(k, v)
-        return h
-
-    def write(self, k, v):
-        """Take in k, v (B, K, T, D): of many tokens the first S of the text and the last W stay."""
-        end = self.length + k.shape[2]
-        positions = torch.arange(self.length, end, device=k.device)
-        kept = (positions < self.sinks) | (positions >= end - self.window)
+        # Of many tokens the first S of the text and the last W stay.
+        end = old + k.shape[2]
+        positions = torch.arange(old, end, device=k.device)
+        kept = (positions < S) | (positions >= end - W)
         slots = self.slots(positions[kept])
         self.k[:, :, slots], self.v[:, :, slots] = k[:, :, kept], v[:, :, kept]
-        self.length = end
+        self.length.fill_(end)
+        return h
 
 
 class Cache:
     """What a model remembers of a batch of equally long texts: one cache a layer.
 
     max_length: tokens a teacher's buffers can hold; a student's are constant and ignore it.
+    position (B, 1): of the next token.
     """
 
     def __init__(self, model, batch, max_length):
         like = model.lm_head_weight
         self.layers = [b.self_attn.new_cache(batch, max_length, like)
                        for b in model.model["layers"]]
-        self.length = 0
+        self.position = torch.zeros(batch, 1, dtype=torch.long, device=like.device)
+
+    def tensors(self):
+        """All buffers."""
+        for layer in self.layers:
+            yield from (layer.k, layer.v, layer.length, *getattr(layer, "state", ()))
+        yield self.position
+
+
+def decode_step(model, tokens, cache):
+    """One token a row: tokens (B,) int64 -> logits of the next (B, V) fp32; the cache takes it in.
+
+    It compiles as a whole, once for all positions: torch.compile(decode_step, fullgraph=True).
+    """
+    return F.linear(model.hidden(tokens[:, None], cache=cache)[:, -1], model.lm_head_weight).float()
+
+
+def _compiled_step(cache, device):
+    """`decode_step` compiled; on a GPU as a CUDA graph, which needs buffers known to stay put."""
+    if device.type != "cuda":
+        return torch.compile(decode_step, fullgraph=True)
+    for x in cache.tensors():
+        torch._dynamo.mark_static_address(x)
+    return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead")
 
 
 @torch.no_grad()
-def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=None):
+def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=None,
+             compile=False):
     """Continue each row of tokens (B, T) int64; returns (B, T + new), new <= max_new_tokens.
 
     temperature 0: the most likely token; otherwise sampling from the smallest set of tokens whose
     probability reaches top_p. stop: ids that end a row (the model's eos ids when None); a finished
     row repeats its stop id until all are done. seed: of the sampling, for all rows together.
+    compile: compile the step (takes up to minutes, once a process and shape).
     Raises ValueError for an empty prompt or settings out of range.
     """
     B, T = tokens.shape
@@ -1261,19 +1330,16 @@ def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=
     random = torch.Generator(tokens.device)
     random.manual_seed(seed) if seed is not None else random.seed()
     cache = Cache(model, B, T + max_new_tokens)
-    for a in range(0, T, 2048):  # prefill in pieces: memory does not grow with the prompt
-        h = model.hidden(tokens[:, a:a + 2048], cache=cache)
+    step = _compiled_step(cache, tokens.device) if compile else decode_step
+    for a in range(0, T - 1, 2048):  # prefill in pieces: memory does not grow with the prompt
+        model.hidden(tokens[:, a:min(a + 2048, T - 1)], cache=cache)
+    text, new, length = F.pad(tokens, (0, max_new_tokens)), tokens[:, -1].contiguous(), T
     done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-    for _ in range(max_new_tokens):
-        logits = F.linear(h[:, -1], model.lm_head_weight).float()  # (B, V)
-        new = _sample(logits, temperature, top_p, random)
-        new = torch.where(done, tokens[:, -1], new)
-        tokens = torch.cat((tokens, new[:, None]), dim=1)
-        done = done | torch.isin(new, stop)
-        if done.all():
-            break
-        h = model.hidden(new[:, None], cache=cache)
-    return tokens
+    while length < text.shape[1] and not done.all():
+        found = _sample(step(model, new, cache), temperature, top_p, random)
+        text[:, length] = new = torch.where(done, new, found)
+        done, length = done | torch.isin(new, stop), length + 1
+    return text[:, :length]
 
 
 def _sample(logits, temperature, top_p, random):
