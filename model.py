@@ -489,7 +489,8 @@ def mlstm_step(q, k, v, log_i, log_f, state):
     keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()
     m.copy_(m_new)
     k = write.view(B, K, -1, 1) * k[:, :, None]  # (B, K, G, D)
-    S.mul_(keep[..., None]).view(B, K, -1, D, S.shape[-1]).addcmul_(k[..., None], v[:, :, None, None])
+    S.mul_(keep[..., None])
+    S.view(B, K, -1, D, S.shape[-1]).addcmul_(k[..., None], v[:, :, None, None])
     z.mul_(keep).add_(k.flatten(1, 2))
     den = (q * z).sum(-1, keepdim=True).clamp_min(1e-30)
     return ((q[:, :, None] @ S) / den[..., None]).to(dtype)
@@ -650,8 +651,9 @@ class _MLSTM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh, dS, dz, dm):
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return *_mlstm_backward(ctx.saved_tensors, dh, dS, dz, dm), None, None
+        saved = ctx.saved_tensors  # asked for once only: activation checkpointing insists
+        with torch.autocast(saved[0].device.type, enabled=False):
+            return *_mlstm_backward(saved, dh, dS, dz, dm), None, None
 
 
 def _mlstm_backward(saved, dh, dS, dz, dm):
@@ -676,15 +678,16 @@ def _mlstm_backward(saved, dh, dS, dz, dm):
     q_groups, h, dh = (torch.zeros_like(h).unflatten(1, (K, -1)) if x is None else
                        x.unflatten(1, (K, -1)) for x in (q, h, dh))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    W, buffers = q.new_empty(B, H, L, L, dtype=wide), q.new_empty(3, B * K, H // K * L, L, dtype=wide)
+    W = q.new_empty(B, H, L, L, dtype=wide)
+    buffers = q.new_empty(3, B * K, H // K * L, L, dtype=wide)
     d_gates = []
     for n in reversed(range(N)):
         rows = slice(n * L, min((n + 1) * L, T))
         _chunk_weights(coarse[n], fine[n], r[n], None if first is None else first[:, :, n], W)
         inputs = [_chunk(x, n, L, wide) for x in (q_groups, k, v, h, dh)]
         inputs[4] = inputs[4] / dens[n].view(B * K, -1, 1)
-        *found, di, start, step = _chunk_gradients(*inputs, W, buffers, Ss[n], zs[n], dS, dz, carry[n],
-                                                   write[n], keep[n])
+        *found, di, start, step = _chunk_gradients(*inputs, W, buffers, Ss[n], zs[n], dS, dz,
+                                                   carry[n], write[n], keep[n])
         for x, xn in zip((dq, dk, dv), found):
             x[:, :, rows] = xn.view(*x.shape[:2], L, -1)[:, :, :T - n * L]
         d_gates.append((di, start, step))
@@ -828,7 +831,7 @@ class _Window(torch.autograd.Function):
 
 
 def _window_backward(q, k, v, starts, h, dh, window, sinks):
-    """P = softmax(q k^T / sqrt D):  dS = P * (dh v^T - dh . h), dq = dS k, dk = dS^T q, dv = P^T dh.
+    """P = softmax(q k^T / sqrt D):  dP = P * (dh v^T - dh . h), and from it dq, dk, dv.
 
     The sums over a group's heads are part of the products, as its queries are rows of one matrix.
     """
@@ -860,6 +863,35 @@ def _window_backward(q, k, v, starts, h, dh, window, sinks):
 # ----------------------------------------------------------------------------------------------
 
 
+def choose_kernels(wanted, device):
+    """kernels="auto" | "torch" | "triton" -> "torch" (this file) or "triton" (kernels.py).
+
+    "auto" takes Triton on a CUDA device where kernels.py and its package are there. A wish for
+    "triton" is never dropped in silence: ValueError says what it lacks. (Triton's interpreter,
+    TRITON_INTERPRET=1, needs no GPU; it is for tests.)
+    """
+    if wanted not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels {wanted!r} is unknown; known: auto, torch, triton")
+    if wanted == "torch":
+        return "torch"
+    cuda = torch.device(device).type == "cuda"
+    missing = "" if cuda or wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else (
+        f"a CUDA device, not {device}")
+    if not missing:
+        try:
+            _kernels()
+        except ImportError as error:
+            missing = f"kernels.py and the triton package ({error})"
+    if missing and wanted == "triton":
+        raise ValueError(f"kernels='triton' needs {missing}; use kernels='torch'")
+    return "torch" if missing else "triton"
+
+
+def _kernels():
+    import kernels  # late: it needs triton, and only a GPU needs it
+    return kernels
+
+
 class FeatureMap(nn.Module):
     """phi(x) = softmax(x W) over the FEATURES, one W per head (Hedgehog, arXiv 2402.04347).
 
@@ -870,7 +902,9 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, width, width))
 
-    def forward(self, x):
+    def forward(self, x, kernels="torch"):
+        if kernels == "triton":
+            return _kernels().feature_map(x, self.weight)
         features = torch.einsum("bhtd,hde->bhte", x, self.weight.to(x.dtype))
         return features.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -906,6 +940,8 @@ class Gate(nn.Linear):
 class WindowAttention(Attention):
     """"swa", the control: window and sinks alone. No new parameters."""
 
+    kernels = "torch"  # what computes sequences: see `choose_kernels`. Steps are always torch
+
     def __init__(self, config, layer):
         super().__init__(config, layer)
         hybrid, own = config.hybrid, self.window
@@ -915,10 +951,11 @@ class WindowAttention(Attention):
         self.short_window, self.sinks = (own, 0) if exact else (hybrid.window, hybrid.sinks)
 
     def window_branch(self, q, k, v, document_ids, cache):
+        attend = _kernels().window_attention if self.kernels == "triton" else window_attention
         if cache is not None:
-            return cache.window_attention(q, k, v)
-        return window_attention(q, k, v, window=self.short_window, sinks=self.sinks,
-                                document_ids=document_ids)
+            return cache.window_attention(q, k, v, attend)
+        return attend(q, k, v, window=self.short_window, sinks=self.sinks,
+                      document_ids=document_ids)
 
     def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
         return self.window_branch(q, k, v, document_ids, cache)
@@ -940,12 +977,16 @@ class LinearAttention(WindowAttention):
         return ones, ones
 
     def recurrent_branch(self, x, q, k, v, document_ids, cache):
-        args = (self.feature_map_q(q), self.feature_map_k(k), v, *self.log_gates(x))
-        if cache is None:
-            return mlstm_chunkwise(*args, document_ids=document_ids)[0]
-        if q.shape[2] == 1:
+        step = cache is not None and q.shape[2] == 1
+        kernels = "torch" if step else self.kernels
+        args = (self.feature_map_q(q, kernels), self.feature_map_k(k, kernels), v,
+                *self.log_gates(x))
+        if step:
             return mlstm_step(*args, cache.state)
-        h, state = mlstm_chunkwise(*args, state=cache.state)
+        mlstm = _kernels().mlstm if kernels == "triton" else mlstm_chunkwise
+        if cache is None:
+            return mlstm(*args, document_ids=document_ids)[0]
+        h, state = mlstm(*args, state=cache.state)
         for old, new in zip(cache.state, state):
             old.copy_(new)
         return h
@@ -1100,6 +1141,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source = None  # folder it was loaded from: save_pretrained copies the small files
+        self.kernels = "torch"  # see `choose_kernels`
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_layers)),
@@ -1148,14 +1190,25 @@ class Transformer(nn.Module):
         return F.linear(h, self.lm_head_weight)
 
 
-def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid"):
+def _set_kernels(model, wanted):
+    """Store `choose_kernels` on every mixer that has a choice, and return the model."""
+    chosen = choose_kernels(wanted, model.lm_head_weight.device)
+    model.kernels = chosen
+    for block in model.model["layers"]:
+        if isinstance(block.self_attn, WindowAttention):
+            block.self_attn.kernels = chosen
+    return model
+
+
+def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid", kernels="auto"):
     """A student for `teacher`: every attention replaced, everything else shared.
 
     The copied weights are the teacher's OWN tensors, so an 8B student costs only its new
     parameters (fp32, about 0.4 %). Training them would change the teacher: stage I trains the new
     ones only, and before stage II save and load the student, or `copy.deepcopy` it.
     mixer: a key of MIXERS; "linear" and "mlstm" have no window, "mlstm+swa" no sinks.
-    Raises ValueError for an unknown mixer, a window below 1 or negative sinks.
+    kernels: `choose_kernels`. Raises ValueError for an unknown mixer, a window below 1, negative
+    sinks, or kernels that cannot run.
     """
     if mixer not in MIXERS:
         raise ValueError(f"mixer {mixer!r} is unknown; known: {', '.join(MIXERS)}")
@@ -1174,7 +1227,7 @@ def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid"):
     for block in student.model["layers"]:
         initialise_mixer(block.self_attn)
     student.source = teacher.source
-    return student
+    return _set_kernels(student, kernels)
 
 
 def _assign(model, name, parameter):
@@ -1250,8 +1303,11 @@ class HybridCache:
         self.length += 1
         return _grouped_attention(q, self.k, self.v, filled[None, None])
 
-    def window_attention(self, q, k, v):
-        """Window + sinks for T new tokens after `length` old ones; takes the new ones in."""
+    def window_attention(self, q, k, v, attend):
+        """Window + sinks for T new tokens after `length` old ones; takes the new ones in.
+
+        attend: `window_attention` or the kernel of the same meaning.
+        """
         if q.shape[2] == 1:
             return self.step(q, k, v)
         # Put the remembered tokens in front, in order. Sinks that left the window are really
@@ -1262,7 +1318,7 @@ class HybridCache:
         k_all, v_all = (torch.cat(pair, dim=2) for pair in (
             (self.k[:, :, slots], k), (self.v[:, :, slots], v)))
         q = F.pad(q, (0, 0, len(slots), 0))  # remembered tokens ask nothing: rows dropped below
-        h = window_attention(q, k_all, v_all, window=W, sinks=S)[:, :, len(slots):]
+        h = attend(q, k_all, v_all, window=W, sinks=S)[:, :, len(slots):]
         # Of many tokens the first S of the text and the last W stay.
         end = old + k.shape[2]
         positions = torch.arange(old, end, device=k.device)
@@ -1356,12 +1412,13 @@ def _sample(logits, temperature, top_p, random):
 # ----------------------------------------------------------------------------------------------
 
 
-def load_pretrained(directory, *, device="cpu", dtype=None):
+def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto"):
     """A teacher or student from a folder of config.json and *.safetensors (+ index).
 
-    dtype None: as the embedding is stored. Loading is strict: every missing, unexpected or
-    misshapen tensor is named in one ValueError. Shards are read in pieces, so memory peaks at the
-    model's own size. Raises FileNotFoundError for missing files, ValueError for bad ones.
+    dtype None: as the embedding is stored. kernels: a student's, see `choose_kernels`. Loading is
+    strict: every missing, unexpected or misshapen tensor is named in one ValueError. Shards are
+    read in pieces, so memory peaks at the model's own size. Raises FileNotFoundError for missing
+    files, ValueError for bad ones and for kernels that cannot run.
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
@@ -1388,7 +1445,7 @@ def load_pretrained(directory, *, device="cpu", dtype=None):
             tensor[row:row + step] = _read_rows(stored[name][0], name, row, row + step)
         _assign(model, name, nn.Parameter(tensor))
     model.source = directory
-    return model
+    return _set_kernels(model, kernels)
 
 
 def list_tensors(directory):
