@@ -364,8 +364,9 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # never forms (T, T)
     starts = None if document_ids is None else document_starts(document_ids)
     outputs = []
-    for a in range(N - T, N, 512):  # blocks of queries: memory O(512 N), not O(T N)
-        b, low = min(a + 512, N), 0 if window is None else max(0, a - window + 1)
+    L = min(512, max(128, N // 16))  # blocks of queries: memory O(L N), not O(T N)
+    for a in range(N - T, N, L):
+        b, low = min(a + L, N), 0 if window is None else max(0, a - window + 1)
         t = torch.arange(a, b, device=q.device)[:, None]
         s = torch.arange(low, b, device=q.device)
         visible = (s <= t)[None]
@@ -558,6 +559,13 @@ def _only(seen, x):
     return x if seen is None else torch.where(seen, x, -math.inf)
 
 
+def _exp(x):
+    """e^x in place. Below -87 fp32 has nothing left: exactly 0, without asking exp, which takes 100
+    times as long there (measured).
+    """
+    return F.threshold_(x.clamp_min_(-87.0).exp_(), 2e-38, 0.0)
+
+
 def _chunk_gates(log_i, log_f, m, starts, L, dtype):
     """What the gates give every chunk: c, r, carry, write (N, B, H, L), keep (N, B, H), and m'.
 
@@ -584,12 +592,12 @@ def _chunk_gates(log_i, log_f, m, starts, L, dtype):
     m, m_next = torch.stack(ms[:-1], -1), torch.stack(ms[1:], -1)  # (B, H, N)
     r = (torch.maximum(top, _only(continues, m[..., None])) * 64).ceil() / 64
     coarse = (c * 64).round() / 64
-    carry = _only(continues, m[..., None] - r).exp()
-    write = _only(is_last, c + (F_all - m_next)[..., None]).exp()
-    keep = _only(survives, m + F_all - m_next).exp()
-    *gates, = (x.movedim(2, 0).to(dtype).contiguous()
-               for x in (coarse, c - coarse, r, carry, write, keep))
-    return *gates, ms[-1].to(dtype)
+    carry = _only(continues, m[..., None] - r)
+    write = _only(is_last, c + (F_all - m_next)[..., None])
+    keep = _only(survives, m + F_all - m_next)
+    coarse, fine, r, carry, write, keep = (
+        x.movedim(2, 0).to(dtype).contiguous() for x in (coarse, c - coarse, r, carry, write, keep))
+    return coarse, fine, r, *map(_exp, (carry, write, keep)), ms[-1].to(dtype)
 
 
 def _chunk(x, n, L, dtype):
@@ -605,10 +613,9 @@ def _chunk_weights(coarse, fine, r, first, out):
     seen = s <= s[:, None]
     if first is not None:
         seen = seen & (s >= first[..., None])
-    # Exponents below -87 are 0 in fp32, but exp takes 100 times as long to say so (measured).
-    low, high = out.new_tensor(-87.0), torch.where(seen, 0.0, -87.0).to(out.dtype)
     torch.sub(coarse[..., None, :], r[..., None], out=out).add_(fine[..., None, :])
-    return F.threshold_(torch.clamp(out, low, high, out=out).exp_(), 2e-38, 0.0)
+    limit = torch.where(seen, 0.0, -math.inf).to(out.dtype)  # what is seen is never above 0
+    return _exp(torch.minimum(out, limit, out=out))
 
 
 def _next_state(S, z, k, v, keep, write, out):
@@ -627,7 +634,8 @@ class _MLSTM(torch.autograd.Function):
     def forward(ctx, q, k, v, log_i, log_f, S, z, m, starts, L):
         (B, H, T, D), (K, E), dtype = q.shape, (v.shape[1], v.shape[3]), v.dtype
         wide = torch.promote_types(q.dtype, torch.float32)
-        coarse, fine, r, carry, write, keep, m_end = _chunk_gates(log_i, log_f, m, starts, L, wide)
+        *gates, m_end = _chunk_gates(log_i, log_f, m, starts, L, wide)
+        coarse, fine, r, carry, write, keep = gates
         first, N = _chunk_documents(starts, L)[0], len(carry)
         state = [x.to(wide, copy=True).flatten(0, 1) for x in (S, z)]
         W = q.new_empty(B, H, L, L, dtype=wide)
@@ -645,7 +653,7 @@ class _MLSTM(torch.autograd.Function):
             h[:, :, n * L:(n + 1) * L] = hn.div_(den).view(B, H, L, E)[:, :, :T - n * L]
             _next_state(*state, kn, vn, keep[n], write[n], out=state)
         # h in full precision: if v is bf16, a rounded one would bias delta.
-        ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens)
+        ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens, *gates)
         ctx.set_materialize_grads(False)
         return h.to(dtype), state[0].view(B, H, D, E), state[1].view(B, H, D), m_end
 
@@ -653,14 +661,13 @@ class _MLSTM(torch.autograd.Function):
     def backward(ctx, dh, dS, dz, dm):
         saved = ctx.saved_tensors  # asked for once only: activation checkpointing insists
         with torch.autocast(saved[0].device.type, enabled=False):
-            return *_mlstm_backward(saved, dh, dS, dz, dm), None, None
+            return *_mlstm_backward(saved, dh, dS, dz, dm, ctx.needs_input_grad[2]), None, None
 
 
-def _mlstm_backward(saved, dh, dS, dz, dm):
-    """Gradients of h and the last state -> of q, k, v, log_i, log_f, S, z, m."""
-    q, k, v, log_i, log_f, S, z, m, starts, h, dens = saved
-    (B, H, T, D), K, (N, _, L, _), wide = q.shape, k.shape[1], dens.shape, dens.dtype
-    coarse, fine, r, carry, write, keep, _ = _chunk_gates(log_i, log_f, m, starts, L, wide)
+def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
+    """Gradients of h and the last state -> of q, k, v (or None), log_i, log_f, S, z, m."""
+    q, k, v, log_i, log_f, S, z, m, starts, h, dens, coarse, fine, r, carry, write, keep = saved
+    (B, H, T, _), K, (N, _, L, _), wide = q.shape, k.shape[1], dens.shape, dens.dtype
     first = _chunk_documents(starts, L)[0]
 
     # The states that enter the chunks again: storing them would cost as much memory as q and k.
@@ -678,6 +685,7 @@ def _mlstm_backward(saved, dh, dS, dz, dm):
     q_groups, h, dh = (torch.zeros_like(h).unflatten(1, (K, -1)) if x is None else
                        x.unflatten(1, (K, -1)) for x in (q, h, dh))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dv = dv if needs_dv else None
     W = q.new_empty(B, H, L, L, dtype=wide)
     buffers = q.new_empty(3, B * K, H // K * L, L, dtype=wide)
     d_gates = []
@@ -687,9 +695,10 @@ def _mlstm_backward(saved, dh, dS, dz, dm):
         inputs = [_chunk(x, n, L, wide) for x in (q_groups, k, v, h, dh)]
         inputs[4] = inputs[4] / dens[n].view(B * K, -1, 1)
         *found, di, start, step = _chunk_gradients(*inputs, W, buffers, Ss[n], zs[n], dS, dz,
-                                                   carry[n], write[n], keep[n])
+                                                   carry[n], write[n], keep[n], needs_dv)
         for x, xn in zip((dq, dk, dv), found):
-            x[:, :, rows] = xn.view(*x.shape[:2], L, -1)[:, :, :T - n * L]
+            if x is not None:
+                x[:, :, rows] = xn.view(*x.shape[:2], L, -1)[:, :, :T - n * L]
         d_gates.append((di, start, step))
     di, start, step = (torch.stack(x[::-1], 1).unflatten(0, (B, H)) for x in zip(*d_gates))
     dm0 = _dot(Ss[0], zs[0], dS, dz).view(B, H)
@@ -702,7 +711,7 @@ def _dot(S, z, dS, dz):
     return ((S * dS).sum((1, 2)) + (z * dz).sum(1)).double()
 
 
-def _chunk_gradients(q, k, v, h, dh, W, buffers, S, z, dS, dz, carry, write, keep):
+def _chunk_gradients(q, k, v, h, dh, W, buffers, S, z, dS, dz, carry, write, keep, needs_dv):
     """One chunk's dq, dk, dv, and for the gates di, start, step (`_gate_gradients`), float64.
 
     S, z: the state that enters the chunk. dS, dz: gradients of the one that leaves it; on return,
@@ -716,7 +725,6 @@ def _chunk_gradients(q, k, v, h, dh, W, buffers, S, z, dS, dz, carry, write, kee
     torch.bmm(q, k.transpose(1, 2), out=P)
     torch.bmm(dh, v.transpose(1, 2), out=dP).sub_(delta).mul_(W)
     X = torch.mul(P, dP, out=X).view(N, L, L)
-    P.mul_(W)
 
     dh_head, delta_head = dh.view(per_head), delta.view(per_head)
     dq = torch.bmm(dh_head, S.transpose(1, 2)).baddbmm_(delta_head, z[:, None], alpha=-1)
@@ -725,7 +733,8 @@ def _chunk_gradients(q, k, v, h, dh, W, buffers, S, z, dS, dz, carry, write, kee
     dkw = torch.baddbmm(dz.view(R, 1, G * D), v, dS_group.transpose(1, 2)).view(R, L, G, D)
     d_write = (dkw.mul_(write) * k[:, :, None]).sum(-1).transpose(1, 2).reshape(N, L).double()
     dk = dkw.sum(2).baddbmm_(dP.transpose(1, 2), q)
-    dv = torch.bmm(P.transpose(1, 2), dh).baddbmm_((k[:, :, None] * write).flatten(2), dS_group)
+    dv = torch.bmm(P.mul_(W).transpose(1, 2), dh).baddbmm_(
+        (k[:, :, None] * write).flatten(2), dS_group) if needs_dv else None
 
     q = q.view(per_head) * carry
     dS.mul_(keep.view(N, 1, 1))
