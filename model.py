@@ -372,8 +372,9 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # never forms (T, T)
     starts = None if document_ids is None else document_starts(document_ids)
     outputs = []
-    for a in range(N - T, N, 512):  # blocks of queries: memory O(512 N), not O(T N)
-        b, low = min(a + 512, N), 0 if window is None else max(0, a - window + 1)
+    L = min(512, max(128, N // 16))  # blocks of queries: memory O(L N), not O(T N)
+    for a in range(N - T, N, L):
+        b, low = min(a + L, N), 0 if window is None else max(0, a - window + 1)
         t = torch.arange(a, b, device=q.device)[:, None]
         s = torch.arange(low, b, device=q.device)
         visible = (s <= t)[None]
@@ -427,7 +428,7 @@ class Attention(nn.Module):
         gates. cache: this layer's `KVCache`, or None.
         """
         if cache is not None:
-            k, v = cache.append(k, v)
+            return cache.attention(q, k, v, window=self.window)
         return softmax_attention(q, k, v, window=self.window, document_ids=document_ids)
 
     def forward(self, x, tables, *, document_ids=None, cache=None):
@@ -458,7 +459,7 @@ def empty_state(batch, heads, D, E, device):
 
 
 def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
-    """The definition (Eq. 8-10), one token at a time. Also the decoding step, with T = 1.
+    """The definition (Eq. 8-10), one token at a time.
 
     q (B, H, T, D), k (B, K, T, D): feature-mapped, non-negative. v (B, K, T, E).
     log_i, log_f (B, H, T) fp32: log input gate, log forget gate (at most 0).
@@ -485,90 +486,302 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
     return torch.stack(h, dim=2).to(dtype), (S, z, m)
 
 
+def mlstm_step(q, k, v, log_i, log_f, state):
+    """The same for the one token (T = 1) of a decoding step. Returns h (B, H, 1, E) in v's dtype.
+
+    state is updated in place, so that its memory never moves: no gradients.
+    """
+    S, z, m = state
+    (B, K, _, D), dtype = k.shape, v.dtype
+    q, k, v, i, f = (x.squeeze(2).to(S.dtype) for x in (q, k, v, log_i, log_f))
+    m_new = torch.maximum(m + f, i)
+    keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()
+    m.copy_(m_new)
+    k = write.view(B, K, -1, 1) * k[:, :, None]  # (B, K, G, D)
+    S.mul_(keep[..., None])
+    S.view(B, K, -1, D, S.shape[-1]).addcmul_(k[..., None], v[:, :, None, None])
+    z.mul_(keep).add_(k.flatten(1, 2))
+    den = (q * z).sum(-1, keepdim=True).clamp_min(1e-30)
+    return ((q[:, :, None] @ S) / den[..., None]).to(dtype)
+
+
 def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chunk_size=64):
-    """The same function as `mlstm_recurrent`, in parallel over chunks of L tokens.
+    """The same function as `mlstm_recurrent`, a chunk of L tokens at a time.
 
     Inside a chunk: attention with the decay matrix W_ts = exp(log_i_s + sum of log_f after s up
-    to t). Between chunks: the state, in a loop over T / L chunks. Memory O(T (L + D E / L)), no
-    (T, T) matrix, any T, differentiable in all inputs.
+    to t). Between chunks: the state. One loop over T / L chunks whose working set stays in the
+    processor's cache; no (T, T) matrix; any T; differentiable in all inputs and both states.
 
     Shapes as in `mlstm_recurrent`. document_ids (B, T): the state restarts where they change; a
     given `state` belongs to the first document, the returned one to the last.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        return _mlstm_chunkwise(q, k, v, log_i, log_f, state, document_ids, chunk_size)
-
-
-def _mlstm_chunkwise(q, k, v, log_i, log_f, state, document_ids, chunk_size):
-    dtype = v.dtype
-    B, H, T, D = q.shape
-    K, E, L = k.shape[1], v.shape[-1], min(chunk_size, T)
-    G, N = H // K, -(-T // L)  # N chunks; the last one is padded with tokens that write nothing
-    pad = N * L - T
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q = F.pad(q.to(wide), (0, 0, 0, pad)).view(B, K, G, N, L, D)
-    k = F.pad(k.to(wide), (0, 0, 0, pad)).view(B, K, N, L, D)
-    v = F.pad(v.to(wide), (0, 0, 0, pad)).view(B, K, N, L, E)
-    log_i = F.pad(log_i.to(wide), (0, pad), value=EMPTY).view(B, K, G, N, L)
-    log_f = F.pad(log_f.to(wide), (0, pad)).view(B, K, G, N, L)
+    (B, H, T, D), E = q.shape, v.shape[-1]
+    starts = None if document_ids is None else document_starts(document_ids)
     S, z, m = state or empty_state(B, H, D, E, q.device)
-    S, z, m = (x.to(wide).view(B, K, G, *x.shape[2:]) for x in (S, z, m))
-    same, continues, survives, is_last = _chunk_documents(document_ids, B, N, L, q.device)
-
-    # log W_ts, laid out [s, t]: a sum over just the gates between s and t, not a difference of
-    # two cumulative sums. That keeps fp32 accurate when forget gates are near 0 (the sums reach
-    # thousands, the difference matters to 1e-6) and keeps documents independent to the last bit.
-    after = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)  # t > s
-    decay = torch.where(after, log_f[..., None, :], 0).cumsum(-1)
-    log_w = torch.where(same, decay + log_i[..., :, None], -math.inf)  # (B, K, G, N, L, L)
-    log_carry = torch.where(continues, log_f.cumsum(-1), -math.inf)  # chunk's start -> t
-    log_write = torch.where(is_last, decay[..., -1] + log_i, -math.inf)  # s -> chunk's end
-    log_keep = torch.where(survives, log_f.sum(-1), -math.inf)  # chunk's start -> end
-
-    # The state that enters each chunk. First the stabilisers, then sums written with those very
-    # values: another formula for m that rounds differently would be an error of scale.
-    ms = [m]
-    for keep, write in zip(log_keep.unbind(-1), log_write.amax(-1).unbind(-1)):
-        ms.append(torch.maximum(ms[-1] + keep, write))
-    m_in, m_out = torch.stack(ms[:-1], -1), torch.stack(ms[1:], -1)  # (B, K, G, N)
-    write = (log_write - m_out[..., None]).exp()
-    keep = (m_in + log_keep - m_out).exp()
-    new_S = torch.einsum("bknsd,bkgns,bknse->bkgnde", k, write, v)
-    new_z = torch.einsum("bknsd,bkgns->bkgnd", k, write)
-    Ss, zs = [S], [z]
-    for n, (a, dS, dz) in enumerate(zip(keep.unbind(3), new_S.unbind(3), new_z.unbind(3))):
-        Ss.append(a[..., None, None] * Ss[n] + dS)
-        zs.append(a[..., None] * zs[n] + dz)
-
-    # Outputs: r, the largest exponent a row meets, cancels in the ratio and needs no gradient.
-    log_carry = m_in[..., None] + log_carry
-    r = torch.maximum(log_carry, log_w.amax(-2)).detach()
-    carry = (log_carry - r).exp()  # (B, K, G, N, L)
-    P = torch.einsum("bknsd,bkgntd->bkgnst", k, q) * (log_w - r[..., None, :]).exp()
-    q = q * carry[..., None]
-    num = P.transpose(-1, -2) @ v[:, :, None] + q @ torch.stack(Ss[:-1], 3)
-    den = P.sum(-2) + (q * torch.stack(zs[:-1], 3)[..., None, :]).sum(-1)
-    h = num / den.clamp_min(1e-30)[..., None]  # only against 0 / 0, as in padded rows
-    h = h.view(B, H, N * L, E)[:, :, :T].to(dtype)
-    return h, (Ss[-1].view(B, H, D, E), zs[-1].view(B, H, D), ms[-1].view(B, H))
+    with torch.autocast(q.device.type, enabled=False):
+        h, *state = _MLSTM.apply(q, k, v, log_i, log_f, S, z, m, starts, min(chunk_size, T))
+    return h, tuple(state)
 
 
-def _chunk_documents(document_ids, B, N, L, device):
-    """Which (token, token) and (token, state) pairs of each chunk share a document.
+# A chunk. c_s = log_i_s - (log_f up to and with s), sums from the start of the chunk, or of the
+# document if that is later. Then log W_ts = c_s + (a number of t alone, which cancels in h), and
+# any r_t that is not below the c_s it meets keeps the exponentials in range:
+#     W_ts = e^(c_s - r_t),  carry_t = e^(m - r_t)      weights in row t of token s, of the state
+#     P = (q k^T) * W,  den = P 1 + carry (q z),  h = (P v + carry (q S)) / den
+#     keep = e^(m + F - m'),  write_s = e^(c_s + F - m')      F: all log_f; m before, m' after it
+#     S' = keep S + (write k)^T v,  z' = keep z + (write k)^T 1
+# Gradients, with dh' = dh / den, delta = dh' . h and dP = (dh' v^T - delta) * W:
+#     dq = dP k + carry (dh' S^T - delta z)         dk = dP^T q + write (v dS'^T + dz')
+#     dv = P^T dh' + write (k dS')
+#     dS = keep dS' + (carry q)^T dh'               dz = keep dz' - (carry q)^T delta
+#     X = (q k^T) * dP: of log W.  A gate multiplies weights: log_i_s those of token s, log_f_u
+#     those that reach over u: W_ts with s < u <= t, the carry of t >= u, the write of s < u, keep
 
-    Returns bool tensors that broadcast against (B, K, G, N, ...): same (L, L) [s, t] with s <= t;
-    continues (L): the token's document was open when the chunk began; survives (): ... and is
-    open at its end; is_last (L): the token's document is open at the chunk's end.
+
+def _chunk_documents(starts, L):
+    """Where each chunk's documents start: starts (B, T) or None -> three tensors (or Nones).
+
+    first (B, 1, N, L): index in the chunk of the first token of t's document; continues (same):
+    that document was open before the chunk; is_last: it is open at the chunk's end.
     """
-    causal = torch.ones(L, L, dtype=torch.bool, device=device).triu()  # s <= t
-    if document_ids is None:
-        yes = torch.ones((), dtype=torch.bool, device=device)
-        return causal, yes, yes, yes
-    doc = _pad_starts(document_starts(document_ids), N * L).view(B, 1, 1, N, L)
-    before = torch.cat((torch.zeros_like(doc[..., :1, 0]), doc[..., :-1, -1]), dim=-1)
-    continues = doc == before[..., None]
-    return (causal & (doc[..., :, None] == doc[..., None, :]), continues, continues[..., -1],
-            doc == doc[..., -1:])
+    if starts is None:
+        return None, None, None
+    T = starts.shape[1]
+    starts = _pad_starts(starts, T + -T % L).view(len(starts), 1, -1, L)
+    begin = torch.arange(0, T, L, device=starts.device)[:, None]
+    return ((starts - begin).clamp_min(0), starts <= (begin - 1).clamp_min(0),
+            starts == starts[..., -1:])
+
+
+def _running(combine, x, first, neutral):
+    """Cumulative `combine` over the last axis of x, at t of the entries from first_t on."""
+    at, step = torch.arange(x.shape[-1], device=x.device), 1
+    while step < x.shape[-1]:  # each pass doubles how far an entry has looked back
+        earlier = F.pad(x[..., :-step], (step, 0), value=neutral)
+        x = combine(x, torch.where(at - step >= first, earlier, neutral))
+        step *= 2
+    return x
+
+
+def _only(seen, x):
+    return x if seen is None else torch.where(seen, x, -math.inf)
+
+
+def _exp(x):
+    """e^x in place. Below -87 fp32 has nothing left: exactly 0, without asking exp, which takes 100
+    times as long there (measured).
+    """
+    return F.threshold_(x.clamp_min_(-87.0).exp_(), 2e-38, 0.0)
+
+
+def _chunk_gates(log_i, log_f, m, starts, L, dtype):
+    """What the gates give every chunk: c, r, carry, write (N, B, H, L), keep (N, B, H), and m'.
+
+    In float64, for (B, H, T) numbers are nothing beside k and v: c reaches thousands where forget
+    gates are near 0 while differences matter to 1e-6. So c is returned in two parts: multiples of
+    1/64, which fp32 holds and subtracts exactly, and the rest. r is a multiple of 1/64 as well.
+    Numbers of a document come from its own gates alone, to the last bit.
+    """
+    def chunks(x, value):
+        return F.pad(x.double(), (0, -x.shape[-1] % L), value=value).unflatten(-1, (-1, L))
+
+    c = chunks(log_i, EMPTY)  # padding writes nothing
+    f = chunks(log_f.clamp_min(-2.0 ** 18 / L), 0.0)  # sums fit fp32's multiples of 1/64
+    first, continues, is_last = _chunk_documents(starts, L)
+    sums = f.cumsum(-1) if first is None else _running(torch.add, f, first, 0.0)
+    c = c - sums
+    top = c.cummax(-1).values if first is None else _running(torch.maximum, c, first, -math.inf)
+    survives, F_all = None if first is None else continues[..., -1], sums[..., -1]
+    ms = [m.double()]
+    for n in range(c.shape[2]):
+        old = _only(None if first is None else survives[..., n], ms[n])
+        # Rounded as it will be stored, and only then used: S and z are divided by this very e^m.
+        ms.append((torch.maximum(old, top[:, :, n, -1]) + F_all[:, :, n]).to(dtype).double())
+    m, m_next = torch.stack(ms[:-1], -1), torch.stack(ms[1:], -1)  # (B, H, N)
+    r = (torch.maximum(top, _only(continues, m[..., None])) * 64).ceil() / 64
+    coarse = (c * 64).round() / 64
+    carry = _only(continues, m[..., None] - r)
+    write = _only(is_last, c + (F_all - m_next)[..., None])
+    keep = _only(survives, m + F_all - m_next)
+    coarse, fine, r, carry, write, keep = (
+        x.movedim(2, 0).to(dtype).contiguous() for x in (coarse, c - coarse, r, carry, write, keep))
+    return coarse, fine, r, *map(_exp, (carry, write, keep)), ms[-1].to(dtype)
+
+
+def _chunk(x, n, L, dtype):
+    """Chunk n of x (B, K, (G,) T, D), padded with zeros: (B K, (G) L, D)."""
+    x = x[..., n * L:(n + 1) * L, :].to(dtype)
+    x = F.pad(x, (0, 0, 0, L - x.shape[-2])) if x.shape[-2] < L else x
+    return x.flatten(0, 1).flatten(1, -2)
+
+
+def _chunk_weights(coarse, fine, r, first, out):
+    """W of a chunk into out (B, H, L, L): e^(c_s - r_t) where row t sees s, else exactly 0."""
+    s = torch.arange(out.shape[-1], device=out.device)
+    seen = s <= s[:, None]
+    if first is not None:
+        seen = seen & (s >= first[..., None])
+    torch.sub(coarse[..., None, :], r[..., None], out=out).add_(fine[..., None, :])
+    limit = torch.where(seen, 0.0, -math.inf).to(out.dtype)  # what is seen is never above 0
+    return _exp(torch.minimum(out, limit, out=out))
+
+
+def _next_state(S, z, k, v, keep, write, out):
+    """The state after a chunk, into out = (S (N, D, E), z (N, D)), which may be S and z."""
+    (R, L, D), G = k.shape, len(S) // len(k)
+    k = k[:, :, None] * write.view(R, G, L).transpose(1, 2)[..., None]  # (R, L, G, D)
+    S = torch.mul(S, keep.view(-1, 1, 1), out=out[0]).view(R, G * D, -1)
+    S.baddbmm_(k.flatten(2).transpose(1, 2), v)
+    torch.mul(z, keep.view(-1, 1), out=out[1]).add_(k.sum(1).view(-1, D))
+
+
+class _MLSTM(torch.autograd.Function):
+    """R = B K rows of keys and values; the G heads that share them lie along the query axis."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_i, log_f, S, z, m, starts, L):
+        (B, H, T, D), (K, E), dtype = q.shape, (v.shape[1], v.shape[3]), v.dtype
+        wide = torch.promote_types(q.dtype, torch.float32)
+        *gates, m_end = _chunk_gates(log_i, log_f, m, starts, L, wide)
+        coarse, fine, r, carry, write, keep = gates
+        first, N = _chunk_documents(starts, L)[0], len(carry)
+        state = [x.to(wide, copy=True).flatten(0, 1) for x in (S, z)]
+        W = q.new_empty(B, H, L, L, dtype=wide)
+        P = q.new_empty(B * K, H // K * L, L, dtype=wide)
+        h, dens = q.new_empty(B, H, T, E, dtype=wide), q.new_empty(N, B * H, L, 1, dtype=wide)
+        q_groups = q.unflatten(1, (K, H // K))
+        for n in range(N):
+            qn, kn, vn = (_chunk(x, n, L, wide) for x in (q_groups, k, v))
+            _chunk_weights(coarse[n], fine[n], r[n], None if first is None else first[:, :, n], W)
+            torch.bmm(qn, kn.transpose(1, 2), out=P).mul_(W.view_as(P))
+            qn = qn.view(B * H, L, D) * carry[n].view(-1, L, 1)
+            hn = torch.bmm(P, vn).view(-1, L, E).baddbmm_(qn, state[0])
+            den = P.view(-1, L, L).sum(-1, keepdim=True).baddbmm_(qn, state[1][..., None])
+            dens[n] = den.clamp_min_(1e-30)  # only against 0 / 0, as in padded rows
+            h[:, :, n * L:(n + 1) * L] = hn.div_(den).view(B, H, L, E)[:, :, :T - n * L]
+            _next_state(*state, kn, vn, keep[n], write[n], out=state)
+        # h in full precision: if v is bf16, a rounded one would bias delta.
+        ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens, *gates)
+        ctx.set_materialize_grads(False)
+        return h.to(dtype), state[0].view(B, H, D, E), state[1].view(B, H, D), m_end
+
+    @staticmethod
+    def backward(ctx, dh, dS, dz, dm):
+        saved = ctx.saved_tensors  # asked for once only: activation checkpointing insists
+        with torch.autocast(saved[0].device.type, enabled=False):
+            return *_mlstm_backward(saved, dh, dS, dz, dm, ctx.needs_input_grad[2]), None, None
+
+
+def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
+    """Gradients of h and the last state -> of q, k, v (or None), log_i, log_f, S, z, m."""
+    q, k, v, log_i, log_f, S, z, m, starts, h, dens, coarse, fine, r, carry, write, keep = saved
+    (B, H, T, _), K, (N, _, L, _), wide = q.shape, k.shape[1], dens.shape, dens.dtype
+    first = _chunk_documents(starts, L)[0]
+
+    # The states that enter the chunks again: storing them would cost as much memory as q and k.
+    Ss, zs = (x.new_empty(N + 1, B * H, *x.shape[2:], dtype=wide) for x in (S, z))
+    Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)
+    for n in range(N):
+        _next_state(Ss[n], zs[n], _chunk(k, n, L, wide), _chunk(v, n, L, wide), keep[n], write[n],
+                    out=(Ss[n + 1], zs[n + 1]))
+    uses_state = any(x is not None for x in (dS, dz, dm))
+    dS, dz = (torch.zeros_like(x[0]) if dx is None else dx.to(wide, copy=True).view_as(x[0])
+              for x, dx in ((Ss, dS), (zs, dz)))
+    if uses_state:  # S and z are divided by e^m
+        dm = (0 if dm is None else dm) - _dot(Ss[N], zs[N], dS, dz).view(B, H)
+
+    q_groups, h, dh = (torch.zeros_like(h).unflatten(1, (K, -1)) if x is None else
+                       x.unflatten(1, (K, -1)) for x in (q, h, dh))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dv = dv if needs_dv else None
+    W = q.new_empty(B, H, L, L, dtype=wide)
+    buffers = q.new_empty(3, B * K, H // K * L, L, dtype=wide)
+    d_gates = []
+    for n in reversed(range(N)):
+        rows = slice(n * L, min((n + 1) * L, T))
+        _chunk_weights(coarse[n], fine[n], r[n], None if first is None else first[:, :, n], W)
+        inputs = [_chunk(x, n, L, wide) for x in (q_groups, k, v, h, dh)]
+        inputs[4] = inputs[4] / dens[n].view(B * K, -1, 1)
+        *found, di, start, step = _chunk_gradients(*inputs, W, buffers, Ss[n], zs[n], dS, dz,
+                                                   carry[n], write[n], keep[n], needs_dv)
+        for x, xn in zip((dq, dk, dv), found):
+            if x is not None:
+                x[:, :, rows] = xn.view(*x.shape[:2], L, -1)[:, :, :T - n * L]
+        d_gates.append((di, start, step))
+    di, start, step = (torch.stack(x[::-1], 1).unflatten(0, (B, H)) for x in zip(*d_gates))
+    dm0 = _dot(Ss[0], zs[0], dS, dz).view(B, H)
+    di, df, dm0 = _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts)
+    return dq, dk, dv, di, df, dS.view_as(S), dz.view_as(z), dm0
+
+
+def _dot(S, z, dS, dz):
+    """What a gradient of the state (S, z) is worth to the logarithm of its scale: (N,) float64."""
+    return ((S * dS).sum((1, 2)) + (z * dz).sum(1)).double()
+
+
+def _chunk_gradients(q, k, v, h, dh, W, buffers, S, z, dS, dz, carry, write, keep, needs_dv):
+    """One chunk's dq, dk, dv, and for the gates di, start, step (`_gate_gradients`), float64.
+
+    S, z: the state that enters the chunk. dS, dz: gradients of the one that leaves it; on return,
+    of the one that enters. dh is divided by den.
+    """
+    (R, L, D), N, (P, dP, X) = k.shape, len(S), buffers
+    G, W, per_head, carry = N // R, W.view_as(P), (N, L, -1), carry.view(N, L, 1)
+    write = write.view(R, G, L).transpose(1, 2)[..., None]  # (R, L, G, 1)
+    dS_group = dS.view(R, G * D, -1)
+    delta = (dh * h).sum(-1, keepdim=True)
+    torch.bmm(q, k.transpose(1, 2), out=P)
+    torch.bmm(dh, v.transpose(1, 2), out=dP).sub_(delta).mul_(W)
+    X = torch.mul(P, dP, out=X).view(N, L, L)
+
+    dh_head, delta_head = dh.view(per_head), delta.view(per_head)
+    dq = torch.bmm(dh_head, S.transpose(1, 2)).baddbmm_(delta_head, z[:, None], alpha=-1)
+    d_carry = (dq.mul_(carry) * q.view(per_head)).sum(-1).double()
+    dq = dq.view_as(q).baddbmm_(dP, k)
+    dkw = torch.baddbmm(dz.view(R, 1, G * D), v, dS_group.transpose(1, 2)).view(R, L, G, D)
+    d_write = (dkw.mul_(write) * k[:, :, None]).sum(-1).transpose(1, 2).reshape(N, L).double()
+    dk = dkw.sum(2).baddbmm_(dP.transpose(1, 2), q)
+    dv = torch.bmm(P.mul_(W).transpose(1, 2), dh).baddbmm_(
+        (k[:, :, None] * write).flatten(2), dS_group) if needs_dv else None
+
+    q = q.view(per_head) * carry
+    dS.mul_(keep.view(N, 1, 1))
+    dz.mul_(keep.view(N, 1))
+    start = _dot(S, z, dS, dz) + d_carry.sum(-1)
+    dS.baddbmm_(q.transpose(1, 2), dh_head)
+    dz.sub_((q * delta_head).sum(1))
+    di = X.sum(1).double() + d_write
+    X.tril_(-1)
+    step = X.sum(1).double() - X.sum(2).double() + d_write - d_carry
+    return dq, dk, dv, di, start, step
+
+
+def _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts):
+    """Gradients of log_i, log_f (B, H, T) and of the first m (B, H).
+
+    di, step (B, H, N, L), start (B, H, N): what reaches over u is what came into the chunk
+    (`start`), less what ends before u, plus what begins before u (`step`). A sum over all s <= t
+    alone would be simpler and lose small gradients beside the large ones of X's diagonal.
+    """
+    T, L = log_i.shape[-1], di.shape[-1]
+    df = step.cumsum(-1) - step
+    first, continues, _ = _chunk_documents(starts, L)
+    if first is not None:
+        df = df - df.gather(-1, first.expand_as(df))
+        start = torch.where(continues, start[..., None], 0)
+    df = df + start.view(*start.shape[:3], -1)
+    di, df = di.flatten(2)[..., :T], df.flatten(2)[..., :T]
+    if dm is None:
+        return di, df, dm0
+    # The last m is the largest log-weight of the last document: a token's (at), or the first m.
+    starts = torch.zeros_like(di[:, 0], dtype=torch.long) if starts is None else starts
+    in_last = (starts == starts[:, -1:])[:, None]
+    c = log_i.double() - log_f.double().clamp_min(-2.0 ** 18 / L).cumsum(-1)
+    top, at = torch.where(in_last, c, -math.inf).max(-1)
+    at = torch.where((m >= top) & (starts[:, None, -1] == 0), -1, at)
+    token, dm = torch.arange(T, device=di.device), dm[..., None]
+    return (di + dm * (token == at[..., None]), df + dm * (in_last & (token > at[..., None])),
+            dm0 + dm[..., 0] * (at == -1))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -582,41 +795,118 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
     q (B, H, T, D), k and v (B, K, T, D), rotated; document_ids (B, T) or None. The current token
     counts as one of the window; a sink inside the window counts once. Returns (B, H, T, D).
 
-    Queries go in blocks of L. A block needs the L + W - 1 keys that end with it, and of older
-    tokens only the sinks of the document its first query stands in: every document that starts
-    later has its sinks inside the band. So memory is O(T (W + L) / L * D) and no T x T mask exists.
+    Queries go in blocks of L, whose keys are the L + W - 1 that end with the block and the sinks:
+    no (T, T) mask exists. The backward pass forms the weights again, so only q, k, v, h are kept.
     """
-    B, H, T, D = q.shape
-    K, L = k.shape[1], min(T, max(64, window // 2))
-    W, S, N = min(window, T), min(sinks, T), -(-T // L)
-    pad, device = N * L - T, q.device
-    starts = torch.zeros_like(q[:, 0, :, 0], dtype=torch.long) if document_ids is None else (
+    starts = torch.zeros_like(q[:1, 0, :, 0], dtype=torch.long) if document_ids is None else (
         document_starts(document_ids))
+    return _Window.apply(q, k, v, starts, window, sinks)
 
-    # Positions of queries, of the keys in each block's band, of each block's sinks; then who sees
-    # whom. All are laid out (B, N, query, key).
-    own = _pad_starts(starts, N * L).view(B, N, L, 1)  # where the query's document starts
-    t = torch.arange(N * L, device=device).view(1, N, L, 1)
-    band = torch.arange(L + W - 1, device=device) - (W - 1) + t[:, :, :1]
-    sink = own[:, :, :1] + torch.arange(S, device=device)
-    see_band = (band <= t) & (band >= own) & ((band > t - W) | (band < own + S))
-    see_sink = (sink >= own) & (sink < band[..., :1])  # unless it is in the band already
-    visible = torch.cat((see_sink, see_band), dim=-1).flatten(0, 1)  # (B N, L, S + L + W - 1)
-    at = sink.clamp(max=T - 1).view(B, 1, N * S, 1)
 
-    def blocks(x):  # (B, K, T, D) -> (B N, K, S + L + W - 1, D)
-        sunk = x.gather(2, at.expand(-1, K, -1, x.shape[-1])).unflatten(2, (N, S))
-        banded = F.pad(x, (0, 0, W - 1, pad)).unfold(2, L + W - 1, L).transpose(-1, -2)
-        return torch.cat((sunk, banded), dim=3).transpose(1, 2).flatten(0, 1)
+def _window_block(starts, a, L, window, sinks):
+    """Keys of the queries a ... a + L - 1 and who sees whom: band (a slice), sink (B, S), visible.
 
-    q = F.pad(q, (0, 0, 0, pad)).view(B, H, N, L, D).transpose(1, 2).flatten(0, 1)
-    h = _grouped_attention(q, blocks(k), blocks(v), visible)
-    return h.view(B, N, H, L, -1).transpose(1, 2).flatten(2, 3)[:, :, :T]
+    Of tokens before the band only the sinks of the document of the first query count: documents
+    that start later have theirs inside the band. visible (B, L, S + band): the sinks come first.
+    """
+    T, device = starts.shape[1], starts.device
+    b, low = min(a + L, T), max(0, a - window + 1)
+    t, s = torch.arange(a, b, device=device)[:, None], torch.arange(low, b, device=device)
+    own = starts[:, a:b, None]  # where the query's document starts
+    sink = starts[:, a:a + 1] + torch.arange(sinks, device=device)
+    see_sink = (sink[:, None] >= own) & (sink[:, None] < low)  # unless it is in the band already
+    see_band = (s <= t) & (s >= own) & ((s > t - window) | (s < own + sinks))
+    return slice(low, b), sink.clamp(max=T - 1), torch.cat((see_sink, see_band), dim=-1)
+
+
+def _spread(sink, x):
+    """Positions (1 or B, S) as an index for gather and scatter along x (B, K, T, D)."""
+    return sink[:, None, :, None].expand(*x.shape[:2], -1, x.shape[-1])
+
+
+def _block_keys(x, band, sink):
+    return torch.cat((x.gather(2, _spread(sink, x)), x[:, :, band]), dim=2)
+
+
+class _Window(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, starts, window, sinks):
+        h, L = torch.empty_like(q), max(64, window // 2)
+        for a in range(0, q.shape[2], L):
+            band, sink, visible = _window_block(starts, a, L, window, sinks)
+            kn, vn = (_block_keys(x, band, sink) for x in (k, v))
+            h[:, :, a:a + L] = _grouped_attention(q[:, :, a:a + L], kn, vn, visible)
+        ctx.save_for_backward(q, k, v, starts, h)
+        ctx.sizes = window, sinks
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        q, k, v, starts, h = ctx.saved_tensors
+        with torch.autocast(q.device.type, enabled=False):
+            return *_window_backward(q, k, v, starts, h, dh, *ctx.sizes), None, None, None
+
+
+def _window_backward(q, k, v, starts, h, dh, window, sinks):
+    """P = softmax(q k^T / sqrt D):  dP = P * (dh v^T - dh . h), and from it dq, dk, dv.
+
+    The sums over a group's heads are part of the products, as its queries are rows of one matrix.
+    """
+    (B, H, T, D), K, L = q.shape, k.shape[1], 64  # small blocks: P stays in the cache
+    wide, scale = torch.promote_types(q.dtype, torch.float32), D ** -0.5
+    dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
+    q, h, dh = (x.unflatten(1, (K, H // K)) for x in (q, h, dh))
+    for a in range(0, T, L):
+        band, sink, visible = _window_block(starts, a, L, window, sinks)
+        kn, vn = (_block_keys(x, band, sink).to(wide).flatten(0, 1) for x in (k, v))
+        qn, hn, dhn = (x[:, :, :, a:a + L].to(wide).flatten(0, 1).flatten(1, 2)
+                       for x in (q, h, dh))  # (B K, G L, D)
+        qn = qn * scale
+        P = torch.bmm(qn, kn.transpose(1, 2))
+        limit = torch.where(visible, 0.0, -math.inf).to(wide)[:, None, None]
+        P = P.view(B, K, -1, *visible.shape[1:]).add_(limit).softmax(-1).view_as(P)
+        dP = torch.bmm(dhn, vn.transpose(1, 2)).sub_((dhn * hn).sum(-1, keepdim=True)).mul_(P)
+        dq[:, :, a:a + L] = torch.bmm(dP, kn).mul_(scale).view(B, H, -1, D)
+        for x, dx in ((dk, torch.bmm(dP.transpose(1, 2), qn)),
+                      (dv, torch.bmm(P.transpose(1, 2), dhn))):
+            dx = dx.view(B, K, *dx.shape[1:])
+            x[:, :, band] += dx[:, :, sinks:]
+            x.scatter_add_(2, _spread(sink, x), dx[:, :, :sinks])
+    return dq, dk, dv
 
 
 # ----------------------------------------------------------------------------------------------
 # 5. The hybrid mixer, built up as the paper's ablation (Fig. 15) takes it apart
 # ----------------------------------------------------------------------------------------------
+
+
+def choose_kernels(wanted, device):
+    """kernels="auto" | "torch" | "triton" -> "torch" (this file) or "triton" (kernels.py).
+
+    "auto" takes Triton on a CUDA device where kernels.py and its package are there. A wish for
+    "triton" is never dropped in silence: ValueError says what it lacks. (Triton's interpreter,
+    TRITON_INTERPRET=1, needs no GPU; it is for tests.)
+    """
+    if wanted not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels {wanted!r} is unknown; known: auto, torch, triton")
+    if wanted == "torch":
+        return "torch"
+    cuda = torch.device(device).type == "cuda"
+    missing = "" if cuda or wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else (
+        f"a CUDA device, not {device}")
+    if not missing:
+        try:
+            _kernels()
+        except ImportError as error:
+            missing = f"kernels.py and the triton package ({error})"
+    if missing and wanted == "triton":
+        raise ValueError(f"kernels='triton' needs {missing}; use kernels='torch'")
+    return "torch" if missing else "triton"
+
+
+def _kernels():
+    import kernels  # late: it needs triton, and only a GPU needs it
+    return kernels
 
 
 class FeatureMap(nn.Module):
@@ -629,7 +919,9 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, width, width))
 
-    def forward(self, x):
+    def forward(self, x, kernels="torch"):
+        if kernels == "triton":
+            return _kernels().feature_map(x, self.weight)
         features = torch.einsum("bhtd,hde->bhte", x, self.weight.to(x.dtype))
         return features.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -665,6 +957,8 @@ class Gate(nn.Linear):
 class WindowAttention(Attention):
     """"swa", the control: window and sinks alone. No new parameters."""
 
+    kernels = "torch"  # what computes sequences: see `choose_kernels`. Steps are always torch
+
     def __init__(self, config, layer):
         super().__init__(config, layer)
         hybrid, own = config.hybrid, self.window
@@ -674,10 +968,11 @@ class WindowAttention(Attention):
         self.short_window, self.sinks = (own, 0) if exact else (hybrid.window, hybrid.sinks)
 
     def window_branch(self, q, k, v, document_ids, cache):
+        attend = _kernels().window_attention if self.kernels == "triton" else window_attention
         if cache is not None:
-            return cache.window_attention(q, k, v)
-        return window_attention(q, k, v, window=self.short_window, sinks=self.sinks,
-                                document_ids=document_ids)
+            return cache.window_attention(q, k, v, attend)
+        return attend(q, k, v, window=self.short_window, sinks=self.sinks,
+                      document_ids=document_ids)
 
     def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
         return self.window_branch(q, k, v, document_ids, cache)
@@ -699,11 +994,18 @@ class LinearAttention(WindowAttention):
         return ones, ones
 
     def recurrent_branch(self, x, q, k, v, document_ids, cache):
-        args = (self.feature_map_q(q), self.feature_map_k(k), v, *self.log_gates(x))
+        step = cache is not None and q.shape[2] == 1
+        kernels = "torch" if step else self.kernels
+        args = (self.feature_map_q(q, kernels), self.feature_map_k(k, kernels), v,
+                *self.log_gates(x))
+        if step:
+            return mlstm_step(*args, cache.state)
+        mlstm = _kernels().mlstm if kernels == "triton" else mlstm_chunkwise
         if cache is None:
-            return mlstm_chunkwise(*args, document_ids=document_ids)[0]
-        mlstm = mlstm_recurrent if q.shape[2] == 1 else mlstm_chunkwise
-        h, cache.state = mlstm(*args, state=cache.state)
+            return mlstm(*args, document_ids=document_ids)[0]
+        h, state = mlstm(*args, state=cache.state)
+        for old, new in zip(cache.state, state):
+            old.copy_(new)
         return h
 
     def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
@@ -863,6 +1165,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source = None  # folder it was loaded from: save_pretrained copies the small files
+        self.kernels = "torch"  # see `choose_kernels`
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_layers)),
@@ -885,12 +1188,11 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens, *, document_ids=None, cache=None):
         """tokens (B, T) int64 -> the final norm's output (B, T, hidden); arguments as `forward`."""
-        B, T = tokens.shape
-        positions = torch.arange(T, device=tokens.device)[None]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         if cache is not None:
             if document_ids is not None:
                 raise ValueError("a cache holds one document a row: give cache or document_ids")
-            positions = positions + cache.length
+            positions = positions + cache.position
         elif document_ids is not None:
             positions = positions - document_starts(document_ids)  # every document starts at 0
         x = self.model["embed_tokens"](tokens)
@@ -901,7 +1203,7 @@ class Transformer(nn.Module):
             layer_cache = None if cache is None else cache.layers[i]
             x = block(x, tables, document_ids=document_ids, cache=layer_cache)
         if cache is not None:
-            cache.length += T
+            cache.position.copy_(positions[:, -1:] + 1)
         return self.model["norm"](x)
 
     def forward(self, tokens, *, document_ids=None, cache=None, head=F.linear):
@@ -929,14 +1231,25 @@ def student_config(config, window, sinks, mixer):
     return dataclasses.replace(config, hybrid=hybrid)
 
 
-def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid"):
+def _set_kernels(model, wanted):
+    """Store `choose_kernels` on every mixer that has a choice, and return the model."""
+    chosen = choose_kernels(wanted, model.lm_head_weight.device)
+    model.kernels = chosen
+    for block in model.model["layers"]:
+        if isinstance(block.self_attn, WindowAttention):
+            block.self_attn.kernels = chosen
+    return model
+
+
+def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid", kernels="auto"):
     """A student for `teacher`: every attention replaced, everything else shared.
 
     The copied weights are the teacher's OWN tensors, so an 8B student costs only its new
     parameters (fp32, about 0.4 %). Training them would change the teacher: stage I trains the new
     ones only, and before stage II save and load the student, or `copy.deepcopy` it.
     mixer: a key of MIXERS; "linear" and "mlstm" have no window, "mlstm+swa" no sinks.
-    Raises ValueError for an unknown mixer, a window below 1 or negative sinks.
+    kernels: `choose_kernels`. Raises ValueError for an unknown mixer, a window below 1, negative
+    sinks, or kernels that cannot run.
     """
     config = student_config(teacher.config, window, sinks, mixer)
     device = teacher.lm_head_weight.device
@@ -949,7 +1262,7 @@ def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid"):
     for block in student.model["layers"]:
         initialise_mixer(block.self_attn)
     student.source = teacher.source
-    return student
+    return _set_kernels(student, kernels)
 
 
 def assign(model, name, parameter):
@@ -961,22 +1274,40 @@ def assign(model, name, parameter):
 # ----------------------------------------------------------------------------------------------
 # 7. Cache and generation: a prefill of any length hands over exactly to one-token steps
 # ----------------------------------------------------------------------------------------------
+# Buffers and lengths are tensors that are only ever written in place, so that one compiled step,
+# or one CUDA graph, serves every position.
 
 
 class KVCache:
     """A teacher layer's keys and values: fixed buffers (B, K, max_length, D), `length` filled."""
 
     def __init__(self, batch, config, max_length, like):
-        shape = (batch, config.num_kv_heads, max_length, config.head_dim)
-        self.k, self.v, self.length = like.new_empty(shape), like.new_empty(shape), 0
+        self.k = like.new_zeros(batch, config.num_kv_heads, max_length, config.head_dim)
+        self.v = torch.zeros_like(self.k)
+        self.length = torch.zeros((), dtype=torch.long, device=like.device)
 
-    def append(self, k, v):
-        """Take in k, v (B, K, T, D); return views of all keys and values so far."""
-        a, b = self.length, self.length + k.shape[2]
+    def attention(self, q, k, v, *, window):
+        """`softmax_attention` of T new tokens over all so far; takes the new ones in."""
+        if q.shape[2] == 1 and (q.is_cuda or torch.compiler.is_compiling()):
+            return self.step(q, k, v, window)
+        a = int(self.length)
+        b = a + k.shape[2]
         if b > self.k.shape[2]:
             raise ValueError(f"the cache holds {self.k.shape[2]} tokens and {b} were given")
-        self.k[:, :, a:b], self.v[:, :, a:b], self.length = k, v, b
-        return self.k[:, :, :b], self.v[:, :, :b]
+        self.k[:, :, a:b], self.v[:, :, a:b] = k, v
+        self.length.fill_(b)
+        return softmax_attention(q, self.k[:, :, :b], self.v[:, :, :b], window=window)
+
+    def step(self, q, k, v, window):
+        """One token, in shapes that never change: reads the whole buffer under a mask."""
+        for buffer, x in ((self.k, k), (self.v, v)):
+            buffer.index_copy_(2, self.length.view(1), x.to(buffer.dtype))
+        s = torch.arange(self.k.shape[2], device=q.device)
+        visible = s <= self.length
+        if window is not None:
+            visible = visible & (s > self.length - window)
+        self.length += 1
+        return _grouped_attention(q, self.k, self.v, visible[None, None])
 
 
 class HybridCache:
@@ -991,61 +1322,95 @@ class HybridCache:
         c = config
         self.k = like.new_zeros(batch, c.num_kv_heads, sinks + window, c.head_dim)
         self.v = torch.zeros_like(self.k)
-        self.length, self.window, self.sinks = 0, window, sinks
+        self.length = torch.zeros((), dtype=torch.long, device=like.device)
+        self.window, self.sinks = window, sinks
         self.state = empty_state(batch, c.num_heads, c.head_dim, c.head_dim, like.device)
 
     def slots(self, positions):
         return torch.where(positions < self.sinks, positions,
                            self.sinks + (positions - self.sinks) % self.window)
 
-    def window_attention(self, q, k, v):
-        """Window + sinks for T new tokens after `length` old ones; takes the new ones in."""
-        old, T, S, W = self.length, q.shape[2], self.sinks, self.window
-        if T == 1:  # a step: write first, then every filled slot is in the window or a sink
-            self.write(k, v)
-            filled = min(self.length, S + W)
-            return _grouped_attention(q, self.k[:, :, :filled], self.v[:, :, :filled], None)
-        # A sequence: put the remembered tokens in front, in order. Sinks that left the window are
-        # really further away than they stand here, but a sink is visible from any distance.
+    def step(self, q, k, v):
+        """Window + sinks for one token: written first, it finds all it may see in the buffers."""
+        slot = self.slots(self.length).view(1)
+        for buffer, x in ((self.k, k), (self.v, v)):
+            buffer.index_copy_(2, slot, x.to(buffer.dtype))
+        filled = torch.arange(self.k.shape[2], device=q.device) <= self.length
+        self.length += 1
+        return _grouped_attention(q, self.k, self.v, filled[None, None])
+
+    def window_attention(self, q, k, v, attend):
+        """Window + sinks for T new tokens after `length` old ones; takes the new ones in.
+
+        attend: `window_attention` or the kernel of the same meaning.
+        """
+        if q.shape[2] == 1:
+            return self.step(q, k, v)
+        # Put the remembered tokens in front, in order. Sinks that left the window are really
+        # further away than they stand here, but a sink is visible from any distance.
+        old, S, W = int(self.length), self.sinks, self.window
         ring = torch.arange(max(S, old - W), max(S, old), device=q.device)
         slots = self.slots(torch.cat((torch.arange(min(S, old), device=q.device), ring)))
         k_all, v_all = (torch.cat(pair, dim=2) for pair in (
             (self.k[:, :, slots], k), (self.v[:, :, slots], v)))
         q = F.pad(q, (0, 0, len(slots), 0))  # remembered tokens ask nothing: rows dropped below
-        h = window_attention(q, k_all, v_all, window=W, sinks=S)[:, :, len(slots):]
-        self.write(k, v)
-        return h
-
-    def write(self, k, v):
-        """Take in k, v (B, K, T, D): of many tokens the first S of the text and the last W stay."""
-        end = self.length + k.shape[2]
-        positions = torch.arange(self.length, end, device=k.device)
-        kept = (positions < self.sinks) | (positions >= end - self.window)
+        h = attend(q, k_all, v_all, window=W, sinks=S)[:, :, len(slots):]
+        # Of many tokens the first S of the text and the last W stay.
+        end = old + k.shape[2]
+        positions = torch.arange(old, end, device=k.device)
+        kept = (positions < S) | (positions >= end - W)
         slots = self.slots(positions[kept])
         self.k[:, :, slots], self.v[:, :, slots] = k[:, :, kept], v[:, :, kept]
-        self.length = end
+        self.length.fill_(end)
+        return h
 
 
 class Cache:
     """What a model remembers of a batch of equally long texts: one cache a layer.
 
     max_length: tokens a teacher's buffers can hold; a student's are constant and ignore it.
+    position (B, 1): of the next token.
     """
 
     def __init__(self, model, batch, max_length):
         like = model.lm_head_weight
         self.layers = [b.self_attn.new_cache(batch, max_length, like)
                        for b in model.model["layers"]]
-        self.length = 0
+        self.position = torch.zeros(batch, 1, dtype=torch.long, device=like.device)
+
+    def tensors(self):
+        """All buffers."""
+        for layer in self.layers:
+            yield from (layer.k, layer.v, layer.length, *getattr(layer, "state", ()))
+        yield self.position
+
+
+def decode_step(model, tokens, cache):
+    """One token a row: tokens (B,) int64 -> logits of the next (B, V) fp32; the cache takes it in.
+
+    It compiles as a whole, once for all positions: torch.compile(decode_step, fullgraph=True).
+    """
+    return F.linear(model.hidden(tokens[:, None], cache=cache)[:, -1], model.lm_head_weight).float()
+
+
+def _compiled_step(cache, device):
+    """`decode_step` compiled; on a GPU as a CUDA graph, which needs buffers known to stay put."""
+    if device.type != "cuda":
+        return torch.compile(decode_step, fullgraph=True)
+    for x in cache.tensors():
+        torch._dynamo.mark_static_address(x)
+    return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead")
 
 
 @torch.no_grad()
-def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=None):
+def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=None,
+             compile=False):
     """Continue each row of tokens (B, T) int64; returns (B, T + new), new <= max_new_tokens.
 
     temperature 0: the most likely token; otherwise sampling from the smallest set of tokens whose
     probability reaches top_p. stop: ids that end a row (the model's eos ids when None); a finished
     row repeats its stop id until all are done. seed: of the sampling, for all rows together.
+    compile: compile the step (takes up to minutes, once a process and shape).
     Raises ValueError for an empty prompt or settings out of range.
     """
     B, T = tokens.shape
@@ -1057,19 +1422,16 @@ def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=
     random = torch.Generator(tokens.device)
     random.manual_seed(seed) if seed is not None else random.seed()
     cache = Cache(model, B, T + max_new_tokens)
-    for a in range(0, T, 2048):  # prefill in pieces: memory does not grow with the prompt
-        h = model.hidden(tokens[:, a:a + 2048], cache=cache)
+    step = _compiled_step(cache, tokens.device) if compile else decode_step
+    for a in range(0, T - 1, 2048):  # prefill in pieces: memory does not grow with the prompt
+        model.hidden(tokens[:, a:min(a + 2048, T - 1)], cache=cache)
+    text, new, length = F.pad(tokens, (0, max_new_tokens)), tokens[:, -1].contiguous(), T
     done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-    for _ in range(max_new_tokens):
-        logits = F.linear(h[:, -1], model.lm_head_weight).float()  # (B, V)
-        new = _sample(logits, temperature, top_p, random)
-        new = torch.where(done, tokens[:, -1], new)
-        tokens = torch.cat((tokens, new[:, None]), dim=1)
-        done = done | torch.isin(new, stop)
-        if done.all():
-            break
-        h = model.hidden(new[:, None], cache=cache)
-    return tokens
+    while length < text.shape[1] and not done.all():
+        found = _sample(step(model, new, cache), temperature, top_p, random)
+        text[:, length] = new = torch.where(done, new, found)
+        done, length = done | torch.isin(new, stop), length + 1
+    return text[:, :length]
 
 
 def _sample(logits, temperature, top_p, random):
@@ -1086,15 +1448,16 @@ def _sample(logits, temperature, top_p, random):
 # ----------------------------------------------------------------------------------------------
 
 
-def load_pretrained(directory, *, device="cpu", dtype=None, prepare=None):
+def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prepare=None):
     """A teacher or student from a folder of config.json and *.safetensors (+ index).
 
     dtype: a torch.dtype, or a function from a tensor's name to one or None. None: as the embedding
-    is stored, and a student's new parameters as each is itself. prepare(model): called while
-    the model has no memory yet, to shard it; then only this process's rows are read. Loading is
-    strict: every missing, unexpected or misshapen tensor is named in one ValueError. Files are
-    read in pieces, so memory peaks at the model's own size. Raises FileNotFoundError for missing
-    files, ValueError for bad ones.
+    is stored, and a student's new parameters as each is itself. kernels: a student's, see
+    `choose_kernels`. prepare(model): called while the model has no memory yet, to shard it; then
+    only this process's rows are read. Loading is strict: every missing, unexpected or misshapen
+    tensor is named in one ValueError. Files are read in pieces, so memory peaks at the model's own
+    size. Raises FileNotFoundError for missing files, ValueError for bad ones and for kernels that
+    cannot run.
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
@@ -1111,6 +1474,7 @@ def load_pretrained(directory, *, device="cpu", dtype=None, prepare=None):
     if wrong:
         raise ValueError(f"{directory}: {len(wrong)} tensors do not fit config.json: "
                          + "; ".join(wrong))
+
     def stored_dtype(name):
         name = name if is_new(name) else "model.embed_tokens.weight"
         return _read_rows(stored[name][0], name, 0, 1).dtype
@@ -1128,7 +1492,7 @@ def load_pretrained(directory, *, device="cpu", dtype=None, prepare=None):
             b = min(a + step, len(rows))
             rows[a:b] = _read_rows(stored[name][0], name, first + a, first + b)
     model.source = directory
-    return model
+    return _set_kernels(model, kernels)
 
 
 def local_rows(p):

@@ -6,17 +6,19 @@ import math
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import (MIXERS, Cache, ModelConfig, Transformer, fold_output_gate, generate,
-                   load_pretrained, mlstm_chunkwise, mlstm_recurrent, save_pretrained,
-                   student_from_teacher, window_attention)
+from model import (MIXERS, Cache, ModelConfig, Transformer, choose_kernels, decode_step,
+                   fold_output_gate, generate, load_pretrained, mlstm_chunkwise, mlstm_recurrent,
+                   mlstm_step, save_pretrained, student_from_teacher, window_attention)
 
 # ------------------------------------------------------------------ teachers on disk
 
@@ -318,6 +320,130 @@ def test_the_first_output_is_the_first_value():
     torch.testing.assert_close(h, v.repeat_interleave(2, dim=1))
 
 
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("T", [1, 70])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_chunkwise_has_the_definitions_gradients_of_every_output(gates, T, with_state):
+    # Of h and of S, z and m as they are, to all inputs and the incoming S, z and m.
+    inputs, state = mlstm_inputs(T, gates)
+
+    def everything(form, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs + list(state) * with_state]
+        h, end = form(*leaves[:5], state=tuple(leaves[5:]) or None)
+        r = torch.Generator().manual_seed(3)
+        loss = sum((x * torch.randn(x.shape, generator=r).to(dtype)).sum() for x in (h, *end))
+        return [h, *end, *torch.autograd.grad(loss, leaves)]
+
+    expected = everything(mlstm_recurrent, torch.float64)
+    for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+        found = everything(mlstm_chunkwise, dtype)
+        assert max(map(relative_error, found, expected)) < limit
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_gate_of_minus_infinity_forgets_all(documents):
+    # -1e4 is as good as -inf: more than any input gate makes up for.
+    inputs, _ = mlstm_inputs(100)
+    ids = (torch.arange(100) // 30).expand(2, -1) if documents else None
+    results = []
+    for closed in (-math.inf, -1e4):
+        inputs[4] = inputs[4].index_fill(2, torch.tensor([0, 5, 33, 64, 65, 99]), closed)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        h, _ = mlstm_chunkwise(*leaves, document_ids=ids)
+        results.append([h, *torch.autograd.grad(h.square().sum(), leaves)])
+    for a, b in zip(*results):
+        assert a.isfinite().all() and relative_error(a, b) < 1e-6
+    if not documents:
+        assert relative_error(results[0][0], mlstm_recurrent(*inputs)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 3, 59, 1, 35, 100], [64, 64, 72], [5, 195]])
+def test_mlstm_gradients_of_documents_equal_separate_runs(lengths):
+    inputs, state = mlstm_inputs(200, "both wild")
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(2, -1)
+    weight = torch.randn(2, 4, 200, 16, generator=torch.Generator().manual_seed(4))
+    leaves = [x.clone().requires_grad_() for x in (*inputs, *state)]
+    h, end = mlstm_chunkwise(*leaves[:5], state=tuple(leaves[5:]), document_ids=ids)
+    found = torch.autograd.grad((h * weight).sum() + sum(x.sum() for x in end), leaves)
+    exact = [x.double().requires_grad_() for x in (*inputs, *state)]
+    start, part_state, loss = 0, tuple(exact[5:]), 0
+    for length in lengths:
+        part = [x[:, :, start:start + length] for x in exact[:5]]
+        part_h, part_end = mlstm_recurrent(*part, state=part_state)
+        loss = loss + (part_h * weight[:, :, start:start + length]).sum()
+        start, part_state = start + length, None
+    for a, b in zip(found, torch.autograd.grad(loss + sum(x.sum() for x in part_end), exact)):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_a_loss_on_one_document_moves_no_other_by_even_a_bit():
+    ids = torch.tensor([0] * 30 + [1] * 50 + [2] * 70).expand(2, -1)
+    inside = slice(30, 80)
+    for seed in range(3):
+        inputs, _ = mlstm_inputs(150, "both wild", seed=seed)
+        other = [x.clone() for x in mlstm_inputs(150, "both wild", seed=seed + 10)[0]]
+        results = []
+        for x in (inputs, other):
+            for a, b in zip(x, inputs):
+                a[:, :, inside] = b[:, :, inside]  # only the other documents differ
+            leaves = [a.clone().requires_grad_() for a in x]
+            q, k, v = leaves[:3]
+            h = mlstm_chunkwise(*leaves, document_ids=ids)[0][:, :, inside]
+            swa = window_attention(q, k, v, window=9, sinks=2, document_ids=ids)[:, :, inside]
+            grads = torch.autograd.grad(h.square().sum() + swa.square().sum(), leaves)
+            for g in grads:
+                assert g[:, :, inside].any()
+                assert not g[:, :, :30].any() and not g[:, :, 80:].any()
+            results.append([h, swa, *(g[:, :, inside] for g in grads)])
+        assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_grouped_heads_equal_repeated_ones(K):
+    inputs, _ = mlstm_inputs(100, K=K)
+    repeated = [x.repeat_interleave(4 // K, dim=1) if x.shape[1] == K else x for x in inputs]
+    for form in (lambda *x: mlstm_chunkwise(*x)[0],
+                 lambda q, k, v, i, f: window_attention(q, k, v, window=9, sinks=2)):
+        torch.testing.assert_close(form(*inputs), form(*repeated))
+
+
+def test_mlstm_in_bf16_under_autocast_and_checkpointing():
+    inputs, _ = mlstm_inputs(100)
+    mixed = [x.bfloat16() if i == 2 else x for i, x in enumerate(inputs)]  # v, as in a student
+
+    def gradients(inputs, form):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16):
+            h = form(*leaves)
+            return h, torch.autograd.grad(h.float().square().sum(), leaves)
+
+    def form(*x):
+        return mlstm_chunkwise(*x)[0]
+
+    h, grads = gradients(mixed, form)
+    assert h.dtype == torch.bfloat16
+    expected, expected_grads = gradients([x.float() for x in mixed], form)
+    assert (h - expected).abs().max() < 0.01 * expected.abs().max()
+    for a, b in zip(grads, expected_grads):  # h is rounded for the loss, nothing inside is
+        assert relative_error(a.float(), b) < 0.01
+    again, grads_again = gradients(mixed, lambda *x: torch.utils.checkpoint.checkpoint(
+        form, *x, use_reentrant=False))
+    assert torch.equal(h, again) and all(map(torch.equal, grads, grads_again))
+
+
+def test_a_step_in_place_equals_the_definition():
+    for gates in GATES:
+        inputs, state = mlstm_inputs(40, gates)
+        expected, expected_state = mlstm_recurrent(*(x.double() for x in inputs), state=tuple(
+            x.double() for x in state))
+        addresses = [x.data_ptr() for x in state]
+        h = torch.cat([mlstm_step(*(x[:, :, t:t + 1] for x in inputs), state)
+                       for t in range(40)], dim=2)
+        assert addresses == [x.data_ptr() for x in state]
+        for a, b in zip((h, *state), (expected, *expected_state)):
+            assert relative_error(a, b) < 1e-5
+
+
 # Documents of one token, across chunk borders, several in a chunk, and one over many chunks.
 DOCUMENTS = [[1, 1, 3, 59, 1, 35, 100], [64, 64, 72], [200], [5, 195]]
 
@@ -363,6 +489,20 @@ def test_no_tensor_grows_with_the_square_of_the_length():
         return seen.numel
 
     assert largest(4096) < 1.1 * 2 * largest(2048) and largest(4096) < 4096 * 4096 // 8
+
+
+def test_backward_keeps_inputs_and_outputs_only():
+    # Not the weights, of which there are T x chunk and T x window: those are formed again.
+    inputs, _ = mlstm_inputs(512)
+    q, k, v = leaves = [x.requires_grad_() for x in inputs[:3]]
+    for form, extra in ((lambda: mlstm_chunkwise(*inputs)[0], 2),  # h; gates, den, the state
+                        (lambda: window_attention(q, k, v, window=64, sinks=4), 1)):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.setdefault(x.data_ptr(), x.nbytes) and x, lambda x: x):
+            form().sum()
+        inputs_nbytes = sum(x.nbytes for x in leaves)
+        assert inputs_nbytes < sum(kept.values()) < inputs_nbytes + (extra + 0.1) * q.nbytes
 
 
 # ------------------------------------------------------------------ window and sinks
@@ -573,11 +713,126 @@ def test_sampled_frequencies_match_the_nucleus():
 
 
 @torch.no_grad()
+def test_a_step_compiles_once_for_all_positions(both):
+    tokens = random_tokens(2, 40)
+    for model in both:  # through sinks, window and the ring's turns
+        torch._dynamo.reset()
+        cache, full = Cache(model, 2, 40), model(tokens)
+        model.hidden(tokens[:, :3], cache=cache)
+        step = torch.compile(decode_step, fullgraph=True, backend="eager")
+        addresses = [x.data_ptr() for x in cache.tensors()]
+        found = [step(model, tokens[:, 3].contiguous(), cache)]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found += [step(model, tokens[:, t].contiguous(), cache) for t in range(4, 40)]
+        assert (torch.stack(found, dim=1) - full[:, 3:]).abs().max() < 1e-4
+        assert addresses == [x.data_ptr() for x in cache.tensors()]
+
+
+class ElementsRead(LargestTensor):
+    """Sums the element counts of all operations' inputs."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.numel += sum(x.numel() for x in args if isinstance(x, torch.Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_student_step_reads_the_same_memory_at_any_length(both):
+    def work(model, length):
+        cache = Cache(model, 1, length + 1)
+        model.hidden(random_tokens(1, length), cache=cache)
+        with ElementsRead() as seen:
+            decode_step(model, torch.tensor([5]), cache)
+        return seen.numel, sum(x.nbytes for x in cache.tensors())
+
+    teacher, student = both
+    assert work(student, 20) == work(student, 200)
+    assert work(teacher, 20)[0] < work(teacher, 200)[0]
+
+
+@torch.no_grad()
+def test_a_copied_cache_goes_its_own_way(both):
+    tokens = random_tokens(2, 30)
+    for model in both:
+        cache = Cache(model, 2, 40)
+        model.hidden(tokens[:, :20], cache=cache)
+        before = [x.clone() for x in cache.tensors()]
+        first = model(tokens[:, 20:], cache=copy.deepcopy(cache))
+        assert all(map(torch.equal, before, cache.tensors()))
+        assert torch.equal(model(tokens[:, 20:], cache=copy.deepcopy(cache)), first)
+
+
+@torch.no_grad()
 def test_rows_of_a_batch_do_not_see_each_other(both):
     prompt = random_tokens(3, 20)
     together = generate(both[1], prompt, max_new_tokens=10, stop=())
     alone = [generate(both[1], prompt[i:i + 1], max_new_tokens=10, stop=()) for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
+
+
+# ------------------------------------------------------------------ choice of kernels
+
+
+class FakeKernels(types.ModuleType):
+    """kernels.py as model.py sees it: counts calls and answers with the plain form."""
+
+    def __init__(self):
+        super().__init__("kernels")
+        self.calls = []
+
+    def mlstm(self, *args, **options):
+        self.calls.append("mlstm")
+        return mlstm_chunkwise(*args, **options)
+
+    def window_attention(self, *args, **options):
+        self.calls.append("window")
+        return window_attention(*args, **options)
+
+    def feature_map(self, x, weight):
+        self.calls.append("features")
+        return torch.einsum("bhtd,hde->bhte", x, weight).softmax(-1)
+
+
+@torch.no_grad()
+def test_kernels_run_sequences_when_chosen_and_steps_stay_plain(folders, tmp_path, monkeypatch):
+    fake = FakeKernels()
+    monkeypatch.setitem(sys.modules, "kernels", fake)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    teacher = load_pretrained(folders("llama3.1")[0])
+    plain = wake_gates(student_from_teacher(teacher, window=9))
+    save_pretrained(plain, tmp_path / "s")
+    student = copy.deepcopy(load_pretrained(tmp_path / "s", kernels="triton"))
+    assert (plain.kernels, student.kernels) == ("torch", "triton")
+    tokens, ids = random_tokens(T=40), torch.arange(40).expand(2, -1) // 25
+    assert torch.equal(plain(tokens, document_ids=ids), plain(tokens, document_ids=ids))
+    assert not fake.calls
+    expected = plain(tokens, document_ids=ids)
+    torch.testing.assert_close(student(tokens, document_ids=ids), expected)
+    assert sorted(fake.calls) == sorted(["mlstm", "window", "features", "features"] * 4)
+    cache = Cache(student, 2, 40)
+    parts = [student(tokens[:, :39], cache=cache)]
+    fake.calls.clear()
+    parts.append(student(tokens[:, 39:], cache=cache))
+    assert not fake.calls
+    torch.testing.assert_close(torch.cat(parts, dim=1), plain(tokens), atol=1e-4, rtol=1e-4)
+    assert student_from_teacher(teacher, kernels="triton").kernels == "triton"
+
+
+def test_a_wish_for_triton_is_granted_or_refused(folders, monkeypatch):
+    folder = folders("llama3.1")[0]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert load_pretrained(folder).kernels == "torch"
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        load_pretrained(folder, kernels="triton")
+    with pytest.raises(ValueError, match="known: auto, torch, triton"):
+        load_pretrained(folder, kernels="cuda")
+    monkeypatch.setitem(sys.modules, "kernels", FakeKernels())
+    assert [choose_kernels(w, "cuda") for w in ("auto", "torch", "triton")] == [
+        "triton", "torch", "triton"]
+    monkeypatch.setitem(sys.modules, "kernels", None)  # as if the file were deleted
+    assert choose_kernels("auto", "cuda") == "torch"
+    with pytest.raises(ValueError, match="needs kernels.py and the triton package"):
+        choose_kernels("triton", "cuda")
 
 
 # ------------------------------------------------------------------ memory
