@@ -508,7 +508,8 @@ def teacher_topk(hidden, lm_head_weight, k):
         logits = F.linear(hidden[rows], lm_head_weight).float()
         top = logits.topk(k, dim=-1)
         ids.append(top.indices)
-        logprobs.append(top.values - logits.logsumexp(-1, keepdim=True))
+        scaled = top.values - top.values[:, :1]  # in place below: logsumexp would copy the logits
+        logprobs.append(scaled - logits.sub_(top.values[:, :1]).exp_().sum(-1, keepdim=True).log())
     return torch.cat(ids), torch.cat(logprobs)
 
 
@@ -558,9 +559,11 @@ class _SparseKD(torch.autograd.Function):
             z_ids = torch.zeros(ids.shape, dtype=wide, device=hidden.device)
             for v in slices:
                 z = (x @ weight[v].to(dtype).T).to(wide)  # (N, slice)
-                log_z = torch.logaddexp(log_z, z.logsumexp(-1, keepdim=True))
                 at, here = local(v)
                 z_ids = torch.where(here, z.gather(1, at), z_ids)
+                top = z.amax(-1, keepdim=True)
+                z.sub_(top).exp_()
+                log_z = torch.logaddexp(log_z, z.sum(-1, keepdim=True).log() + top)
             ce = ((log_z - z_ids[:, -1:]) * share).sum()
             log_p = logprobs.to(wide).log_softmax(-1)  # teacher over its top k
             log_q = z_ids[:, :-1].log_softmax(-1)  # student over the same k
@@ -573,8 +576,10 @@ class _SparseKD(torch.autograd.Function):
             change = torch.cat((beta * share * (log_q.exp() - log_p.exp()), -gamma * share), dim=1)
             for v in slices if need_x or need_w else ():
                 if len(slices) > 1:
-                    z = (x @ weight[v].to(dtype).T).to(wide)
-                g = z.sub_(log_z).exp_().mul_(gamma * share)
+                    z = (x @ weight[v].to(dtype).T).to(wide).sub_(log_z).exp_()
+                else:
+                    z.mul_((top - log_z).exp())
+                g = z.mul_(gamma * share)
                 at, here = local(v)
                 g = g.scatter_add_(1, at, change * here).to(dtype)
                 if need_x:
@@ -1305,8 +1310,9 @@ def plan_memory(run, config, stage):
         needs["gathered"] = half * (2 * (sum(sizes.values()) - sum(blocks)) + 4 * max(blocks))
     elif not cpu and stage == "distil":
         needs["bf16 copies"] = 2 * train  # autocast's
-    one, two = (working_bytes(run, config, stage, n) for n in (1, 2))
-    needs["at work"] = one + (config.num_layers - 1) * (two - one)
+    needs["at work"] = work = working_bytes(run, config, stage, 1)
+    if stage == "distil":  # stage I lets go of a layer before the next
+        needs["at work"] += (config.num_layers - 1) * (working_bytes(run, config, stage, 2) - work)
     return needs | {"in all": sum(needs.values())}
 
 

@@ -1,6 +1,5 @@
 """distill.py: packing, mixtures, losses against autograd, exact resume, and what it refuses."""
 
-import argparse
 import dataclasses
 import glob
 import json
@@ -442,6 +441,17 @@ def everything_in(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+class LongHead:
+    """A model under another lm_head."""
+
+    def __init__(self, model, weight):
+        self.hidden, self.lm_head_weight = model.hidden, weight
+        self.config = dataclasses.replace(model.config, vocab_size=len(weight))
+
+    def __call__(self, tokens, *, document_ids, head):
+        return head(self.hidden(tokens, document_ids=document_ids), self.lm_head_weight)
+
+
 @pytest.mark.parametrize("vocab_size", [1024, 66_000])
 def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, tokenizer,
                                                               monkeypatch, vocab_size):
@@ -449,8 +459,7 @@ def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, 
     if vocab_size > 1024:  # ids beyond two bytes: the same teacher under a longer, shuffled head
         head = torch.zeros(vocab_size, teacher.config.hidden_size)
         head[torch.randperm(vocab_size)[:1024]] = teacher.lm_head_weight.detach()
-        teacher = Namespace(hidden=teacher.hidden, lm_head_weight=head, config=dataclasses.replace(
-            teacher.config, vocab_size=vocab_size))
+        teacher = LongHead(teacher, head)
     cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
     student = student_from_teacher(load_pretrained(TEACHER), window=8)
     weight = teacher.lm_head_weight.clone().requires_grad_()
@@ -537,9 +546,9 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
                 if calls[0] == 8:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return hidden(*args, **kwargs)
-            distill.prepare_targets(run, Namespace(
-                hidden=hidden_then_die, lm_head_weight=teacher.lm_head_weight,
-                config=teacher.config), tokenizer, [mixture])
+            dying = LongHead(teacher, teacher.lm_head_weight)
+            dying.hidden = hidden_then_die
+            distill.prepare_targets(run, dying, tokenizer, [mixture])
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
@@ -705,7 +714,7 @@ def test_parts_are_medians_scaled_to_a_step(monkeypatch):
                 clock[0] += seconds * slow
                 yield part
 
-    run = argparse.Namespace(device=torch.device("cpu"), batch=6, micro_batch=2)
+    run = Namespace(device=torch.device("cpu"), batch=6, micro_batch=2)
     assert distill.time_stage(run, parts(), ("teacher", "both", "all")) == {
         "teacher": 3 * 2, "both": 3 * 4, "all": 3 * 14, "update": 10}
 
@@ -830,6 +839,67 @@ def test_two_processes_have_the_losses_of_one(tmp_path, corpus, train):
     results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two")]
     for name, r in results[0].items():
         assert r["all"]["kl"] == pytest.approx(results[1][name]["all"]["kl"], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("flags", [["align"], ["distil", "--train", "mixer", "--micro-batch", 2],
+                                   ["distil", "--no-recompute"]])
+def test_the_planned_memory_is_what_a_step_takes(flags):
+    """Peak of resident memory in a process of its own, over two steps, against plan_memory."""
+    # Freed blocks go back at once: else the C library keeps some, at its own discretion.
+    env = {**ONE_THREAD, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, flags)], capture_output=True,
+                          text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    planned, measured = map(int, done.stdout.split())
+    assert planned == pytest.approx(measured, rel=0.15) and measured > 150e6
+
+
+PEAK = """
+import sys
+import torch, distill
+from model import ModelConfig, Transformer, initialise_mixer, student_config, student_from_teacher
+
+def status(key):
+    return next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith(key))
+
+stage, *flags = sys.argv[1:]
+run = distill.parse_arguments(["--teacher", "-", "--context", "1024", *flags])
+run.device, run.world = torch.device("cpu"), 1
+import dataclasses
+small = ModelConfig.from_hf("tests/teacher")
+config = dataclasses.replace(small, vocab_size=16384, hidden_size=512, num_layers=6, num_heads=8,
+                             num_kv_heads=2, head_dim=64, intermediate_size=1536, tied=False,
+                             layer_windows=(None,) * 6)
+student_c = student_config(config, 256, 4, "hybrid")
+planned = distill.plan_memory(run, student_c, stage)["in all"]
+base = status("VmRSS")
+teacher = Transformer(config).requires_grad_(False)
+if stage == "align":
+    student = student_from_teacher(teacher, window=256)
+else:
+    student = Transformer(student_c)
+    for block in student.model["layers"]:
+        initialise_mixer(block.self_attn)
+        block.recompute = run.recompute
+optimizer = distill.make_optimizer(distill.select_trainable(
+    student, "new" if stage == "align" else run.train))
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+for micro_batch in range(4):
+    tokens = torch.randint(0, 16384, (run.micro_batch, 1024))
+    ids = torch.zeros_like(tokens)
+    if stage == "align":
+        distill.alignment_losses(student, tokens, ids, 1.0)
+    else:
+        with torch.no_grad():
+            targets = teacher(tokens, document_ids=ids,
+                              head=distill.partial(distill.teacher_topk, k=256))
+        student(tokens, document_ids=ids,
+                head=lambda h, w: distill.sparse_kd_loss(h, w, tokens, *targets))[0].backward()
+    if micro_batch % 2:
+        optimizer.step()
+        optimizer.zero_grad()
+print(planned, status("VmHWM") - base)
+"""
 
 
 def test_a_run_of_two_processes_goes_on_with_one(tmp_path, corpus):
