@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 import evaluate
 from merge import merge
-from model import (MIXERS, Attention, document_starts, generate, is_new, load_pretrained,
+from model import (MIXERS, Attention, generate, is_new, load_pretrained,
                    load_with_tokenizer, save_pretrained, sha256, student_from_teacher)
 
 HERE = Path(__file__).resolve().parent
@@ -351,18 +351,18 @@ class _SparseKD(torch.autograd.Function):
         return *(None if g is None else g * grad for g in ctx.saved_tensors), *(None,) * 5
 
 
-def alignment_losses(student, tokens, document_ids, backward_scale=None):
+def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
     """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of ||h_T - h_S||^2.
 
     Walks the layers once. Each gets the TEACHER's layer input; its softmax output is the target,
     its hybrid output the prediction, and the teacher's output goes on to the next layer. So
     student and teacher share one copy of all frozen weights, layers do not depend on each other,
     and memory is that of one layer: with `backward_scale` each layer's graph is used at once
-    (gradients of scale * loss are added) and freed. Returns (layers,) fp32, detached.
+    (gradients of scale * loss are added) and freed. positions: as in `Transformer.forward`.
+    Returns (layers,) fp32, detached.
     """
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    if document_ids is not None:
-        positions = positions - document_starts(document_ids)
+    if positions is None:
+        positions = student.positions(tokens, document_ids=document_ids)
     losses = []
     with torch.no_grad():
         x = student.model["embed_tokens"](tokens)

@@ -101,6 +101,7 @@ class ModelConfig:
     layer_windows: tuple  # per layer: the TEACHER's own window (tokens, itself included) or None
     max_positions: int
     eos_ids: tuple  # ids that end a generation
+    separator_id: int | None = None  # token at which positions restart, between sequences
     hybrid: Hybrid | None = None  # None: a teacher
 
     @property
@@ -174,7 +175,7 @@ def _parse_config(c, path):
         mlp_bias=family == "llama" and c.get("mlp_bias", False),
         rope=rope, sliding_rope=sliding_rope, layer_windows=_parse_windows(c, family, layers, path),
         max_positions=c.get("max_position_embeddings", 2048),
-        eos_ids=_as_tuple(c.get("eos_token_id")),
+        eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
         hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None)
 
 
@@ -868,32 +869,53 @@ class Transformer(nn.Module):
             rope_tables(c.sliding_rope, positions, c.head_dim))
         return [full if window is None else sliding for window in c.layer_windows]
 
-    def hidden(self, tokens, *, document_ids=None, cache=None):
-        """tokens (B, T) int64 -> the final norm's output (B, T, hidden); arguments as `forward`."""
-        B, T = tokens.shape
-        positions = torch.arange(T, device=tokens.device)[None]
-        if cache is not None:
-            if document_ids is not None:
-                raise ValueError("a cache holds one document a row: give cache or document_ids")
-            positions = positions + cache.length
-        elif document_ids is not None:
-            positions = positions - document_starts(document_ids)  # every document starts at 0
+    def positions(self, tokens, *, document_ids=None, cache=None):
+        """The positions RoPE rotates tokens (B, T) by when none are given: (B or 1, T) int64.
+
+        They count from 0 at every document, and at every `separator_id` if the config names one:
+        each sequence of a family (homologues, say) then has its own positions, separator or BOS
+        at 0, while attention and recurrent state run on through the document. With a cache they
+        go on where it stands.
+        """
+        separator, index = self.config.separator_id, torch.arange(tokens.shape[1],
+                                                                  device=tokens.device)[None]
+        start = -cache.position if cache is not None else torch.zeros_like(index[:, :1])
+        if document_ids is not None:
+            start = document_starts(document_ids)
+        if separator is not None:
+            start = torch.where(tokens == separator, index, start).cummax(dim=1).values
+        return index - start
+
+    def hidden(self, tokens, *, document_ids=None, positions=None, cache=None):
+        """tokens (B, T) int64 -> the final norm's output (B, T, hidden); arguments as `forward`.
+
+        It represents the token and what came before it: per-base embeddings, for example.
+        """
+        if cache is not None and document_ids is not None:
+            raise ValueError("a cache holds one document a row: give cache or document_ids")
+        if positions is None:
+            positions = self.positions(tokens, document_ids=document_ids, cache=cache)
+        elif positions.dim() != 2 or positions.shape[1] != tokens.shape[1]:
+            raise ValueError(f"positions {tuple(positions.shape)} must be (B or 1, T) as tokens "
+                             f"{tuple(tokens.shape)}")
         x = self.model["embed_tokens"](tokens)
         layers = zip(self.model["layers"], self.rope_tables(positions))
         for i, (block, tables) in enumerate(layers):
             layer_cache = None if cache is None else cache.layers[i]
             x = block(x, tables, document_ids=document_ids, cache=layer_cache)
         if cache is not None:
-            cache.length += T
+            cache.position = positions[:, -1:] + 1
         return self.model["norm"](x)
 
-    def forward(self, tokens, *, document_ids=None, cache=None):
+    def forward(self, tokens, *, document_ids=None, positions=None, cache=None):
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype.
 
-        document_ids (B, T): packed documents, which do not see each other. cache: a `Cache` whose
-        tokens come before these; it takes these in. Any T works after any length.
+        document_ids (B, T): packed documents, which do not see each other. positions (B or 1, T)
+        int64: rotate by these (None: `Transformer.positions`); they move no memory's border.
+        cache: a `Cache` whose tokens come before these; it takes these in. Any T works after any
+        length.
         """
-        h = self.hidden(tokens, document_ids=document_ids, cache=cache)
+        h = self.hidden(tokens, document_ids=document_ids, positions=positions, cache=cache)
         return F.linear(h, self.lm_head_weight)
 
 
@@ -1009,7 +1031,7 @@ class Cache:
         like = model.lm_head_weight
         self.layers = [b.self_attn.new_cache(batch, max_length, like)
                        for b in model.model["layers"]]
-        self.length = 0
+        self.position = torch.zeros(1, 1, dtype=torch.long, device=like.device)  # the next one's
 
 
 @torch.no_grad()
@@ -1141,7 +1163,7 @@ def _read_rows(path, name, start, stop):
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json", "chat_template.jinja")
+                   "generation_config.json", "chat_template.jinja", "vocab.txt")
 
 
 def save_pretrained(model, directory, *, max_shard_bytes=4 << 30):
@@ -1335,11 +1357,23 @@ def _find_chat_format(template, added):
     return form if added.keys() >= set(marks) else None
 
 
+# Tokenizers of sequences need no merges: a pattern cuts the pieces, and each is looked up whole.
+# A folder names one as "tokenizer_class" in tokenizer_config.json, beside bos_token and eos_token,
+# and lists its tokens in vocab.txt, one a line, its number (from 0) the id, empty lines unused.
+# "bytes" needs no list: ids 0 to 255, then BOS and EOS. "DNAKmerTokenizer" is GENERator's own.
+_SEQUENCES = {
+    "bytes": r"[\s\S]",
+    "kmer": r"[ACGT]{%d}|[\s\S]",  # what is left before another letter or the end: one by one
+    "DNAKmerTokenizer": r"[ACGT]{%d}|[\s\S]",
+    "smiles": r"\[[^\[\]]*\]|Br|Cl|%%[0-9]{2}|[\s\S]"}  # atoms; bonds, branches, rings
+
+
 class Tokenizer:
     """Text to token ids and back, as the files of a Hugging Face folder say.
 
-    Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where present. Takes
-    about 10 microseconds for each token of the vocabulary (_bpe_ranks).
+    Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where present; without
+    tokenizer.json, a tokenizer of sequences (`_SEQUENCES`: bytes, k-mers, SMILES). Takes about 10
+    microseconds for each token of the vocabulary (_bpe_ranks).
 
     Attributes: vocab_size (1 + the highest id; an embedding may have more rows), bos_id (None if
     the family has none), adds_bos (encode's default), added (added token -> id).
@@ -1349,6 +1383,8 @@ class Tokenizer:
 
     def __init__(self, directory):
         self.path = os.path.join(directory, "tokenizer.json")
+        if not os.path.isfile(self.path) and self._read_sequences(directory):
+            return
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
                                     "(tokenizer.model, SentencePiece, is not supported)")
@@ -1364,18 +1400,69 @@ class Tokenizer:
             raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch "
                              "the folder again") from error
 
+    def _read_sequences(self, directory):
+        """Set up a tokenizer of sequences; False if the folder's files name none."""
+        path = Path(directory) / "tokenizer_config.json"
+        config = read_json(path) if path.exists() else {}
+        pattern = _SEQUENCES.get(config.get("tokenizer_class"))
+        if pattern is None:
+            return False
+        # As in GENERator's files the marks may be missing: its code sets these two.
+        marks = [config.get("bos_token", "<s>"), config.get("eos_token", "</s>")]
+        if config["tokenizer_class"] == "bytes":
+            table = {bytes([b]): b for b in range(256)}
+            self.path, self.added = str(path), {marks[0]: 256, marks[1]: 257}
+        else:
+            self.path = str(path.with_name("vocab.txt"))
+            if not os.path.isfile(self.path):
+                raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's "
+                                        "folder, or write one token a line, in order of their ids")
+            lines = Path(self.path).read_text(encoding="utf-8").splitlines()
+            tokens = {token: i for i, token in enumerate(lines) if token}
+            k = max((len(t) for t in tokens if re.fullmatch("[ACGT]+", t)), default=1)
+            pattern = pattern % k if "%d" in pattern else pattern % ()
+            table = {t.encode(): i for t, i in tokens.items() if re.fullmatch(pattern, t)}
+            self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
+            if not table:
+                raise ValueError(f"{self.path}: none of its {len(tokens)} lines is a token of "
+                                 f"{pattern!r}")
+        self._nfc, self.chat_format = False, None
+        self._pieces = None if config["tokenizer_class"] == "bytes" else re.compile(pattern)
+        self._table, self._id_of_rank = table, {i: i for i in table.values()}
+        self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=table,
+                                      special_tokens={})
+        self._bytes = {i: token for token, i in table.items()}
+        self._bytes |= {i: token.encode() for token, i in self.added.items()}
+        self.vocab_size = 1 + max(self._bytes)
+        self.bos_id = self.added.get(marks[0])
+        self.adds_bos = self.bos_id is not None
+        self._set_cut()
+        return True
+
+    def _check_pieces(self, text):
+        """Refuse text with a piece that is no token: tiktoken would panic."""
+        for piece in self._pieces.finditer(text):
+            if piece[0].encode() not in self._table:
+                raise ValueError(f"{self.path} has no token {piece[0]!r} (character "
+                                 f"{piece.start()} of a text of {len(text)}): clean the text; "
+                                 "k-mers also need a length that k divides, unless the single "
+                                 "letters are tokens")
+
     def _read_added_tokens(self, spec):
         for token in spec["added_tokens"]:
             if token["lstrip"] or token["rstrip"] or token["single_word"]:
                 raise ValueError(f"lstrip, rstrip, single_word are not supported: {token}")
         self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        self._set_cut()
+
+    def _set_cut(self):
         # One alternation over the raw text, longest first, lest a token hide a longer one.
         # The group makes re.split return the tokens too; (?!), if there are none, never matches.
         longest_first = sorted(self.added, key=len, reverse=True)
         self._cut = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
     def _read_bpe(self, spec):
-        model, normalizer = spec["model"], spec["normalizer"]
+        model, normalizer, self._pieces = spec["model"], spec["normalizer"], None
         if any(step["type"] != "NFC" for step in _steps(normalizer, "normalizers")):
             raise ValueError(f"normalizer {normalizer} is not supported, only NFC or null")
         self._nfc = bool(_steps(normalizer, "normalizers"))
@@ -1431,6 +1518,8 @@ class Tokenizer:
 
     def _encode_text(self, text):
         """Ids of text without added tokens."""
+        if self._pieces is not None:
+            self._check_pieces(text)
         if self._nfc:  # about 100 rare marks differ: Unicode versions do
             text = unicodedata.normalize("NFC", text)
         cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
