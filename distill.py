@@ -32,9 +32,11 @@ Contents: 1 data · 2 losses · 3 held-out comparison · 4 optimiser and checkpo
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -54,7 +56,7 @@ from tqdm import tqdm
 
 import evaluate
 from merge import merge
-from model import (MIXERS, Attention, generate, is_new, load_pretrained,
+from model import (MIXERS, Attention, Tokenizer, generate, is_new, load_pretrained,
                    load_with_tokenizer, save_pretrained, sha256, student_from_teacher)
 
 HERE = Path(__file__).resolve().parent
@@ -63,93 +65,257 @@ HERE = Path(__file__).resolve().parent
 # 1. Data: files -> token ids on disk, once -> packed rows that keep their document boundaries
 # ----------------------------------------------------------------------------------------------
 
-DATA_FORMAT = 1  # part of the cache key: raise it when the files below change their meaning
+DATA_FORMAT = 2  # part of the cache key: raise it when the files below change their meaning
+FILES = {"tokens.bin": np.uint32,  # the tokens' ids, document after document
+         "loss.bin": bool,  # for each token: may it be a label
+         "documents.bin": np.int64}  # for each document: its length and a hash of its tokens
+PART = 1 << 25  # bytes of a file that one process tokenises at a time, and that a stop can lose
 
 
-def read_documents(path, tokenizer):
-    """Yield each document of a .txt or .jsonl file as [(text, in_loss), ...] parts.
+def document_start(file, offset, is_text):
+    """The first byte at or after `offset` of an open file where a document may begin.
 
-    .jsonl: one JSON object a line with `text`, or with `messages` ([{"role", "content"}, ...]),
-    which is rendered in the teacher's chat format with only the assistant's parts in the loss.
-    .txt: one long text, cut at line ends into about fifty documents so that some can be held out.
-    Raises ValueError naming file and line.
+    Behind a line end. In a .txt, which may have none for gigabytes: if none is within 64 KB, behind
+    a blank, or at least between two characters.
     """
-    if path.suffix == ".txt":
-        text = _decode(path.read_bytes(), path)
-        size = min(max(len(text) // 50, 2000), 1 << 16)
-        while text:
-            end = text.find("\n", size) + 1 or len(text)
-            yield [(text[:end], True)]
-            text = text[end:]
-        return
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(_decode(line, where))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not a JSON object ({error})") from None
-            if isinstance(row, dict) and isinstance(row.get("text"), str):
-                yield [(row["text"], True)]
-            elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-                try:
-                    yield tokenizer.render_chat_parts(row["messages"])
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise ValueError(f"{where}: messages cannot be rendered ({error})") from None
+    size = os.fstat(file.fileno()).st_size
+    if not 0 < offset < size:
+        return max(0, min(offset, size))
+    file.seek(offset)
+    if not is_text:
+        return offset + len(file.readline())
+    ahead = file.read(1 << 16)
+    line_end = ahead.find(b"\n") + 1
+    if not line_end and offset + len(ahead) == size:
+        return size
+    characters = (i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80)
+    return offset + (line_end or ahead.find(b" ") + 1 or next(characters, 0))
+
+
+def read_pieces(path, start, stop):
+    """Yield (offset, bytes) of each line of a .jsonl, or document of a .txt, in start..stop."""
+    is_text = path.suffix == ".txt"
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        stop = size if stop is None else document_start(file, stop, is_text)
+        start = document_start(file, start, is_text)
+        length = min(max(size // 50, 2000), 1 << 16)
+        while start < stop:
+            end = document_start(file, start + length, True) if is_text else None
+            file.seek(start)
+            piece = file.read(min(end, stop) - start) if is_text else file.readline()
+            yield start, piece
+            start += len(piece)
+
+
+def read_documents(path, tokenizer, start=0, stop=None):
+    """Yield the documents of a .txt or .jsonl file, or of its bytes start..stop.
+
+    Each is (kind, [(text, in_loss), ...]). .jsonl: one JSON object a line with `text`, or with
+    `messages` ([{"role", "content"}, ...]; kind "chat"), rendered in the teacher's chat format with
+    only the assistant's parts in the loss. .txt: one long text, cut at line ends into about fifty
+    documents or more (kind "piece") so that some can be held out. Ranges that meet hold every
+    document once. Raises ValueError naming file and line.
+    """
+    for offset, piece in read_pieces(path, start, stop):
+        try:
+            if path.suffix == ".txt":
+                document = "piece", [(_decode(piece), True)]
+            elif piece.strip():
+                document = parse_row(_decode(piece), tokenizer)
             else:
-                raise ValueError(f'{where}: expected a string "text" or a list "messages"')
+                continue
+        except ValueError as error:
+            line = 1
+            with open(path, "rb") as file:  # counted only now: parts do not know their line
+                for start in range(0, offset, 1 << 20):
+                    line += file.read(min(1 << 20, offset - start)).count(b"\n")
+            if isinstance(error.__cause__, UnicodeDecodeError):
+                line += piece[:error.__cause__.start].count(b"\n")
+            raise ValueError(f"{path}:{line}: {error}") from None
+        yield document
 
 
-def _decode(data, where):
+def _decode(data):
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error}); convert the file") from None
+        raise ValueError(f"not UTF-8 ({error}); convert the file") from error
 
 
-def tokenise(path, tokenizer, eos_id, folder):
+def parse_row(line, tokenizer):
+    """One line of a .jsonl -> (kind, [(text, in_loss), ...]); ValueError says what is wrong."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a JSON object ({error})") from None
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return "text", [(row["text"], True)]
+    if isinstance(row, dict) and isinstance(row.get("messages"), list):
+        try:
+            return "chat", tokenizer.render_chat_parts(row["messages"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"messages cannot be rendered ({error})") from None
+    raise ValueError('expected a string "text" or a list "messages"')
+
+
+def encode_document(kind, parts, tokenizer, eos_id):
+    """A document of read_documents -> its token ids and in-loss flags, two lists of one length.
+
+    A text is [BOS] text EOS, a piece has no EOS, a conversation is what its chat format says.
+    """
+    ids, in_loss = [], []
+    for text, learn in parts:
+        # Plain text may spell a special token: that is text. A chat format means it.
+        new = tokenizer.encode(text, bos=False if kind == "chat" else None, specials=kind == "chat")
+        ids += new
+        in_loss += [learn] * len(new)
+    if kind == "text" and eos_id is not None:
+        ids, in_loss = ids + [eos_id], in_loss + [True]
+    return ids, in_loss
+
+
+def tokenise_part(path, tokenizer, eos_id, start, stop):
+    """The documents in bytes start..stop of a file -> {name: array} of FILES."""
+    found = {name: [np.zeros(0, dtype)] for name, dtype in FILES.items()}
+    for kind, parts in read_documents(path, tokenizer, start, stop):
+        ids, in_loss = encode_document(kind, parts, tokenizer, eos_id)
+        if len(ids) < 2:
+            continue  # nothing to predict
+        ids = np.array(ids, np.uint32)
+        found["tokens.bin"].append(ids)
+        found["loss.bin"].append(np.array(in_loss, bool))
+        found["documents.bin"].append(np.array([len(ids), zlib.crc32(ids.tobytes())]))
+    return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+
+def _tokenise_parts(pipe, path, directory, eos_id, bounds):
+    """A worker process: send each part, or the error that stops here. Waits until it is taken."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
+    try:
+        tokenizer = Tokenizer(directory)
+        for start, stop in bounds:
+            pipe.send(tokenise_part(path, tokenizer, eos_id, start, stop))
+    except BrokenPipeError:
+        pass  # the parent was killed
+    except (ValueError, OSError) as error:
+        pipe.send(error)
+
+
+def tokenise_parts(path, tokenizer, eos_id, bounds, workers):
+    """Yield tokenise_part of each (start, stop) of `bounds`, in order, from `workers` processes.
+
+    Processes, not threads: almost half of the time is spent in Python itself. Worker w makes parts
+    w, w + workers, ...; each holds one part until its turn comes, so memory is bounded. They are
+    spawned: the parent may hold threads, a GPU, a process group.
+    """
+    if workers == 1 or len(bounds) < 2:
+        for start, stop in bounds:
+            yield tokenise_part(path, tokenizer, eos_id, start, stop)
+        return
+    spawn, pipes, processes = multiprocessing.get_context("spawn"), [], []
+    try:
+        for w in range(min(workers, len(bounds))):
+            pipe, theirs = spawn.Pipe(duplex=False)
+            pipes.append(pipe)
+            processes.append(spawn.Process(
+                target=_tokenise_parts, daemon=True,
+                args=(theirs, path, Path(tokenizer.path).parent, eos_id, bounds[w::workers])))
+            processes[-1].start()
+            theirs.close()  # so that a worker's death is the end of its pipe
+        for i in range(len(bounds)):
+            try:
+                part = pipes[i % len(pipes)].recv()
+            except EOFError:
+                raise OSError("a worker process was killed; is there too little memory?") from None
+            if isinstance(part, Exception):
+                raise part
+            yield part
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _append(folder, part):
+    """Add a part to the files of a folder. It counts once its row of file sizes is in parts.bin."""
+    sizes = []
+    for name, array in part.items():
+        with open(folder / name, "ab") as file:
+            file.write(array)
+            file.flush()
+            os.fsync(file.fileno())
+            sizes.append(file.tell())
+    with open(folder / "parts.bin", "ab") as file:
+        file.write(np.array(sizes, np.int64))
+
+
+def _finished_parts(folder):
+    """How many whole parts a folder holds; what a stop has left behind them is cut off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [*FILES, "parts.bin"]
+    for name in names:
+        (folder / name).touch()
+    sizes = np.fromfile(folder / "parts.bin", np.int64)
+    done = len(sizes) // len(FILES)
+    ends = sizes[(done - 1) * len(FILES):done * len(FILES)] if done else [0] * len(FILES)
+    for name, size in zip(names, [*ends, done * len(FILES) * sizes.itemsize]):
+        os.truncate(folder / name, size)
+    return done
+
+
+def tokenise(path, tokenizer, eos_id, folder, workers=None):
     """Write a file's documents as token ids into a new sub-folder of `folder`; return it.
 
-    tokens.bin (uint32), loss.bin (bool per token: may it be a label), documents.npy (length and
-    content hash of each). Keyed by the hashes of the text and of the tokenizer, so a second call
-    with the same input finds the first one's work. A text document is [BOS] text EOS, a
-    conversation what its chat format says.
+    It holds FILES, which depend neither on the number of `workers` (None: all cores, 32 at most)
+    nor on stops: a killed call has kept its finished parts in *.tmp, and the next goes on. Keyed by
+    the hashes of the text and of the tokenizer's files, so a second call with the same input finds
+    the first one's work. One call at a time. Raises ValueError naming file and line, or OSError.
     """
-    key = f"{DATA_FORMAT} {eos_id} {path.suffix} {sha256(path)} "
-    key += sha256(tokenizer.path)
+    key = f"{DATA_FORMAT} {eos_id} {path.suffix} {file_sha256(path)} {tokenizer_sha256(tokenizer)}"
     folder = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
-    tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    documents, is_text = [], path.suffix == ".txt"
-    with open(tmp / "tokens.bin", "wb") as token_file, open(tmp / "loss.bin", "wb") as loss_file, \
-            tqdm(desc=f"tokenise {path.name}", unit="tok", unit_scale=True, leave=False) as bar:
-        for parts in read_documents(path, tokenizer):
-            chat = len(parts) > 1
-            ids, in_loss = [], []
-            for text, learn in parts:
-                # Plain text may spell a special token: that is text. A chat format means it.
-                new = tokenizer.encode(text, bos=False if ids or chat else None, specials=chat)
-                ids += new
-                in_loss += [learn] * len(new)
-            if not chat and not is_text and eos_id is not None:
-                ids, in_loss = ids + [eos_id], in_loss + [True]
-            if len(ids) < 2:
-                continue  # nothing to predict
-            np.array(ids, np.uint32).tofile(token_file)
-            np.array(in_loss, bool).tofile(loss_file)
-            documents.append((len(ids), zlib.crc32(np.array(ids, np.uint32).tobytes())))
-            bar.update(len(ids))
-    if not documents:
-        shutil.rmtree(tmp)
-        raise ValueError(f"{path}: there is no document of two tokens or more in this file")
-    np.save(tmp / "documents.npy", np.array(documents, np.int64))
-    os.replace(tmp, folder)
+    tmp, size = folder.with_name(folder.name + ".tmp"), path.stat().st_size
+    workers = workers or min(os.cpu_count(), 32)
+    try:
+        done, tokens, started = _finished_parts(tmp), 0, time.time()
+        bounds = [(start, min(start + PART, size)) for start in range(0, size, PART)]
+        with tqdm(desc=f"tokenise {path.name}", total=size, initial=min(done * PART, size),
+                  unit="B", unit_scale=True, leave=False) as bar:
+            parts = tokenise_parts(path, tokenizer, eos_id, bounds[done:], workers)
+            for (start, stop), part in zip(bounds[done:], parts):
+                _append(tmp, part)
+                tokens += len(part["tokens.bin"])
+                bar.set_postfix_str(f"{tokens / (time.time() - started):,.0f} tok/s", False)
+                bar.update(stop - start)
+        if not (tmp / "documents.bin").stat().st_size:
+            raise ValueError(f"{path}: there is no document of two tokens or more in this file")
+        os.replace(tmp, folder)
+    except ValueError:
+        shutil.rmtree(tmp)  # the file must change, and with it the key
+        raise
+    except OSError as error:
+        raise OSError(f"{path}: tokenising stopped ({error}). {tmp} keeps what is done: when the "
+                      "cause, such as a full disk, is gone, the same call goes on") from None
     return folder
+
+
+@functools.cache
+def _sha256(path, size, time_ns):
+    return sha256(path)
+
+
+def file_sha256(path):
+    """sha256 of a file. A process reads it once, as long as its size and time stay the same."""
+    stat = path.stat()
+    return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+def tokenizer_sha256(tokenizer):
+    """sha256 of the files that decide how a tokenizer encodes texts and conversations."""
+    names = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+    return sha256(*filter(Path.is_file, (Path(tokenizer.path).with_name(n) for n in names)))
 
 
 class Source:
@@ -160,8 +326,7 @@ class Source:
     """
 
     def __init__(self, name, folder, split, T, fraction=0.02):
-        documents = np.load(folder / "documents.npy")
-        lengths, hashes = documents.T
+        lengths, hashes = np.fromfile(folder / "documents.bin", np.int64).reshape(-1, 2).T
         limit = np.sort(hashes)[max(1, round(fraction * len(hashes))) - 1]
         chosen = hashes <= limit if split == "heldout" else hashes > limit
         self.name, self.T = name, T
@@ -202,30 +367,51 @@ def collate(rows, device):
 class Mixture:
     """Rows of several sources by weight. What a step sees depends on (seed, step) alone.
 
-    So resuming needs one integer. After n rows every source has given its share of n to within
-    one row; a source that runs out starts over in a new order.
+    So resuming needs one integer. After n rows, for every n, each source has given its share of n
+    to within one row; a source that runs out starts over in a new order. Attributes, for each row:
+    which (its source), nth (its how-manieth row).
     """
 
     def __init__(self, sources, weights, total_rows, seed):
         self.sources, self.seed, self.orders = sources, seed, {}
-        share = np.array(weights) / sum(weights)
-        # The j-th row of source s is due at (j + 1/2) / share_s: sort rows by when they are due.
-        counts = [math.ceil(total_rows * p) + 1 for p in share]
-        due = np.concatenate([(np.arange(n) + 0.5) / p for n, p in zip(counts, share)])
-        order = np.argsort(due, kind="stable")[:total_rows]
-        self.which = np.repeat(np.arange(len(counts)), counts)[order]  # source of each row
-        self.nth = np.concatenate([np.arange(n) for n in counts])[order]  # its how-manieth row
+        self.which = interleave(weights, total_rows)
+        self.nth = np.empty(total_rows, np.int64)
+        for s in range(len(sources)):
+            chosen = self.which == s
+            self.nth[chosen] = np.arange(chosen.sum())
+
+    def locate(self, i):
+        """Row i of the mixture is row j of source s: (s, j)."""
+        s = int(self.which[i])
+        epoch, j = divmod(int(self.nth[i]), self.sources[s].num_rows)
+        if self.orders.get(s, (None,))[0] != epoch:
+            rng = np.random.default_rng((self.seed, s, epoch))
+            self.orders[s] = epoch, rng.permutation(self.sources[s].num_rows)
+        return s, int(self.orders[s][1][j])
+
+    def row(self, i):
+        s, j = self.locate(i)
+        return self.sources[s].row(j)
 
     def rows(self, start, stop):
         return [self.row(i) for i in range(start, stop)]
 
-    def row(self, i):
-        s = self.which[i]
-        epoch, j = divmod(int(self.nth[i]), self.sources[s].num_rows)
-        if self.orders.get(s, (None,))[0] != epoch:
-            rng = np.random.default_rng((self.seed, int(s), epoch))
-            self.orders[s] = epoch, rng.permutation(self.sources[s].num_rows)
-        return self.sources[s].row(int(self.orders[s][1][j]))
+
+def interleave(weights, n):
+    """(n,) uint16: the source of each row. Any first m of them hold m * share to within one row.
+
+    The quota method (Balinski and Young, 1975): of the sources that are behind their share, the one
+    whose next row is due first. Sorting by due time alone gives a large source, against many small
+    ones, its rows too early.
+    """
+    share = [w / sum(weights) for w in weights]
+    given, order = [0] * len(share), np.empty(n, np.uint16)
+    for m in range(n):
+        behind = [s for s, p in enumerate(share) if given[s] < p * (m + 1)]
+        s = min(behind, key=lambda s: (given[s] + 1) / share[s])
+        given[s] += 1
+        order[m] = s
+    return order
 
 
 def parse_data(spec):

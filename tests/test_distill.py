@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 import distill
 from distill import (Mixture, Source, alignment_losses, collate, learning_rate, open_data,
                      sparse_kd_loss, teacher_topk, tokenise)
-from model import Attention, Tokenizer, is_new, load_pretrained, student_from_teacher
+from model import (Attention, Tokenizer, document_starts, is_new, load_pretrained,
+                   student_from_teacher)
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tests/teacher"
@@ -102,9 +104,136 @@ def test_specials_in_plain_text_stay_text(tmp_path, tokenizer):
 def test_text_files_are_cut_at_line_ends_and_lose_nothing(tmp_path, tokenizer):
     text = "".join(f"line {i} of a text é\n" for i in range(3000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    parts = list(distill.read_documents(tmp_path / "a.txt", tokenizer))
-    assert len(parts) > 20 and "".join(p[0][0] for p in parts) == text
-    assert all(p[0][0].endswith("\n") for p in parts)
+    found = [parts[0][0] for _, parts in distill.read_documents(tmp_path / "a.txt", tokenizer)]
+    assert len(found) > 20 and "".join(found) == text
+    assert all(piece.endswith("\n") for piece in found)
+
+
+def test_a_text_without_line_ends_is_cut_between_characters(tmp_path, tokenizer):
+    for unit, end in (("word € ", " "), ("€", "€")):
+        text = unit * 60_000
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        found = [parts[0][0] for _, parts in distill.read_documents(tmp_path / "a.txt", tokenizer)]
+        assert "".join(found) == text and all(piece.endswith(end) for piece in found)
+        assert max(len(piece.encode()) for piece in found) < 1 << 17
+
+
+def many_parts(folder):
+    """A .jsonl and a .txt file; with PART = 3000 about thirty parts each."""
+    rng = np.random.default_rng(1)
+    rows = [words(rng, int(rng.integers(1, 200))) for _ in range(200)]
+    text = folder / "t.txt"
+    text.write_text("".join(words(rng, 12) + " é\n" for _ in range(1800)), encoding="utf-8")
+    return write_rows(folder / "r.jsonl", rows + ["long " * 3000] + rows[:9]), text
+
+
+def read_files(folder):
+    return {name: (folder / name).read_bytes() for name in distill.FILES}
+
+
+def test_tokens_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, monkeypatch):
+    for path in many_parts(tmp_path):
+        whole = read_files(tokenise(path, tokenizer, 1023, tmp_path / "whole"))
+        with monkeypatch.context() as patch:
+            patch.setattr(distill, "PART", 3000)
+            for workers in (1, 3):
+                found = read_files(tokenise(path, tokenizer, 1023, tmp_path / f"{workers}", workers))
+                if path.suffix == ".jsonl":  # parts begin at rows: they change nothing
+                    assert found == whole
+                elif workers == 1:
+                    one = found
+                else:
+                    assert found == one
+
+
+def test_a_killed_tokenisation_goes_on_where_it_stopped(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(distill, "PART", 3000)
+    path, _ = many_parts(tmp_path)
+    whole = tokenise(path, tokenizer, 1023, tmp_path / "whole")
+    script = f"""
+import distill, os, signal, sys, pathlib
+from model import Tokenizer
+distill.PART, append, left = 3000, distill._append, [7]
+def die_in_the_eighth(folder, part):
+    left[0] -= 1
+    if left[0] < 0:
+        (folder / "tokens.bin").open("ab").write(b"half of a part")
+        (folder / "parts.bin").open("ab").write(b"torn")
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(folder, part)
+distill._append = die_in_the_eighth
+distill.tokenise(pathlib.Path({str(path)!r}), Tokenizer({str(TEACHER)!r}), 1023,
+                 pathlib.Path({str(tmp_path / "d")!r}), 2)
+"""
+    for _ in range(2):
+        died = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
+        assert died.returncode == -signal.SIGKILL, died.stderr
+    [left] = (tmp_path / "d").iterdir()
+    assert left.suffix == ".tmp"
+    seen, append = [], distill._append
+    monkeypatch.setattr(distill, "_append", lambda *args: seen.append(append(*args)))
+    resumed = tokenise(path, tokenizer, 1023, tmp_path / "d", 1)
+    assert len(seen) == -(-path.stat().st_size // 3000) - 14  # seven parts each, none again
+    assert resumed.name == whole.name and read_files(resumed) == read_files(whole)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_row_is_named_by_its_line_in_any_part(tmp_path, tokenizer, monkeypatch, workers):
+    monkeypatch.setattr(distill, "PART", 3000)
+    path, text = many_parts(tmp_path)
+    for path, bad in ((path, b'{"text": "half'), (path, b'{"text": "\xff"}'), (text, b"\xff")):
+        lines = path.read_bytes().splitlines()
+        for at in (2, 150, len(lines)):
+            broken = tmp_path / f"broken{path.suffix}"
+            broken.write_bytes(b"\n".join([*lines[:at - 1], bad, *lines[at - 1:]]) + b"\n")
+            with pytest.raises(ValueError, match=f"broken{path.suffix}:{at}: not "):
+                tokenise(broken, tokenizer, 1023, tmp_path / "d", workers)
+            assert not list((tmp_path / "d").iterdir())
+            if workers == 2:
+                break  # processes take a second each to start
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, corpus, tokenizer, monkeypatch):
+    monkeypatch.setattr(distill, "PART", 10_000)
+    whole = read_files(tokenise(corpus, tokenizer, 1023, tmp_path / "whole"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole["tokens.bin"]) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="a.jsonl: tokenising stopped .*the same call goes on"):
+            tokenise(corpus, tokenizer, 1023, tmp_path / "d", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_files(tokenise(corpus, tokenizer, 1023, tmp_path / "d", 1)) == whole
+
+
+def test_an_epoch_holds_every_token_once_and_in_order_and_positions_restart(tmp_path, tokenizer):
+    rng = np.random.default_rng(2)
+    path = write_rows(tmp_path / "a.jsonl", [words(rng, int(n)) for n in rng.integers(1, 400, 40)])
+    folder = tokenise(path, tokenizer, 1023, tmp_path / "d")
+    source = Source("a", folder, "train", T=64)
+    assert source.lengths.max() > 4 * 64 > 4 * source.lengths.min()
+    stream = np.concatenate([source.tokens[s:s + n]
+                             for s, n in zip(source.starts, source.lengths)])
+    mixture = Mixture([source], [1], 2 * source.num_rows, seed=0)
+    for epoch in range(2):
+        indices = range(epoch * source.num_rows, (epoch + 1) * source.num_rows)
+        rows = {mixture.locate(i)[1]: mixture.row(i) for i in indices}
+        assert sorted(rows) == list(range(source.num_rows))
+        found = np.concatenate([rows[j][0][:-1] for j in sorted(rows)])
+        assert np.array_equal(found, stream[:len(found)]) and len(stream) - len(found) <= 64
+    tokens, ids, labels = collate([rows[j] for j in sorted(rows)], "cpu")
+    ends = np.isin(np.arange(len(found)), source.ends - 1)  # a document's last token: no label
+    assert np.array_equal(labels.flatten() == -100, ends)
+    positions = torch.arange(64) - document_starts(ids)
+    assert (positions[:, 0] == 0).all() and (ids[1:, 0] == ids[:-1, -1]).any()  # cut, and restarts
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.1, 0.1, 0.1], [50] + [1] * 50, [1, 1, 1], [3, 1e-9]])
+def test_any_number_of_rows_has_its_share_of_every_source(weights):
+    order = distill.interleave(weights, 2000)
+    share = np.array(weights) / sum(weights)
+    given = np.cumsum(order[:, None] == np.arange(len(weights)), axis=0)
+    assert np.abs(given - share * np.arange(1, 2001)[:, None]).max() < 1
 
 
 def test_mixture_counts_are_exact_and_order_depends_on_seed_and_step(tmp_path, tokenizer):
