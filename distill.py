@@ -57,7 +57,8 @@ from tqdm import tqdm
 import evaluate
 from merge import merge
 from model import (MIXERS, Attention, Tokenizer, generate, is_new, load_pretrained,
-                   load_with_tokenizer, save_pretrained, sha256, student_from_teacher)
+                   load_with_tokenizer, reverse_complement, save_pretrained, sha256,
+                   student_from_teacher)
 
 HERE = Path(__file__).resolve().parent
 
@@ -65,10 +66,11 @@ HERE = Path(__file__).resolve().parent
 # 1. Data: files -> token ids on disk, once -> packed rows that keep their document boundaries
 # ----------------------------------------------------------------------------------------------
 
-DATA_FORMAT = 2  # part of the cache key: raise it when the files below change their meaning
+DATA_FORMAT = 3  # part of the cache key: raise it when the files below change their meaning
 FILES = {"tokens.bin": np.uint32,  # the tokens' ids, document after document
          "loss.bin": bool,  # for each token: may it be a label
-         "documents.bin": np.int64}  # for each document: its length and a hash of its tokens
+         "documents.bin": np.int64}  # for each document: length, hash of its content, and of a
+#                                      family the first member's start and the separator's id (-1)
 PART = 1 << 25  # bytes of a file that one process tokenises at a time, and that a stop can lose
 
 
@@ -113,7 +115,8 @@ def read_documents(path, tokenizer, start=0, stop=None):
 
     Each is (kind, [(text, in_loss), ...]). .jsonl: one JSON object a line with `text`, or with
     `messages` ([{"role", "content"}, ...]; kind "chat"), rendered in the teacher's chat format with
-    only the assistant's parts in the loss. .txt: one long text, cut at line ends into about fifty
+    only the assistant's parts in the loss, or `sequences` (members of one "family": homologues,
+    molecules), or `dna` (a text whose reverse complement is another document). .txt: one long text, cut at line ends into about fifty
     documents or more (kind "piece") so that some can be held out. Ranges that meet hold every
     document once. Raises ValueError naming file and line.
     """
@@ -125,6 +128,9 @@ def read_documents(path, tokenizer, start=0, stop=None):
                 document = parse_row(_decode(piece), tokenizer)
             else:
                 continue
+            documents = [document]
+            if document[0] == "dna":  # its other strand is as good a text
+                documents.append(("dna", [(reverse_complement(document[1][0][0]), True)]))
         except ValueError as error:
             line = 1
             with open(path, "rb") as file:  # counted only now: parts do not know their line
@@ -133,7 +139,7 @@ def read_documents(path, tokenizer, start=0, stop=None):
             if isinstance(error.__cause__, UnicodeDecodeError):
                 line += piece[:error.__cause__.start].count(b"\n")
             raise ValueError(f"{path}:{line}: {error}") from None
-        yield document
+        yield from documents
 
 
 def _decode(data):
@@ -156,23 +162,49 @@ def parse_row(line, tokenizer):
             return "chat", tokenizer.render_chat_parts(row["messages"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"messages cannot be rendered ({error})") from None
-    raise ValueError('expected a string "text" or a list "messages"')
+    if isinstance(row, dict) and isinstance(row.get("dna"), str):
+        return "dna", [(row["dna"], True)]
+    sequences = row.get("sequences") if isinstance(row, dict) else None
+    if isinstance(sequences, list) and sequences and all(
+            isinstance(s, str) and s for s in sequences):
+        return "family", [(sequence, True) for sequence in sequences]
+    raise ValueError('expected a string "text" or "dna", a list "messages", or a list "sequences" '
+                     "of strings that are not empty")
 
 
 def encode_document(kind, parts, tokenizer, eos_id):
     """A document of read_documents -> its token ids and in-loss flags, two lists of one length.
 
-    A text is [BOS] text EOS, a piece has no EOS, a conversation is what its chat format says.
+    A text is [BOS] text EOS, a piece has no EOS, a conversation is what its chat format says, a
+    family is [BOS], its members with the separator after each, EOS.
     """
+    if kind == "family":
+        ids = tokenizer.encode("", specials=False)  # BOS, or nothing
+        for text, _ in parts:
+            ids += tokenizer.encode_member(text)
+        ids += [] if eos_id is None else [eos_id]
+        return ids, [True] * len(ids)
     ids, in_loss = [], []
     for text, learn in parts:
         # Plain text may spell a special token: that is text. A chat format means it.
         new = tokenizer.encode(text, bos=False if kind == "chat" else None, specials=kind == "chat")
         ids += new
         in_loss += [learn] * len(new)
-    if kind == "text" and eos_id is not None:
+    if kind in ("text", "dna") and eos_id is not None:
         ids, in_loss = ids + [eos_id], in_loss + [True]
     return ids, in_loss
+
+
+def describe_document(kind, parts, ids, tokenizer):
+    """A row of documents.bin. The hash is that of both strands, and of a family in any order."""
+    content, family = ids.tobytes(), (0, -1)
+    if kind == "dna":
+        strand = parts[0][0]
+        content = min(strand, reverse_complement(strand)).encode()
+    elif kind == "family":
+        content = json.dumps(sorted(text for text, _ in parts)).encode()
+        family = len(tokenizer.encode("", specials=False)), tokenizer.separator_id
+    return np.array([len(ids), zlib.crc32(content), *family])
 
 
 def tokenise_part(path, tokenizer, eos_id, start, stop):
@@ -185,7 +217,7 @@ def tokenise_part(path, tokenizer, eos_id, start, stop):
         ids = np.array(ids, np.uint32)
         found["tokens.bin"].append(ids)
         found["loss.bin"].append(np.array(in_loss, bool))
-        found["documents.bin"].append(np.array([len(ids), zlib.crc32(ids.tobytes())]))
+        found["documents.bin"].append(describe_document(kind, parts, ids, tokenizer))
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
 
@@ -272,7 +304,8 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
     the hashes of the text and of the tokenizer's files, so a second call with the same input finds
     the first one's work. One call at a time. Raises ValueError naming file and line, or OSError.
     """
-    key = f"{DATA_FORMAT} {eos_id} {path.suffix} {file_sha256(path)} {tokenizer_sha256(tokenizer)}"
+    key = (f"{DATA_FORMAT} {eos_id} {tokenizer.separator_id} {path.suffix} {file_sha256(path)} "
+           f"{tokenizer_sha256(tokenizer)}")
     folder = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
@@ -314,7 +347,7 @@ def file_sha256(path):
 
 def tokenizer_sha256(tokenizer):
     """sha256 of the files that decide how a tokenizer encodes texts and conversations."""
-    names = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+    names = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt"
     return sha256(*filter(Path.is_file, (Path(tokenizer.path).with_name(n) for n in names)))
 
 
@@ -326,7 +359,7 @@ class Source:
     """
 
     def __init__(self, name, folder, split, T, fraction=0.02):
-        lengths, hashes = np.fromfile(folder / "documents.bin", np.int64).reshape(-1, 2).T
+        lengths, hashes, *family = np.fromfile(folder / "documents.bin", np.int64).reshape(-1, 4).T
         limit = np.sort(hashes)[max(1, round(fraction * len(hashes))) - 1]
         chosen = hashes <= limit if split == "heldout" else hashes > limit
         self.name, self.T = name, T
@@ -334,23 +367,39 @@ class Source:
         self.loss = np.memmap(folder / "loss.bin", bool, "r")
         self.lengths = lengths[chosen]
         self.starts = (lengths.cumsum() - lengths)[chosen]  # in the files
+        self.heads, self.separators = (column[chosen] for column in family)
         self.ends = self.lengths.cumsum()  # in the stream of chosen documents
         self.total = int(self.lengths.sum())
         self.num_rows = max(0, self.total - 1) // T
 
-    def row(self, i):
-        """Row i: token ids, document ids, in-loss flags; T + 1 of each (the last: label only)."""
+    def row(self, i, order=None):
+        """Row i: token ids, document ids, in-loss flags; T + 1 of each (the last: label only).
+
+        order: integers that decide how each family's members are ordered; None: as in the file.
+        """
         a, b = i * self.T, (i + 1) * self.T + 1
         ids = np.arange(np.searchsorted(self.ends, a, "right"),
                         np.searchsorted(self.ends, b, "left") + 1)
         pieces = []
         for d in ids:
             shift = self.starts[d] - (self.ends[d] - self.lengths[d])  # stream -> file
-            pieces.append(slice(max(a + shift, self.starts[d]),
-                                min(b + shift, self.starts[d] + self.lengths[d])))
-        return (np.concatenate([self.tokens[p] for p in pieces]),
-                np.repeat(ids, [p.stop - p.start for p in pieces]),
-                np.concatenate([self.loss[p] for p in pieces]))
+            piece = slice(max(a + shift, self.starts[d]),
+                          min(b + shift, self.starts[d] + self.lengths[d]))
+            if order is not None and self.separators[d] >= 0:
+                first = self.starts[d]
+                piece = self.shuffled(d, order)[piece.start - first:piece.stop - first]
+            pieces.append(piece)
+        tokens = [self.tokens[piece] for piece in pieces]
+        return (np.concatenate(tokens), np.repeat(ids, [len(t) for t in tokens]),
+                np.concatenate([self.loss[piece] for piece in pieces]))
+
+    def shuffled(self, d, order):
+        """Where the tokens of family d stand in the files, members in a new order: (length,)."""
+        where = np.arange(self.starts[d], self.starts[d] + self.lengths[d])
+        ends = np.flatnonzero(self.tokens[where] == self.separators[d]) + 1
+        head, *members, tail = np.split(where, [self.heads[d], *ends])
+        new = np.random.default_rng((*order, int(d))).permutation(len(members))
+        return np.concatenate([head, *(members[m] for m in new), tail])
 
 
 def collate(rows, device):
@@ -391,7 +440,8 @@ class Mixture:
 
     def row(self, i):
         s, j = self.locate(i)
-        return self.sources[s].row(j)
+        epoch = int(self.nth[i]) // self.sources[s].num_rows
+        return self.sources[s].row(j, order=(self.seed, s, epoch))
 
     def rows(self, start, stop):
         return [self.row(i) for i in range(start, stop)]

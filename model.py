@@ -141,7 +141,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3")
 
 def _parse_config(c, path):
     """config.json's dictionary -> ModelConfig, with each family's defaults where it is silent."""
-    family = c.get("model_type")
+    family, separator = c.get("model_type"), c.get("separator_id")
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
                          + ", ".join(FAMILIES))
@@ -156,6 +156,8 @@ def _parse_config(c, path):
             ("intermediate_size", c["intermediate_size"], 1 << 20)):
         if not (isinstance(value, int) and 1 <= value <= most):
             raise ValueError(f"{path}: {name} = {value!r} is not an integer from 1 to {most}")
+    if separator is not None and not (isinstance(separator, int) and 0 <= separator):
+        raise ValueError(f"{path}: separator_id {separator!r} is no token id")
     if heads % kv_heads:
         raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
                          f"num_key_value_heads {kv_heads}")
@@ -175,7 +177,7 @@ def _parse_config(c, path):
         mlp_bias=family == "llama" and c.get("mlp_bias", False),
         rope=rope, sliding_rope=sliding_rope, layer_windows=_parse_windows(c, family, layers, path),
         max_positions=c.get("max_position_embeddings", 2048),
-        eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
+        eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=separator,
         hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None)
 
 
@@ -1361,11 +1363,12 @@ def _find_chat_format(template, added):
 # A folder names one as "tokenizer_class" in tokenizer_config.json, beside bos_token and eos_token,
 # and lists its tokens in vocab.txt, one a line, its number (from 0) the id, empty lines unused.
 # "bytes" needs no list: ids 0 to 255, then BOS and EOS. "DNAKmerTokenizer" is GENERator's own.
+SMILES_PIECES = r"\[[^\[\]]*\]|Br|Cl|%[0-9]{2}|[\s\S]"  # atoms and ring numbers stay whole
 _SEQUENCES = {
     "bytes": r"[\s\S]",
-    "kmer": r"[ACGT]{%d}|[\s\S]",  # what is left before another letter or the end: one by one
-    "DNAKmerTokenizer": r"[ACGT]{%d}|[\s\S]",
-    "smiles": r"\[[^\[\]]*\]|Br|Cl|%%[0-9]{2}|[\s\S]"}  # atoms; bonds, branches, rings
+    "kmer": r"[ACGT]{K}|[\s\S]",  # what is left before another letter or the end: one by one
+    "DNAKmerTokenizer": r"[ACGT]{K}|[\s\S]",
+    "smiles": SMILES_PIECES}
 
 
 class Tokenizer:
@@ -1376,13 +1379,15 @@ class Tokenizer:
     microseconds for each token of the vocabulary (_bpe_ranks).
 
     Attributes: vocab_size (1 + the highest id; an embedding may have more rows), bos_id (None if
-    the family has none), adds_bos (encode's default), added (added token -> id).
+    the family has none), adds_bos (encode's default), added (added token -> id), separator_id
+    (config.json's: the token between the sequences of a family, or None).
 
     Raises FileNotFoundError, or ValueError naming the file and what is not supported.
     """
 
     def __init__(self, directory):
-        self.path = os.path.join(directory, "tokenizer.json")
+        self.path, config = os.path.join(directory, "tokenizer.json"), Path(directory, "config.json")
+        self.separator_id = read_json(config).get("separator_id") if config.exists() else None
         if not os.path.isfile(self.path) and self._read_sequences(directory):
             return
         if not os.path.isfile(self.path):
@@ -1399,6 +1404,20 @@ class Tokenizer:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch "
                              "the folder again") from error
+
+    def encode_member(self, text):
+        """Ids of one sequence of a family, the separator behind it.
+
+        ValueError if the folder names no separator, or the sequence contains it.
+        """
+        if self.separator_id is None:
+            raise ValueError("sequences of a family need a separator: add \"separator_id\", the id "
+                             f"of a token, to config.json in {os.path.dirname(self.path)}")
+        ids = self.encode(text, bos=False, specials=False)
+        if self.separator_id in ids:
+            raise ValueError(f"the sequence {text[:40]!r} contains the separator, token "
+                             f"{self.separator_id}")
+        return ids + [self.separator_id]
 
     def _read_sequences(self, directory):
         """Set up a tokenizer of sequences; False if the folder's files name none."""
@@ -1420,7 +1439,7 @@ class Tokenizer:
             lines = Path(self.path).read_text(encoding="utf-8").splitlines()
             tokens = {token: i for i, token in enumerate(lines) if token}
             k = max((len(t) for t in tokens if re.fullmatch("[ACGT]+", t)), default=1)
-            pattern = pattern % k if "%d" in pattern else pattern % ()
+            pattern = pattern.replace("K", str(k))
             table = {t.encode(): i for t, i in tokens.items() if re.fullmatch(pattern, t)}
             self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
             if not table:
@@ -1588,6 +1607,20 @@ class Tokenizer:
         generation_prompt: end with the header of the assistant's next turn."""
         text = "".join(text for text, _ in self.render_chat_parts(messages))
         return text + (self.chat_format.header.format("assistant") if generation_prompt else "")
+
+
+_COMPLEMENT = str.maketrans("ACGTRYKMBDHVacgtrykmbdhv", "TGCAYRMKVHDBtgcayrmkvhdb")
+
+
+def reverse_complement(bases):
+    """The other strand of a DNA string, read in its own direction: AACG -> CGTT.
+
+    Upper or lower case; IUPAC's letters for several bases too. ValueError for other characters.
+    """
+    wrong = re.search("[^ACGTRYKMBDHVSWNacgtrykmbdhvswn]", bases)
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} (character {wrong.start()} of {len(bases)}) is no DNA base")
+    return bases.translate(_COMPLEMENT)[::-1]
 
 
 def load_with_tokenizer(directory, *, device="cpu"):
