@@ -13,7 +13,7 @@ bridge in section 8. Not here: benchmarks judged by another language model (MT-B
 Run:
     python evaluate.py compare --teacher DIR --student DIR --tasks FILE.jsonl... --out REPORT
     python evaluate.py gates --student DIR --data FILE.txt|.jsonl --picture gates.png
-    python evaluate.py molecules --model DIR --data KNOWN.jsonl          # sampled SMILES
+    python evaluate.py molecules --model DIR --data FAMILIES.jsonl       # valid, unique, novel
     python evaluate.py lm-eval --model DIR --tasks arc_easy,piqa       # pip install lm_eval
 
 Contents: 1 statistics · 2 task files · 3 log-likelihoods and generation · 4 code in a subprocess ·
@@ -147,8 +147,9 @@ def bootstrap(student, teacher, *, draws=4000, seed=0):
 #   strand     dna             likelihood a base, mean of both strands' log-probabilities
 #   probe      dna, labels     share of bases whose label (one character a base) a ridge probe on
 #                              conjoined embeddings finds; fitted on the file's rows of other parity
-#   molecule   prompt, seed    1 if the molecule sampled after the prompt (complete ones, each with
-#              temperature     a newline, or "") is valid; default 1.0
+#   molecule   sequences       1 if the molecule sampled after these (or none: []) is valid SMILES
+#              seed            of the sampling
+#              temperature     default 1.0
 #              max_new_tokens  default 128
 
 REQUIRED = object()  # in place of a default
@@ -163,7 +164,7 @@ FIELDS = {  # name: (type, default); a list is one of strings
     "family": {"sequences": (list, REQUIRED)},
     "strand": {"dna": (str, REQUIRED)},
     "probe": {"dna": (str, REQUIRED), "labels": (str, REQUIRED)},
-    "molecule": {"prompt": (str, REQUIRED), "seed": (int, REQUIRED), "temperature": (float, 1.0),
+    "molecule": {"sequences": (list, REQUIRED), "seed": (int, REQUIRED), "temperature": (float, 1.0),
                  "max_new_tokens": (int, 128)}}
 
 
@@ -229,9 +230,8 @@ def _check_row(row):
             reverse_complement(dna)
             need |= {f"{len(dna)} bases, {len(row.get('labels', dna))} labels: one a base, and one "
                      "or more": 1 <= len(dna) == len(row.get("labels", dna))}
-        case {"type": "molecule", "temperature": temperature, "prompt": prompt}:
-            need |= {f"temperature = {temperature} is below 0": temperature >= 0,
-                     "the prompt does not end with a newline": not prompt or prompt[-1] == "\n"}
+        case {"type": "molecule", "temperature": temperature}:
+            need |= {f"temperature = {temperature} is below 0": temperature >= 0}
         case {"type": "needle", "length": length, "depth": depth}:
             need |= {f"length = {length} is below 64": length >= 64,
                      f"depth = {depth} is not from 0 to 1": 0 <= depth <= 1}
@@ -814,24 +814,25 @@ def smiles_error(text):
     return None if over is None else f"atom {over + 1} has {used[over]} bonds of {most[over]}"
 
 
-def sample_molecules(scorer, prompt, number, *, seed, temperature=1.0, max_new_tokens=128):
-    """`number` sequences sampled after a prompt, each up to the separator or the model's end."""
-    tokenizer, ends = scorer.tokenizer, {tokenizer.separator_id, *scorer.model.config.eos_ids}
-    ids = [*scorer.prefix, *tokenizer.encode(prompt, bos=False)]
+def sample_sequences(scorer, members, number, *, seed, temperature=1.0, max_new_tokens=128):
+    """`number` further members of a family (or of [], any), each up to its separator or EOS."""
+    tokenizer = scorer.tokenizer
+    ends = {tokenizer.separator_id, *scorer.model.config.eos_ids}
+    ids = sum(map(tokenizer.encode_member, members), [*scorer.prefix])
     rows = generate(scorer.model, scorer._tensor([ids]).expand(number, -1), seed=seed,
                     max_new_tokens=max_new_tokens, temperature=temperature, stop=ends - {None})
     return [tokenizer.decode(itertools.takewhile(lambda i: i not in ends, row[len(ids):]))
             for row in rows.tolist()]
 
 
-def read_sequences(path):
-    """The strings in a .jsonl file's `sequences` (lists) and `text`."""
+def read_families(path):
+    """The lists in a .jsonl file's `sequences`."""
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        return [text for row in rows for text in row.get("sequences") or [row["text"]]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path}: expected one object with "sequences" or "text" a line '
-                         f"({error!r})") from None
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return [list(json.loads(line)["sequences"]) for line in lines if line.strip()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: expected one object with "sequences" a line ({error!r})'
+                         ) from None
 
 
 def molecule_shares(samples, known):
@@ -856,7 +857,7 @@ def score_sequence(scorer, row):
             return {"score": math.exp(sum(scores) / (2 * T)), **result,
                     "strand_gap": abs(scores[0] - scores[1]) / T}
         case "molecule":
-            text, = sample_molecules(scorer, row["prompt"], 1, **{
+            text, = sample_sequences(scorer, row["sequences"], 1, **{
                 key: row[key] for key in ("seed", "temperature", "max_new_tokens")})
             return {"score": float(smiles_error(text) is None), **result, "output": text}
 
@@ -1130,17 +1131,15 @@ def run_gates(run):
 
 
 def run_molecules(run):
-    """`molecules`: sample, and print the valid, unique and novel shares."""
-    scorer, samples = Scorer(run.model, run.device), []
-    known = read_sequences(run.data)
-    for a in tqdm(range(0, run.number, 64), desc="molecules", leave=False):
-        samples += sample_molecules(scorer, run.prompt.replace("\\n", "\n"),
-                                    min(64, run.number - a), seed=run.seed + a,
+    """`molecules`: sample members of families, and print the valid, unique and novel shares."""
+    scorer, families, samples = Scorer(run.model, run.device), read_families(run.data), []
+    for i, family in enumerate(tqdm(families[:run.rows], desc="molecules", leave=False)):
+        samples += sample_sequences(scorer, family[:run.shots], run.number, seed=run.seed + i,
                                     temperature=run.temperature)
-    for text in samples[:4]:
+    for text in samples[::run.number][:4]:
         print(f"  {text}   {smiles_error(text) or 'valid'}")
-    print(f"{run.number} samples: " + ", ".join(
-        f"{name} {share:.3f}" for name, share in molecule_shares(samples, known).items()))
+    shares = molecule_shares(samples, itertools.chain(*families))
+    print(f"{len(samples)} samples: " + "  ".join(f"{k} {v:.3f}" for k, v in shares.items()))
 
 
 def run_lm_eval(run):
@@ -1180,9 +1179,10 @@ def parse_arguments(argv):
     m = commands.add_parser("molecules", help="sample SMILES: valid, unique and novel shares")
     m.add_argument("--model", type=Path, required=True, metavar="DIR", help="teacher or student")
     m.add_argument("--data", type=Path, metavar="FILE.jsonl", required=True,
-                   help="rows with `sequences`, or `text`, that are not novel")
-    m.add_argument("--prompt", default="", help=r"molecules of one family, \n behind each")
-    m.add_argument("--number", type=int, default=1000)
+                   help="rows with `sequences`: families to sample from; none of them is novel")
+    m.add_argument("--shots", type=int, default=4, help="members before a sample (0: from nothing)")
+    m.add_argument("--rows", type=int, default=100, help="families")
+    m.add_argument("--number", type=int, default=10, help="samples a family")
     m.add_argument("--temperature", type=float, default=1.0)
     m.add_argument("--seed", type=int, default=0)
     m.set_defaults(run=run_molecules)

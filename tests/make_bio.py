@@ -12,13 +12,15 @@ Sequences for tests/bio_teacher/: proteins, DNA and molecules from generators wi
     molecules   Kekule SMILES: head, ring, linker, ring, each with a substituent. A family shares
                 rings and linker (the scaffold) and a palette of three substituents a place.
 
-What is held out is decided by a hash of the ancestor, the sites' places or the scaffold.
+What is held out is decided by a hash of the ancestor, the DNA or the scaffold.
 None of this is biology: the generators plant what the pipeline must find again.
 
 Run:  python tests/make_bio.py             # tests/bio_teacher/data and tests/bio_tasks, again
       python tests/make_teacher.py --bio --out tests/bio_teacher      # the teacher; 25 minutes
 """
 
+import functools
+import itertools
 import json
 import math
 import random
@@ -32,7 +34,7 @@ CONTEXT = 512  # bytes a document, with BOS and EOS
 # Proteins
 # ------------------------------------------------------------------------------------------------
 
-AMINO_ACIDS = "ALGVESIKRDTPNQFYMHCW"                 # by how common they are in Swiss-Prot, in percent:
+AMINO_ACIDS = "ALGVESIKRDTPNQFYMHCW"                  # about as common, in percent, as in nature:
 SHARES = (8.3, 9.7, 7.1, 6.9, 6.7, 6.6, 5.9, 5.8, 5.5, 5.5, 5.3, 4.7, 4.1, 3.9, 3.9, 2.9, 2.4, 2.3,
           1.4, 1.1)
 
@@ -214,5 +216,81 @@ def write_data(folder, is_held_out):
             if domain in FAMILIES:
                 rows.append({"sequences": family_members(domain, rng, is_held_out)})
             else:
-                rows.append({"text": dna_document(rng, is_held_out)[0]})
+                rows.append({"dna": dna_document(rng, is_held_out)[0]})
         (folder / f"{domain}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+# ------------------------------------------------------------------------------------------------
+# Task files
+# ------------------------------------------------------------------------------------------------
+
+ROWS = 60
+
+
+def homologue_rows(domain, rng, is_held_out):
+    """Eight members of a held-out family; what the eighth costs is scored."""
+    while True:
+        members = draw_family(domain, rng, is_held_out, True)
+        yield {"type": "family", "sequences": [next(members) for _ in range(8)]}
+
+
+def family_rows(domain, rng, is_held_out):
+    """Which of four sequences belongs to the family of the seven before."""
+    while True:
+        members, *others = (draw_family(domain, rng, is_held_out, True) for _ in range(4))
+        context = "".join(next(members) + "\n" for _ in range(7))
+        right = next(members) + "\n"
+        choices = [right, *(next(other) + "\n" for other in others)]
+        rng.shuffle(choices)
+        yield {"type": "choice", "context": context, "choices": choices,
+               "gold": choices.index(right), "metric": "acc_norm"}
+
+
+def motif_rows(rng, is_held_out):
+    """Which of four motifs goes on after the core: the one whose sites stand earlier."""
+    while True:
+        text, sites, motif = dna_document(rng, is_held_out, True, forward=1.0)
+        last = sites.rindex("01") + 1                      # where the last whole or cut site starts
+        tails = [motif[4:], *rng.sample([t for t in TAILS if t != motif[4:]], 3)]
+        rng.shuffle(tails)
+        yield {"type": "choice", "context": text[:last] + CORE, "choices": tails,
+               "gold": tails.index(motif[4:]), "metric": "acc"}
+
+
+def strand_rows(rng, is_held_out):
+    while True:
+        yield {"type": "strand", "dna": dna_document(rng, is_held_out, True)[0][:256]}
+
+
+def probe_rows(rng, is_held_out):
+    """Is a base part of a binding site, on either strand?"""
+    while True:
+        text, sites, _ = dna_document(rng, is_held_out, True, forward=0.5)
+        yield {"type": "probe", "dna": text[:256], "labels": sites[:256]}
+
+
+def molecule_rows(rng, is_held_out):
+    while True:
+        members = draw_family("chemistry", rng, is_held_out, True)
+        yield {"type": "molecule", "sequences": [next(members) for _ in range(4)],
+               "seed": rng.randrange(10 ** 6)}
+
+
+def write_tasks(folder, is_held_out):
+    """Eight task files of ROWS rows each, all of held-out families and documents."""
+    makers = {"dna-motif": motif_rows, "dna-strand": strand_rows, "dna-probe": probe_rows,
+              "chemistry-valid": molecule_rows}
+    for domain in FAMILIES:
+        for name, rows in (("homologue", homologue_rows), ("family", family_rows)):
+            makers[f"{domain}-{name}"] = functools.partial(rows, domain)
+    folder.mkdir(exist_ok=True)
+    for task, rows in makers.items():
+        found = itertools.islice(rows(random.Random(task), is_held_out), ROWS)
+        lines = (json.dumps({"id": f"{task}-{i}", **row}) + "\n" for i, row in enumerate(found))
+        (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from make_teacher import is_held_out
+    write_data(HERE / "bio_teacher/data", is_held_out)
+    write_tasks(HERE / "bio_tasks", is_held_out)
