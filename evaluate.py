@@ -756,12 +756,12 @@ def _parse_atom(piece):
 
 
 def smiles_error(text):
-    """Why a SMILES string is no molecule, as a phrase; None if syntax and valences are right.
+    r"""Why a SMILES string is no molecule, as a phrase; None if syntax and valences are right.
 
     The Kekule subset: atoms B C N O F P S Cl Br I and H, in brackets also with isotope, chirality,
     hydrogens, charge; bonds - = # / and \; branches, rings 0-9 and %10-%99, parts with "." between.
-    Aromatic (lower-case) atoms are outside of it: write rings with = instead. Valences are RDKit's
-    of these elements, except that iodine has one bond only; strained geometry is not judged.
+    Aromatic (lower-case) atoms are outside of it: write rings with = instead. Valences are RDKit's,
+    except that iodine has one bond only; strained rings are not judged.
     """
     used, most = [], []              # an atom: bonds so far, and at most
     bonded, rings, branches = set(), {}, []
