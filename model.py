@@ -1426,8 +1426,8 @@ class Tokenizer:
         pattern = _SEQUENCES.get(config.get("tokenizer_class"))
         if pattern is None:
             return False
-        # As in GENERator's files the marks may be missing: its code sets these two.
-        marks = [config.get("bos_token", "<s>"), config.get("eos_token", "</s>")]
+        marks = [config.get("bos_token") or "<s>", config.get("eos_token") or "</s>"]
+        marks = [m["content"] if isinstance(m, dict) else m for m in marks]
         if config["tokenizer_class"] == "bytes":
             table = {bytes([b]): b for b in range(256)}
             self.path, self.added = str(path), {marks[0]: 256, marks[1]: 257}
@@ -1440,7 +1440,8 @@ class Tokenizer:
             tokens = {token: i for i, token in enumerate(lines) if token}
             k = max((len(t) for t in tokens if re.fullmatch("[ACGT]+", t)), default=1)
             pattern = pattern.replace("K", str(k))
-            table = {t.encode(): i for t, i in tokens.items() if re.fullmatch(pattern, t)}
+            table = {t.encode(): i for t, i in tokens.items()
+                     if t not in marks and re.fullmatch(pattern, t)}
             self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
             if not table:
                 raise ValueError(f"{self.path}: none of its {len(tokens)} lines is a token of "

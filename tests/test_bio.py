@@ -127,6 +127,17 @@ def test_smiles_are_cut_at_atoms(tmp_path):
             tokenizer.encode(bad)
 
 
+def test_marks_may_look_like_atoms(tmp_path):
+    tokenizer = write_tokenizer(tmp_path, "smiles", ["[bos]", "[eos]", "C", "[nH]", "c"])
+    assert tokenizer.bos_id is None  # the class's default marks are not in this list
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "smiles", "bos_token": {"content": "[bos]"}, "eos_token": "[eos]"}))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("Cc[nH]") == [0, 2, 4, 3] and tokenizer.encode("[eos]", bos=False) == [1]
+    with pytest.raises(ValueError, match="has no token"):
+        tokenizer.encode("C[eos]", specials=False)  # text of strangers
+
+
 def test_a_student_keeps_the_tokenizer_of_its_teacher(tmp_path):
     folder = bio_folder(tmp_path / "dna", vocab_size=300)
     write_tokenizer(folder, "kmer", generator_vocabulary(3))
