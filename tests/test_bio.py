@@ -416,3 +416,72 @@ def test_shares_of_molecules():
     shares = molecule_shares(["C", "C", "CC", "C(", "CO"], ["CO", "N"])
     assert shares == {"valid": 4 / 5, "unique": 3 / 4, "novel": 2 / 3}
     assert molecule_shares(["C("], []) == {"valid": 0.0, "unique": 0.0, "novel": 0.0}
+
+
+# ------------------------------------------------------------------ rows of task files
+
+
+def task_rows():
+    rng = random.Random(0)
+    dna = ["".join(rng.choices("ACGT", k=40)) for _ in range(4)]
+    return [{"type": "family", "sequences": ["MKVLA", "MKVIA", "MKLA"]},
+            {"type": "strand", "dna": dna[0]},
+            {"type": "molecule", "sequences": ["CC", "CO"], "seed": 1, "max_new_tokens": 20},
+            *({"type": "probe", "dna": d, "labels": "01" * 20} for d in dna)]
+
+
+def test_rows_of_sequences_are_scored_and_go_on_after_a_stop(tmp_path, scorer):
+    path = write_rows(tmp_path / "t.jsonl", [{"id": str(i), **row}
+                                             for i, row in enumerate(task_rows())])
+    folder, samples = scorer.model.source, tmp_path / "samples.jsonl"
+    results = evaluate_rows(folder, [path], samples=samples)["t"]
+    nats, n = family_nats(scorer, ["MKVLA", "MKVIA", "MKLA"])[-1]
+    ids = [256, *b"MKVLA\nMKVIA\nMKLA"]
+    logits = scorer.model(torch.tensor([ids]))[0].double().log_softmax(-1)
+    assert abs(nats + sum(logits[t, ids[t + 1]].item() for t in range(12, 16))) < 1e-4 and n == 4
+    assert math.isclose(results[0]["score"], math.exp(-nats / n))
+    assert [len(results[0]["perplexity"]), results[3]["chance"]] == [3, 0.5]
+    assert math.isclose(math.log(results[1]["score"]),
+                        sum(strand_scores(scorer, task_rows()[1]["dna"])) / 80)
+    output = sample_sequences(scorer, ["CC", "CO"], 1, seed=1, max_new_tokens=20)[0]
+    assert results[2]["output"] == output and "\n" not in output
+    assert results[2]["score"] == (smiles_error(output) is None)
+    samples.write_text("".join(samples.read_text().splitlines(True)[:4]))  # stopped in the probes
+    assert evaluate_rows(folder, [path], samples=samples)["t"] == results
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"type": "strand", "dna": "ACGU"}, "'U'"), ({"type": "strand", "dna": ""}, "0 bases"),
+    ({"type": "probe", "dna": "ACGT", "labels": "010"}, "4 bases, 3 labels"),
+    ({"type": "family", "sequences": []}, "no sequences"),
+    ({"type": "family", "sequences": ["MK\nV"]}, "contains the separator"),
+    ({"type": "molecule", "sequences": [], "seed": 1, "temperature": -1.0}, "below 0"),
+    ({"type": "probe", "dna": "ACGT", "labels": "0101"}, "1 rows")])
+def test_bad_rows_of_sequences_are_named(tmp_path, scorer, row, words):
+    path = write_rows(tmp_path / "t.jsonl", [{"id": "a", **row}])
+    with pytest.raises(ValueError) as error:
+        evaluate_rows(scorer.model.source, [path])
+    assert words in str(error.value) and "t.jsonl:1" in str(error.value)
+
+
+# ------------------------------------------------------------------ the shipped teacher
+
+
+def test_tasks_are_held_out_and_come_from_their_seeds(tmp_path):
+    make_bio.write_tasks(tmp_path / "tasks", is_held_out)
+    data = "".join(path.read_text() for path in (TEACHER / "data").glob("*.jsonl"))
+    shipped = sorted((ROOT / "tests/bio_tasks").glob("*.jsonl"))
+    assert len(shipped) == 8
+    for path in shipped:
+        assert path.read_text() == (tmp_path / "tasks" / path.name).read_text()
+        for row in map(json.loads, path.read_text().splitlines()):
+            for text in (*row.get("sequences", ()), row.get("dna", ""), row.get("context", "")):
+                assert not text or f'"{text}"' not in data
+
+
+def test_the_teacher_learns_a_family_in_context():
+    scorer = Scorer(TEACHER)
+    rows = [json.loads(line) for line in open(ROOT / "tests/bio_tasks/protein-homologue.jsonl")]
+    nats = np.array([family_nats(scorer, row["sequences"]) for row in rows[:20]])
+    perplexity = np.exp(nats[:, :, 0].sum(0) / nats[:, :, 1].sum(0))
+    assert perplexity[0] > 15 and perplexity[7] < 3  # README of the teacher: measured on 200
