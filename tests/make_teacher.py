@@ -301,12 +301,13 @@ TOKENS_PER_STEP = 4096                 # few: a skill appears after so many step
 MIXTURE = {"code": 0.25, "prose": 0.15, "math": 0.25, "recall": 0.35}
 
 
-def rows_of_tokens(texts, tokenizer, length, eos=CONFIG["eos_token_id"]):
+def rows_of_tokens(texts, tokenizer, length):
     """One document a row: BOS, text, EOS; cut at `length`, padded with EOS.
 
     Returns tokens (B, length) and labels, the next token each; of the EOS tokens that pad a row
     only the first is a label, the others are -100.
     """
+    eos = CONFIG["eos_token_id"]
     tokens = torch.full((len(texts), length + 1), eos)
     for row, text in zip(tokens, texts):
         ids = tokenizer.encode(text)[:length + 1]
@@ -337,12 +338,21 @@ def length_at(tokens_seen):
 
 
 def bio_batch_at(step, seed, tokenizer, length):
-    """`batch_at` for the teacher of make_bio.py: its own domains."""
+    """`batch_at` for the teacher of make_bio.py: every other document lacks its beginning.
+
+    So do documents that packing has cut: a teacher that always met BOS is lost without it.
+    """
     rng = random.Random(f"bio {seed} {step}")
     domains = rng.choices(list(make_bio.MIXTURE), list(make_bio.MIXTURE.values()),
                           k=TOKENS_PER_STEP // length)
     documents = [make_bio.document(domain, rng, is_held_out) for domain in domains]
-    return rows_of_tokens(documents, tokenizer, length, make_bio.CONFIG["eos_token_id"])
+    rows, eos = [], make_bio.CONFIG["eos_token_id"]
+    for text in documents:
+        ids = tokenizer.encode(text) + [eos]
+        cut = rng.randrange(len(ids) // 2) if rng.random() < 0.5 else 0
+        rows.append(ids[cut:cut + length + 1] + [eos] * (length + 1 - len(ids) + cut))
+    tokens, labels = torch.tensor(rows)[:, :-1], torch.tensor(rows)[:, 1:]
+    return tokens, labels.masked_fill(tokens == eos, -100)
 
 
 def rate_at(progress):
