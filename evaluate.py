@@ -164,8 +164,8 @@ FIELDS = {  # name: (type, default); a list is one of strings
     "family": {"sequences": (list, REQUIRED)},
     "strand": {"dna": (str, REQUIRED)},
     "probe": {"dna": (str, REQUIRED), "labels": (str, REQUIRED)},
-    "molecule": {"sequences": (list, REQUIRED), "seed": (int, REQUIRED), "temperature": (float, 1.0),
-                 "max_new_tokens": (int, 128)}}
+    "molecule": {"sequences": (list, REQUIRED), "seed": (int, REQUIRED),
+                 "temperature": (float, 1.0), "max_new_tokens": (int, 128)}}
 
 
 def read_task(path):
@@ -228,8 +228,9 @@ def _check_row(row):
             need |= {"there are no sequences": sequences}
         case {"dna": dna}:
             reverse_complement(dna)
-            need |= {f"{len(dna)} bases, {len(row.get('labels', dna))} labels: one a base, and one "
-                     "or more": 1 <= len(dna) == len(row.get("labels", dna))}
+            labels = row.get("labels", dna)
+            need |= {f"{len(dna)} bases, {len(labels)} labels: expected one a base, and one or more":
+                     1 <= len(dna) == len(labels)}
         case {"type": "molecule", "temperature": temperature}:
             need |= {f"temperature = {temperature} is below 0": temperature >= 0}
         case {"type": "needle", "length": length, "depth": depth}:

@@ -879,8 +879,8 @@ class Transformer(nn.Module):
         at 0, while attention and recurrent state run on through the document. With a cache they
         go on where it stands.
         """
-        separator, index = self.config.separator_id, torch.arange(tokens.shape[1],
-                                                                  device=tokens.device)[None]
+        separator = self.config.separator_id
+        index = torch.arange(tokens.shape[1], device=tokens.device)[None]
         start = -cache.position if cache is not None else torch.zeros_like(index[:, :1])
         if document_ids is not None:
             start = document_starts(document_ids)
@@ -1386,13 +1386,15 @@ class Tokenizer:
     """
 
     def __init__(self, directory):
-        self.path, config = os.path.join(directory, "tokenizer.json"), Path(directory, "config.json")
+        config = Path(directory, "config.json")
         self.separator_id = read_json(config).get("separator_id") if config.exists() else None
+        self.path = os.path.join(directory, "tokenizer.json")
         if not os.path.isfile(self.path) and self._read_sequences(directory):
             return
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
-                                    "(tokenizer.model, SentencePiece, is not supported)")
+                                    "(tokenizer.model, SentencePiece, is not supported; for bytes, "
+                                    "k-mers and SMILES see README, \"Sequences\")")
         try:
             with open(self.path, encoding="utf-8") as file:
                 spec = json.load(file)
