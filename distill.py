@@ -31,11 +31,13 @@ Contents: 1 data · 2 losses · 3 held-out comparison · 4 optimiser and checkpo
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -43,6 +45,7 @@ import signal
 import sys
 import textwrap
 import time
+import uuid
 import zlib
 from pathlib import Path
 
@@ -57,7 +60,7 @@ from tqdm import tqdm
 import evaluate
 from merge import merge
 from model import (MIXERS, Attention, Tokenizer, generate, is_new, load_pretrained,
-                   load_with_tokenizer, reverse_complement, save_pretrained, sha256,
+                   load_with_tokenizer, read_json, reverse_complement, save_pretrained, sha256,
                    student_from_teacher)
 
 HERE = Path(__file__).resolve().parent
@@ -69,8 +72,8 @@ HERE = Path(__file__).resolve().parent
 DATA_FORMAT = 3  # part of the cache key: raise it when the files below change their meaning
 FILES = {"tokens.bin": np.uint32,  # the tokens' ids, document after document
          "loss.bin": bool,  # for each token: may it be a label
-         "documents.bin": np.int64}  # for each document: length, hash of its content, and of a
-#                                      family the first member's start and the separator's id (-1)
+         "documents.bin": np.int64}  # for each document its length, a hash of its content, where
+#   its first member starts, the id of the separator behind each member (no family: 0, -1)
 PART = 1 << 25  # bytes of a file that one process tokenises at a time, and that a stop can lose
 
 
@@ -345,10 +348,28 @@ def file_sha256(path):
     return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
+def teacher_sha256(folder):
+    """One digest of the files that decide what a teacher computes."""
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    return hashlib.sha256(" ".join(map(file_sha256, files)).encode()).hexdigest()
+
+
 def tokenizer_sha256(tokenizer):
     """sha256 of the files that decide how a tokenizer encodes texts and conversations."""
     names = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt"
     return sha256(*filter(Path.is_file, (Path(tokenizer.path).with_name(n) for n in names)))
+
+
+def map_array(path, dtype):
+    """A file as an array that is read where it is used, and without what stands around it.
+
+    Rows come in random order. A mapping that reads ahead, up to megabytes for a row of 16 KB, is
+    six times as slow.
+    """
+    with open(path, "rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapping.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapping, dtype)
 
 
 class Source:
@@ -360,11 +381,12 @@ class Source:
 
     def __init__(self, name, folder, split, T, fraction=0.02):
         lengths, hashes, *family = np.fromfile(folder / "documents.bin", np.int64).reshape(-1, 4).T
-        limit = np.sort(hashes)[max(1, round(fraction * len(hashes))) - 1]
+        rank = max(1, round(fraction * len(hashes))) - 1
+        limit = np.partition(hashes, rank)[rank]
         chosen = hashes <= limit if split == "heldout" else hashes > limit
-        self.name, self.T = name, T
-        self.tokens = np.memmap(folder / "tokens.bin", np.uint32, "r")
-        self.loss = np.memmap(folder / "loss.bin", bool, "r")
+        self.name, self.folder, self.T = name, folder, T
+        self.tokens = map_array(folder / "tokens.bin", np.uint32)
+        self.loss = map_array(folder / "loss.bin", bool)
         self.lengths = lengths[chosen]
         self.starts = (lengths.cumsum() - lengths)[chosen]  # in the files
         self.heads, self.separators = (column[chosen] for column in family)
@@ -419,10 +441,13 @@ class Mixture:
     So resuming needs one integer. After n rows, for every n, each source has given its share of n
     to within one row; a source that runs out starts over in a new order. Attributes, for each row:
     which (its source), nth (its how-manieth row).
+
+    reorder: each epoch reads a family's members in an order of its own. False keeps the files'
+    order, for which teacher targets are stored.
     """
 
-    def __init__(self, sources, weights, total_rows, seed):
-        self.sources, self.seed, self.orders = sources, seed, {}
+    def __init__(self, sources, weights, total_rows, seed, reorder=True):
+        self.sources, self.seed, self.orders, self.reorder = sources, seed, {}, reorder
         self.which = interleave(weights, total_rows)
         self.nth = np.empty(total_rows, np.int64)
         for s in range(len(sources)):
@@ -434,17 +459,21 @@ class Mixture:
         s = int(self.which[i])
         epoch, j = divmod(int(self.nth[i]), self.sources[s].num_rows)
         if self.orders.get(s, (None,))[0] != epoch:
-            rng = np.random.default_rng((self.seed, s, epoch))
-            self.orders[s] = epoch, rng.permutation(self.sources[s].num_rows)
+            self.orders[s] = epoch, row_order(self.seed, s, epoch, self.sources[s].num_rows)
         return s, int(self.orders[s][1][j])
 
     def row(self, i):
         s, j = self.locate(i)
-        epoch = int(self.nth[i]) // self.sources[s].num_rows
-        return self.sources[s].row(j, order=(self.seed, s, epoch))
+        order = self.seed, s, int(self.nth[i]) // self.sources[s].num_rows
+        return self.sources[s].row(j, order if self.reorder else None)
 
     def rows(self, start, stop):
         return [self.row(i) for i in range(start, stop)]
+
+
+def row_order(seed, s, epoch, n):
+    """The order in which source s gives its n rows in an epoch."""
+    return np.random.default_rng((seed, s, epoch)).permutation(n)
 
 
 def interleave(weights, n):
@@ -615,6 +644,188 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
             losses.append(loss.detach())
             x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
     return torch.stack(losses)
+
+
+# ----------------------------------------------------------------------------------------------
+# 2b. Teacher targets on disk: the teacher runs once; stage II then needs it no more
+# ----------------------------------------------------------------------------------------------
+
+TARGETS_FORMAT = 1  # raise it when the files change their meaning
+SHARD_ROWS = 64
+
+
+def targets_row(T, k, vocab_size):
+    """The numpy dtype of a row: the top k ids and fp16 log-probs of T tokens, and their CRC-32.
+
+    Ids take 2 bytes, and a third in `high` where the vocabulary has more than 2^16 tokens: with
+    k = 256, 1024 or 1280 bytes a token.
+    """
+    parts = [("low", "<u2", (T, k)), ("logprobs", "<f2", (T, k))]
+    parts += [("high", "u1", (T, k))] if vocab_size > 1 << 16 else []
+    return np.dtype([("targets", parts), ("crc", "<u4")])
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A new file that takes the place of `path` if the block ends well, whoever else does so."""
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(tmp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+class TargetCache:
+    """The teacher's top-k log-probabilities for rows of the sources, in files of SHARD_ROWS rows.
+
+    Keyed by (source, row), not by step: epochs, experts and other weights share them. A source's
+    rows stand in the order of the first epoch, so that a run shorter than it needs the first
+    shards only. A shard exists whole or not at all. manifest.json says whose targets these are
+    (`described`, see `describe_targets`); ValueError names what differs. The seed may differ: the
+    manifest's orders the rows.
+    """
+
+    def __init__(self, folder, sources, described):
+        self.folder, self.sources = folder, sources
+        path = folder / "manifest.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with replacing(path) as file:
+                file.write((json.dumps(described, indent=2) + "\n").encode())
+        found = read_json(path)
+        differs = [f"{key} was {found.get(key)!r}, now {value!r}"
+                   for key, value in described.items() if key != "seed" and found.get(key) != value]
+        if differs:
+            raise ValueError(f"--targets {folder} was made with other settings: "
+                             f"{'; '.join(differs)}. Name another folder, or delete this one")
+        self.row_type = targets_row(described["context"], described["k"], described["vocab_size"])
+        self.orders = [row_order(found["seed"], s, 0, source.num_rows)
+                       for s, source in enumerate(sources)]
+        self.places = [np.argsort(order) for order in self.orders]  # row -> its place in the files
+
+    def shard(self, s, n):
+        """Path and rows of shard n of source s."""
+        rows = self.orders[s][n * SHARD_ROWS:(n + 1) * SHARD_ROWS]
+        return self.folder / self.sources[s].name / f"shard-{n:06d}", rows
+
+    def needed(self, mixtures):
+        """The shards [(s, n), ...] that mixtures draw from."""
+        found = []
+        for s, places in enumerate(self.places):
+            drawn = [row_order(m.seed, s, 0, len(places))[:(m.which == s).sum()] for m in mixtures]
+            found += [(s, n) for n in np.unique(places[np.concatenate(drawn)] // SHARD_ROWS)]
+        return found
+
+    def is_whole(self, s, n):
+        path, rows = self.shard(s, n)
+        return path.exists() and path.stat().st_size == len(rows) * self.row_type.itemsize
+
+    def rows(self, where):
+        """[(source, row), ...] -> ids (N, T, k) int32 and log-probs (N, T, k) fp16, from the disk.
+
+        As sparse_kd_loss takes them, which widens a chunk at a time. Raises FileNotFoundError, or
+        ValueError if a row is damaged.
+        """
+        ids, logprobs = [], []
+        for s, j in where:
+            n, i = divmod(int(self.places[s][j]), SHARD_ROWS)
+            path, _ = self.shard(s, n)
+            row = np.memmap(path, self.row_type, "r")[i]
+            targets = row["targets"]
+            if zlib.crc32(targets.tobytes()) != row["crc"]:
+                raise ValueError(f"{path}: row {i} is damaged; delete this file, and the run makes "
+                                 "it again")
+            wide = targets["low"].astype(np.int32)
+            if "high" in targets.dtype.names:
+                wide |= targets["high"].astype(np.int32) << 16
+            ids.append(wide)
+            logprobs.append(targets["logprobs"])
+        return torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(logprobs))
+
+    def write(self, s, n, teacher, micro_batch, device, after):
+        """Make shard n of source s. after(tokens) is called behind each micro-batch."""
+        path, rows = self.shard(s, n)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as file:
+            for a in range(0, len(rows), micro_batch):
+                part = rows[a:a + micro_batch]
+                out = np.zeros(len(part), self.row_type)
+                targets = out["targets"]
+                shape = targets["low"].shape
+                tokens, document_ids, _ = collate([self.sources[s].row(int(j)) for j in part],
+                                                  device)
+                with torch.no_grad():
+                    hidden = teacher.hidden(tokens, document_ids=document_ids).flatten(0, 1)
+                    ids, logprobs = teacher_topk(hidden, teacher.lm_head_weight, shape[-1])
+                ids = ids.cpu().numpy().reshape(shape)
+                targets["low"] = ids & 0xFFFF
+                if "high" in targets.dtype.names:
+                    targets["high"] = ids >> 16
+                least = torch.finfo(torch.float16).min  # a masked token is not -inf: 0 * inf is nan
+                targets["logprobs"] = logprobs.clamp_min(least).cpu().numpy().reshape(shape)
+                out["crc"] = [zlib.crc32(t.tobytes()) for t in targets]
+                file.write(out)
+                after(tokens.numel())
+
+
+def describe_targets(run, teacher, tokenizer, mixture):
+    """What a target cache depends on: the content of its manifest.json."""
+    return {"format": TARGETS_FORMAT, "teacher_sha256": teacher_sha256(run.teacher),
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "data": [source.folder.name for source in mixture.sources],  # name, hash
+            "rows": [source.num_rows for source in mixture.sources], "context": run.context,
+            "k": min(run.topk, teacher.config.vocab_size),
+            "vocab_size": teacher.config.vocab_size, "seed": mixture.seed}
+
+
+def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=1):
+    """Open the cache run.targets and make what `mixtures` draw and it lacks, shard by shard.
+
+    Process `rank` of `world` makes every world-th shard; afterwards they must wait for each other.
+    Processes that do not know of each other do no harm, only work twice. A killed call loses its
+    unfinished shard. Raises ValueError when the folder is another's or the disk too small, OSError,
+    and Stopped when `stop` becomes true.
+    """
+    described = describe_targets(run, teacher, tokenizer, mixtures[0])
+    cache = TargetCache(run.targets, mixtures[0].sources, described)
+    for tmp in run.targets.glob("**/*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - tmp.stat().st_mtime > 3600:  # a live process writes all the time
+                tmp.unlink()
+    needed = cache.needed(mixtures)
+    missing = [x for x in needed if not cache.is_whole(*x)]
+    rows = sum(len(cache.shard(*x)[1]) for x in missing)
+    row_bytes, size = cache.row_type.itemsize, tqdm.format_sizeof
+    need, free = rows * row_bytes, shutil.disk_usage(run.targets).free
+    if rank == 0:
+        for path in (cache.shard(*x)[0] for x in missing):
+            if path.exists():
+                print(f"targets   {path} is torn ({path.stat().st_size:,} bytes): it is made again")
+        print(f"targets   {run.targets}: top {described['k']}, {row_bytes / run.context:,.0f} bytes"
+              f" a token; {len(needed) - len(missing)} of {len(needed)} files are there. To make: "
+              f"{rows:,} rows of {run.context}, {size(need)}B; free: {size(free)}B")
+    if need > free:
+        raise ValueError(f"--targets {run.targets}: {size(need)}B are to be written, {size(free)}B "
+                         "are free: take another disk, fewer --tokens or a lower --topk")
+    mine = sorted(set(needed[rank::world]) & set(missing))
+    with tqdm(desc="targets", total=sum(len(cache.shard(*x)[1]) for x in mine) * run.context,
+              unit="tok", unit_scale=True, disable=rank > 0 or not mine) as bar:
+        def after(tokens):
+            bar.update(tokens)
+            if stop:
+                raise Stopped("a part of the targets")
+
+        for x in mine:
+            try:
+                cache.write(*x, teacher, run.micro_batch, run.device, after)
+            except OSError as error:
+                raise OSError(f"--targets {cache.shard(*x)[0]}: {error}. The files before it are "
+                              "whole, and the same command goes on behind them") from None
+    return cache
 
 
 # ----------------------------------------------------------------------------------------------

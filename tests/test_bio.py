@@ -295,6 +295,9 @@ def test_a_mixture_shuffles_by_seed_and_step_alone(tmp_path, folder, families):
     assert tokens.shape == ids.shape == labels.shape == (4, 64)
     plain = source.row(whole.locate(0)[1])
     assert np.array_equal(plain[1], rows[0][1])  # packing does not move
+    assert not np.array_equal(plain[0], rows[0][0])
+    stored = Mixture([source], [1.0], 5, seed=3, reorder=False)
+    assert np.array_equal(stored.row(0)[0], plain[0])
 
 
 def test_the_split_sees_neither_order_nor_strand(tmp_path, folder, families):
