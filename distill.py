@@ -68,8 +68,8 @@ from tqdm import tqdm
 
 import evaluate
 from merge import merge
-from model import (MIXERS, Attention, ModelConfig, Tokenizer, Transformer, assign, document_starts,
-                   generate, is_new, load_pretrained, load_with_tokenizer, local_rows, read_json,
+from model import (MIXERS, Attention, ModelConfig, Tokenizer, Transformer, assign, generate, is_new,
+                   load_pretrained, load_with_tokenizer, local_rows, read_json, reverse_complement,
                    save_pretrained, sha256, student_config, student_from_teacher, write_json)
 
 HERE = Path(__file__).resolve().parent
@@ -78,10 +78,11 @@ HERE = Path(__file__).resolve().parent
 # 1. Data: files -> token ids on disk, once -> packed rows that keep their document boundaries
 # ----------------------------------------------------------------------------------------------
 
-DATA_FORMAT = 2  # part of the cache key: raise it when the files below change their meaning
+DATA_FORMAT = 3  # part of the cache key: raise it when the files below change their meaning
 FILES = {"tokens.bin": np.uint32,  # the tokens' ids, document after document
          "loss.bin": bool,  # for each token: may it be a label
-         "documents.bin": np.int64}  # for each document: its length and a hash of its tokens
+         "documents.bin": np.int64}  # for each document its length, a hash of its content, where
+#   its first member starts, the id of the separator behind each member (no family: 0, -1)
 PART = 1 << 25  # bytes of a file that one process tokenises at a time, and that a stop can lose
 
 
@@ -126,7 +127,8 @@ def read_documents(path, tokenizer, start=0, stop=None):
 
     Each is (kind, [(text, in_loss), ...]). .jsonl: one JSON object a line with `text`, or with
     `messages` ([{"role", "content"}, ...]; kind "chat"), rendered in the teacher's chat format with
-    only the assistant's parts in the loss. .txt: one long text, cut at line ends into about fifty
+    only the assistant's parts in the loss, or `sequences` (members of one "family": homologues,
+    molecules), or `dna` (a text whose reverse complement is another document). .txt: one long text, cut at line ends into about fifty
     documents or more (kind "piece") so that some can be held out. Ranges that meet hold every
     document once. Raises ValueError naming file and line.
     """
@@ -138,6 +140,9 @@ def read_documents(path, tokenizer, start=0, stop=None):
                 document = parse_row(_decode(piece), tokenizer)
             else:
                 continue
+            documents = [document]
+            if document[0] == "dna":  # its other strand is as good a text
+                documents.append(("dna", [(reverse_complement(document[1][0][0]), True)]))
         except ValueError as error:
             line = 1
             with open(path, "rb") as file:  # counted only now: parts do not know their line
@@ -146,7 +151,7 @@ def read_documents(path, tokenizer, start=0, stop=None):
             if isinstance(error.__cause__, UnicodeDecodeError):
                 line += piece[:error.__cause__.start].count(b"\n")
             raise ValueError(f"{path}:{line}: {error}") from None
-        yield document
+        yield from documents
 
 
 def _decode(data):
@@ -169,23 +174,49 @@ def parse_row(line, tokenizer):
             return "chat", tokenizer.render_chat_parts(row["messages"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"messages cannot be rendered ({error})") from None
-    raise ValueError('expected a string "text" or a list "messages"')
+    if isinstance(row, dict) and isinstance(row.get("dna"), str):
+        return "dna", [(row["dna"], True)]
+    sequences = row.get("sequences") if isinstance(row, dict) else None
+    if isinstance(sequences, list) and sequences and all(
+            isinstance(s, str) and s for s in sequences):
+        return "family", [(sequence, True) for sequence in sequences]
+    raise ValueError('expected a string "text" or "dna", a list "messages", or a list "sequences" '
+                     "of strings that are not empty")
 
 
 def encode_document(kind, parts, tokenizer, eos_id):
     """A document of read_documents -> its token ids and in-loss flags, two lists of one length.
 
-    A text is [BOS] text EOS, a piece has no EOS, a conversation is what its chat format says.
+    A text is [BOS] text EOS, a piece has no EOS, a conversation is what its chat format says, a
+    family is [BOS], its members with the separator after each, EOS.
     """
+    if kind == "family":
+        ids = tokenizer.encode("", specials=False)  # BOS, or nothing
+        for text, _ in parts:
+            ids += tokenizer.encode_member(text)
+        ids += [] if eos_id is None else [eos_id]
+        return ids, [True] * len(ids)
     ids, in_loss = [], []
     for text, learn in parts:
         # Plain text may spell a special token: that is text. A chat format means it.
         new = tokenizer.encode(text, bos=False if kind == "chat" else None, specials=kind == "chat")
         ids += new
         in_loss += [learn] * len(new)
-    if kind == "text" and eos_id is not None:
+    if kind in ("text", "dna") and eos_id is not None:
         ids, in_loss = ids + [eos_id], in_loss + [True]
     return ids, in_loss
+
+
+def describe_document(kind, parts, ids, tokenizer):
+    """A row of documents.bin. The hash is that of both strands, and of a family in any order."""
+    content, family = ids.tobytes(), (0, -1)
+    if kind == "dna":
+        strand = parts[0][0]
+        content = min(strand, reverse_complement(strand)).encode()
+    elif kind == "family":
+        content = json.dumps(sorted(text for text, _ in parts)).encode()
+        family = len(tokenizer.encode("", specials=False)), tokenizer.separator_id
+    return np.array([len(ids), zlib.crc32(content), *family])
 
 
 def tokenise_part(path, tokenizer, eos_id, start, stop):
@@ -198,7 +229,7 @@ def tokenise_part(path, tokenizer, eos_id, start, stop):
         ids = np.array(ids, np.uint32)
         found["tokens.bin"].append(ids)
         found["loss.bin"].append(np.array(in_loss, bool))
-        found["documents.bin"].append(np.array([len(ids), zlib.crc32(ids.tobytes())]))
+        found["documents.bin"].append(describe_document(kind, parts, ids, tokenizer))
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
 
@@ -285,7 +316,8 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
     the hashes of the text and of the tokenizer's files, so a second call with the same input finds
     the first one's work. One call at a time. Raises ValueError naming file and line, or OSError.
     """
-    key = f"{DATA_FORMAT} {eos_id} {path.suffix} {file_sha256(path)} {tokenizer_sha256(tokenizer)}"
+    key = (f"{DATA_FORMAT} {eos_id} {tokenizer.separator_id} {path.suffix} {file_sha256(path)} "
+           f"{tokenizer_sha256(tokenizer)}")
     folder = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
@@ -333,7 +365,7 @@ def teacher_sha256(folder):
 
 def tokenizer_sha256(tokenizer):
     """sha256 of the files that decide how a tokenizer encodes texts and conversations."""
-    names = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+    names = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt"
     return sha256(*filter(Path.is_file, (Path(tokenizer.path).with_name(n) for n in names)))
 
 
@@ -357,7 +389,7 @@ class Source:
     """
 
     def __init__(self, name, folder, split, T, fraction=0.02):
-        lengths, hashes = np.fromfile(folder / "documents.bin", np.int64).reshape(-1, 2).T
+        lengths, hashes, *family = np.fromfile(folder / "documents.bin", np.int64).reshape(-1, 4).T
         rank = max(1, round(fraction * len(hashes))) - 1
         limit = np.partition(hashes, rank)[rank]
         chosen = hashes <= limit if split == "heldout" else hashes > limit
@@ -366,23 +398,39 @@ class Source:
         self.loss = map_array(folder / "loss.bin", bool)
         self.lengths = lengths[chosen]
         self.starts = (lengths.cumsum() - lengths)[chosen]  # in the files
+        self.heads, self.separators = (column[chosen] for column in family)
         self.ends = self.lengths.cumsum()  # in the stream of chosen documents
         self.total = int(self.lengths.sum())
         self.num_rows = max(0, self.total - 1) // T
 
-    def row(self, i):
-        """Row i: token ids, document ids, in-loss flags; T + 1 of each (the last: label only)."""
+    def row(self, i, order=None):
+        """Row i: token ids, document ids, in-loss flags; T + 1 of each (the last: label only).
+
+        order: integers that decide how each family's members are ordered; None: as in the file.
+        """
         a, b = i * self.T, (i + 1) * self.T + 1
         ids = np.arange(np.searchsorted(self.ends, a, "right"),
                         np.searchsorted(self.ends, b, "left") + 1)
         pieces = []
         for d in ids:
             shift = self.starts[d] - (self.ends[d] - self.lengths[d])  # stream -> file
-            pieces.append(slice(max(a + shift, self.starts[d]),
-                                min(b + shift, self.starts[d] + self.lengths[d])))
-        return (np.concatenate([self.tokens[p] for p in pieces]),
-                np.repeat(ids, [p.stop - p.start for p in pieces]),
-                np.concatenate([self.loss[p] for p in pieces]))
+            piece = slice(max(a + shift, self.starts[d]),
+                          min(b + shift, self.starts[d] + self.lengths[d]))
+            if order is not None and self.separators[d] >= 0:
+                first = self.starts[d]
+                piece = self.shuffled(d, order)[piece.start - first:piece.stop - first]
+            pieces.append(piece)
+        tokens = [self.tokens[piece] for piece in pieces]
+        return (np.concatenate(tokens), np.repeat(ids, [len(t) for t in tokens]),
+                np.concatenate([self.loss[piece] for piece in pieces]))
+
+    def shuffled(self, d, order):
+        """Where the tokens of family d stand in the files, members in a new order: (length,)."""
+        where = np.arange(self.starts[d], self.starts[d] + self.lengths[d])
+        ends = np.flatnonzero(self.tokens[where] == self.separators[d]) + 1
+        head, *members, tail = np.split(where, [self.heads[d], *ends])
+        new = np.random.default_rng((*order, int(d))).permutation(len(members))
+        return np.concatenate([head, *(members[m] for m in new), tail])
 
 
 def collate(rows, device):
@@ -402,10 +450,13 @@ class Mixture:
     So resuming needs one integer. After n rows, for every n, each source has given its share of n
     to within one row; a source that runs out starts over in a new order. Attributes, for each row:
     which (its source), nth (its how-manieth row).
+
+    reorder: each epoch reads a family's members in an order of its own. False keeps the files'
+    order, for which teacher targets are stored.
     """
 
-    def __init__(self, sources, weights, total_rows, seed):
-        self.sources, self.seed, self.orders = sources, seed, {}
+    def __init__(self, sources, weights, total_rows, seed, reorder=True):
+        self.sources, self.seed, self.orders, self.reorder = sources, seed, {}, reorder
         self.which = interleave(weights, total_rows)
         self.nth = np.empty(total_rows, np.int64)
         for s in range(len(sources)):
@@ -422,7 +473,8 @@ class Mixture:
 
     def row(self, i):
         s, j = self.locate(i)
-        return self.sources[s].row(j)
+        order = self.seed, s, int(self.nth[i]) // self.sources[s].num_rows
+        return self.sources[s].row(j, order if self.reorder else None)
 
 
 def row_order(seed, s, epoch, n):
@@ -594,18 +646,18 @@ class _SparseKD(torch.autograd.Function):
         return *(None if g is None else g.mul_(grad) for g in ctx.grads), *(None,) * 5
 
 
-def alignment_losses(student, tokens, document_ids, backward_scale=None):
+def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
     """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of ||h_T - h_S||^2.
 
     Walks the layers once. Each gets the TEACHER's layer input; its softmax output is the target,
     its hybrid output the prediction, and the teacher's output goes on to the next layer. So
     student and teacher share one copy of all frozen weights, layers do not depend on each other,
     and memory is that of one layer: with `backward_scale` each layer's graph is used at once
-    (gradients of scale * loss are added) and freed. Returns (layers,) fp32, detached.
+    (gradients of scale * loss are added) and freed. positions: as in `Transformer.forward`.
+    Returns (layers,) fp32, detached.
     """
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    if document_ids is not None:
-        positions = positions - document_starts(document_ids)
+    if positions is None:
+        positions = student.positions(tokens, document_ids=document_ids)
     losses = []
     with torch.no_grad():
         x = student.model["embed_tokens"](tokens)

@@ -9,17 +9,19 @@
                  of contexts and batches (the paper's Figures 5 and 10 to 14)
 
 Published benchmarks (PIQA, MMLU, GSM8K, ...) run in lm-evaluation-harness itself, through the
-bridge in section 7. Not here: benchmarks judged by another language model (MT-Bench), training
+bridge in section 8. Not here: benchmarks judged by another language model (MT-Bench), training
 (distill.py), merging (merge.py).
 
 Run:
     python evaluate.py compare --teacher DIR --student DIR --tasks FILE.jsonl... --out REPORT
     python evaluate.py gates --student DIR --data FILE.txt|.jsonl --picture gates.png
+    python evaluate.py molecules --model DIR --data FAMILIES.jsonl       # valid, unique, novel
     python evaluate.py lm-eval --model DIR --tasks arc_easy,piqa       # pip install lm_eval
     python evaluate.py speed --out SPEED      # the shipped teacher; or --teacher DIR, or --shape 8b
 
-Contents: 1 statistics · 2 task files · 3 log-likelihoods, generation · 4 code in a subprocess ·
-5 scoring task files · 6 output gates · 7 bridge to lm-eval · 8 report · 9 speed · 10 command
+Contents: 1 statistics · 2 task files · 3 log-likelihoods and generation · 4 code in a subprocess ·
+5 scoring task files · 6 sequences · 7 output gates · 8 bridge to lm-evaluation-harness · 9 report ·
+10 speed · 11 command
 """
 
 import argparse
@@ -48,8 +50,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (MIXERS, Cache, HybridAttention, ModelConfig, Rope, Transformer, load_pretrained,
-                   load_with_tokenizer, sha256, student_from_teacher, write_json)
+from model import (MIXERS, SMILES_PIECES, Cache, HybridAttention, ModelConfig, Rope, Transformer,
+                   generate, load_pretrained, load_with_tokenizer, reverse_complement, sha256,
+                   student_from_teacher, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -146,6 +149,15 @@ def bootstrap(student, teacher, *, draws=4000, seed=0):
 #              stop, max_new_tokens (default 512)
 #   needle     length, depth   a 7-digit number hidden in about `length` tokens of filler at
 #              seed            `depth` (0: first, 1: last), and asked for at the end
+# Sequences (section 6). Likelihoods are geometric means: 1 / perplexity, so that higher is better.
+#   family     sequences       likelihood a token of the last one, the others before it
+#   strand     dna             likelihood a base, mean of both strands' log-probabilities
+#   probe      dna, labels     share of bases whose label (one character a base) a ridge probe on
+#                              conjoined embeddings finds; fitted on the file's rows of other parity
+#   molecule   sequences       1 if the molecule sampled after these (or none: []) is valid SMILES
+#              seed            of the sampling
+#              temperature     default 1.0
+#              max_new_tokens  default 128
 
 REQUIRED = object()  # in place of a default
 FIELDS = {  # name: (type, default); a list is one of strings
@@ -155,7 +167,12 @@ FIELDS = {  # name: (type, default); a list is one of strings
                  "max_new_tokens": (int, 256), "extract": (str, ""), "match": (str, "exact")},
     "code": {"prompt": (str, REQUIRED), "test": (str, REQUIRED), "stop": (list, []),
              "max_new_tokens": (int, 512)},
-    "needle": {"length": (int, REQUIRED), "depth": (float, REQUIRED), "seed": (int, REQUIRED)}}
+    "needle": {"length": (int, REQUIRED), "depth": (float, REQUIRED), "seed": (int, REQUIRED)},
+    "family": {"sequences": (list, REQUIRED)},
+    "strand": {"dna": (str, REQUIRED)},
+    "probe": {"dna": (str, REQUIRED), "labels": (str, REQUIRED)},
+    "molecule": {"sequences": (list, REQUIRED), "seed": (int, REQUIRED),
+                 "temperature": (float, 1.0), "max_new_tokens": (int, 128)}}
 
 
 def read_task(path):
@@ -214,6 +231,15 @@ def _check_row(row):
                 re.compile(extract)
             except re.error as error:
                 raise ValueError(f"extract is no regular expression ({error})") from None
+        case {"type": "family", "sequences": sequences}:
+            need |= {"there are no sequences": sequences}
+        case {"dna": dna}:
+            reverse_complement(dna)
+            labels = row.get("labels", dna)
+            need |= {f"{len(dna)} bases, {len(labels)} labels: expected one a base, and one or more":
+                     1 <= len(dna) == len(labels)}
+        case {"type": "molecule", "temperature": temperature}:
+            need |= {f"temperature = {temperature} is below 0": temperature >= 0}
         case {"type": "needle", "length": length, "depth": depth}:
             need |= {f"length = {length} is below 64": length >= 64,
                      f"depth = {depth} is not from 0 to 1": 0 <= depth <= 1}
@@ -355,6 +381,20 @@ class Scorer:
                 logits = self.model(inputs, cache=copy.deepcopy(cache))[0]
                 found[context, new] = self._read(logits, new)
         return [found[pair] for pair in pairs]
+
+    @torch.inference_mode()
+    def token_logprobs(self, ids):
+        """Log-probability of each token of a text that stands after BOS (or EOS): (T,) float64."""
+        if not self.prefix:
+            raise ValueError(f"{self.model.source}: neither BOS nor EOS is known, so nothing can "
+                             "stand before the first token; name eos_token_id in config.json")
+        new, found = self._tensor([*self.prefix, *ids]), []
+        cache = Cache(self.model, 1, len(new))
+        for a in range(0, len(ids), PREFILL):
+            h = self.model.hidden(new[None, a:min(a + PREFILL, len(ids))], cache=cache)[0]
+            logprobs = F.linear(h, self.model.lm_head_weight).float().log_softmax(-1)
+            found.append(logprobs.gather(1, new[a + 1:a + 1 + len(h), None])[:, 0].double())
+        return torch.cat(found)
 
     def _tensor(self, rows):
         return torch.tensor(rows, device=self.device)
@@ -552,7 +592,8 @@ def _at(row, function, *args):
 
 
 def _model_hash(directory):
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+             "vocab.txt")
     small = [Path(directory, name) for name in names if Path(directory, name).exists()]
     return sha256(*small, *sorted(Path(directory).glob("*.safetensors")))
 
@@ -614,9 +655,14 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
                dynamic_ncols=True, leave=False) as bar):
         for task, rows in todo.items():
             choices = [row for row in rows if row["type"] == "choice"]
-            texts = [row for row in rows if row["type"] != "choice"]
+            texts = [row for row in rows if row["type"] in ("generate", "code", "needle")]
+            sequences = ((row, _at(row, score_sequence, scorer, row)) for row in rows
+                         if row["type"] in ("family", "strand", "molecule"))
+            probes = [row for row in tasks[task] if row["type"] == "probe"]  # fitted on all of them
+            probes = probes if any(row["type"] == "probe" for row in rows) else []
             for row, result in itertools.chain(score_choices(scorer, choices),
-                                               score_texts(scorer, texts)):
+                                               score_texts(scorer, texts), sequences,
+                                               score_probes(scorer, probes)):
                 key = {"model": model, "file": files[task], "task": task, "id": row["id"]}
                 done[task, row["id"]] = {**key, **result}
                 log.write(json.dumps({**key, **result}) + "\n")
@@ -636,7 +682,219 @@ def evaluate_tasks(directory, task_files, **options):
 
 
 # ----------------------------------------------------------------------------------------------
-# 6. Output gates: where the mLSTM speaks, and where the window
+# 6. Sequences: families, both strands of DNA, molecules
+# ----------------------------------------------------------------------------------------------
+
+
+def family_nats(scorer, sequences):
+    """Negative log-probability of each sequence given those before it: [(nats, tokens), ...].
+
+    As in training: each has a separator behind it (not counted), at which positions restart.
+    """
+    ids, spans = [], []
+    for member in map(scorer.tokenizer.encode_member, sequences):
+        spans.append(slice(len(ids), len(ids) + len(member) - 1))
+        ids += member
+    logprobs = scorer.token_logprobs(ids)
+    return [(-float(logprobs[span].sum()), span.stop - span.start) for span in spans]
+
+
+def strand_scores(scorer, dna):
+    """Log-probability (nats) of a DNA string and of its reverse complement, as a pair.
+
+    Their mean is the post-hoc conjoined score: the same for either strand, exactly.
+    """
+    return tuple(float(scorer.token_logprobs(scorer.tokenizer.encode(strand, bos=False)).sum())
+                 for strand in (dna, reverse_complement(dna)))
+
+
+@torch.inference_mode()
+def base_embeddings(scorer, dna):
+    """Conjoined embedding of each token of a DNA string: (T, 2 hidden) fp32 on the CPU.
+
+    The final norm's output h_t(x), which knows what stands before, beside h_{T-1-t}(rc(x)), which
+    knows what stands behind. The other strand's are these in reverse order with halves swapped.
+    """
+    def embed(bases):
+        ids = scorer.tokenizer.encode(bases, bos=False)
+        h = scorer.model.hidden(scorer._tensor([[*scorer.prefix, *ids]]))[0]
+        return h[len(scorer.prefix):].float().cpu()
+
+    return torch.cat((embed(dna), embed(reverse_complement(dna)).flip(0)), dim=1)
+
+
+def ridge_probe(features, labels, test_features, penalty=1e-3):
+    """Labels predicted for test_features (M, D) by ridge regression on features (N, D).
+
+    labels (N,) int64 from 0. One-hot targets, features standardised by their mean and deviation,
+    penalty * N * |W|^2; solved in closed form in float64, in D x D or N x N, whichever is smaller.
+    """
+    x, t = features.double(), test_features.double()
+    mean, scale = x.mean(0), x.std(0, correction=0).clamp_min(1e-12)
+    x, t = (x - mean) / scale, (t - mean) / scale
+    y = F.one_hot(labels).double()
+    bias, (N, D) = y.mean(0), x.shape
+    gram = x.T @ x if D <= N else x @ x.T
+    gram.diagonal().add_(penalty * N)
+    w = torch.linalg.solve(gram, x.T @ (y - bias)) if D <= N else (
+        x.T @ torch.linalg.solve(gram, y - bias))
+    return (t @ w + bias).argmax(1)
+
+
+# The most bonds of a neutral atom. A charge makes it its neighbour in the periodic table: N+ bonds
+# as C does, O- as F.
+_VALENCES = {"H": 1, "B": 3, "C": 4, "N": 3, "O": 2, "F": 1, "Al": 3, "Si": 4, "P": 5, "S": 6,
+             "Cl": 1, "Br": 1, "I": 1}
+_ROWS = ("B", "C", "N", "O", "F"), ("Al", "Si", "P", "S", "Cl"), ("H",), ("Br",), ("I",)
+_BRACKET = re.compile(r"\[\d*(H|B|C|N|O|F|P|S|Cl|Br|I)@{0,2}(?:H(\d?))?(?:([+-])(\d?))?(?::\d+)?\]")
+_BONDS = {"-": 1, "/": 1, "\\": 1, "=": 2, "#": 3}
+
+
+def _parse_atom(piece):
+    """A piece of SMILES -> (most bonds, hydrogens in its brackets), None if it is no such atom."""
+    if piece in ("B", "C", "N", "O", "F", "P", "S", "Cl", "Br", "I"):
+        return _VALENCES[piece], 0
+    if not (found := _BRACKET.fullmatch(piece)):
+        return None
+    element, hydrogens, sign, size = found.groups()
+    row = next(row for row in _ROWS if element in row)
+    column = row.index(element) - (int(f"{sign}{size or 1}") if sign else 0)
+    most = _VALENCES[row[column]] if 0 <= column < len(row) else 0
+    return most, 0 if hydrogens is None else int(hydrogens or 1)
+
+
+def smiles_error(text):
+    r"""Why a SMILES string is no molecule, as a phrase; None if syntax and valences are right.
+
+    The Kekule subset: atoms B C N O F P S Cl Br I and H, in brackets also with isotope, chirality,
+    hydrogens, charge; bonds - = # / and \; branches, rings 0-9 and %10-%99, parts with "." between.
+    Aromatic (lower-case) atoms are outside of it: write rings with = instead. Valences are RDKit's,
+    except that iodine has one bond only; strained rings are not judged.
+    """
+    used, most = [], []              # an atom: bonds so far, and at most
+    bonded, rings, branches = set(), {}, []
+    last = bond = None               # the atom and the bond that the next piece continues
+    before = ""
+    for piece in re.findall(SMILES_PIECES, text):
+        atom = _parse_atom(piece)
+        if before == "(" and not (atom or piece in _BONDS):
+            return f"a branch starts with {piece}"
+        if atom:
+            used.append(atom[1])
+            most.append(atom[0])
+            pair, last = (last, len(used) - 1), len(used) - 1
+            if pair[0] is not None:
+                bonded.add(pair)
+                for end in pair:
+                    used[end] += _BONDS[bond or "-"]
+            bond = None
+        elif piece in ("b", "c", "n", "o", "p", "s"):
+            return f"{piece} is aromatic, and only Kekule forms are read here"
+        elif last is None:
+            return f"{piece} stands before any atom"
+        elif piece in _BONDS and bond is None:
+            bond = piece
+        elif re.fullmatch("%?[0-9]+", piece):
+            number = int(piece.strip("%"))
+            if number not in rings:
+                rings[number] = last, bond
+            else:
+                first, opened = rings.pop(number)
+                order = {_BONDS[b] for b in (opened, bond) if b} or {1}
+                if len(order) > 1 or first == last or bonded & {(first, last), (last, first)}:
+                    return f"ring {number} closes on itself, on a neighbour or with another bond"
+                bonded.add((first, last))
+                for end in (first, last):
+                    used[end] += min(order)
+            bond = None
+        elif piece == "(" and bond is None:
+            branches.append(last)
+        elif piece == ")" and bond is None and branches:
+            last = branches.pop()
+        elif piece == "." and bond is None:
+            last = None
+        else:
+            return f"{piece} has no meaning here, or is not of the Kekule subset"
+        before = piece
+    if last is None or bond or rings or branches:
+        return "the end is missing: of a bond, a ring or a branch"
+    over = next((i for i, n in enumerate(used) if n > most[i]), None)
+    return None if over is None else f"atom {over + 1} has {used[over]} bonds of {most[over]}"
+
+
+def sample_sequences(scorer, members, number, *, seed, temperature=1.0, max_new_tokens=128):
+    """`number` further members of a family (or of [], any), each up to its separator or EOS."""
+    tokenizer = scorer.tokenizer
+    ends = {tokenizer.separator_id, *scorer.model.config.eos_ids}
+    ids = sum(map(tokenizer.encode_member, members), [*scorer.prefix])
+    rows = generate(scorer.model, scorer._tensor([ids]).expand(number, -1), seed=seed,
+                    max_new_tokens=max_new_tokens, temperature=temperature, stop=ends - {None})
+    return [tokenizer.decode(itertools.takewhile(lambda i: i not in ends, row[len(ids):]))
+            for row in rows.tolist()]
+
+
+def read_families(path):
+    """The lists in a .jsonl file's `sequences`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return [list(json.loads(line)["sequences"]) for line in lines if line.strip()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: expected one object with "sequences" a line ({error!r})'
+                         ) from None
+
+
+def molecule_shares(samples, known):
+    """{"valid", "unique", "novel"}: of samples; of the valid; of the unique, not among `known`.
+
+    Molecules are compared as strings: two ways to write one count as two.
+    """
+    valid = [text for text in samples if smiles_error(text) is None]
+    return {"valid": len(valid) / len(samples), "unique": len(set(valid)) / max(1, len(valid)),
+            "novel": len(set(valid) - set(known)) / max(1, len(set(valid)))}
+
+
+def score_sequence(scorer, row):
+    """The result of a "family", "strand" or "molecule" row."""
+    result = {"chance": 0.0, "lost_tokens": 0}
+    match row["type"]:
+        case "family":
+            members = [math.exp(nats / n) for nats, n in family_nats(scorer, row["sequences"])]
+            return {"score": 1 / members[-1], **result, "perplexity": members}
+        case "strand":
+            scores, T = strand_scores(scorer, row["dna"]), len(row["dna"])
+            return {"score": math.exp(sum(scores) / (2 * T)), **result,
+                    "strand_gap": abs(scores[0] - scores[1]) / T}
+        case "molecule":
+            text, = sample_sequences(scorer, row["sequences"], 1, **{
+                key: row[key] for key in ("seed", "temperature", "max_new_tokens")})
+            return {"score": float(smiles_error(text) is None), **result, "output": text}
+
+
+def score_probes(scorer, rows):
+    """Yield (row, result) of all "probe" rows of a file: two halves, by parity, each labelled by a
+    probe that was fitted on the other. forward_only: the same without the other strand."""
+    features = [base_embeddings(scorer, row["dna"]) for row in rows]
+    alphabet = sorted(set("".join(row["labels"] for row in rows)))
+    labels = [torch.tensor([alphabet.index(c) for c in row["labels"]]) for row in rows]
+    for row, x, y in zip(rows, features, labels):
+        if len(x) != len(y) or len(rows) < 2:
+            raise ValueError(f"{row['where']}: {len(x)} tokens, {len(y)} labels, {len(rows)} rows; "
+                             "a probe needs a token a base, and two rows or more")
+    if not rows:
+        return
+    chance = torch.cat(labels).bincount().max().item() / sum(map(len, labels))
+    for parity in (0, 1):
+        x, y = torch.cat(features[1 - parity::2]), torch.cat(labels[1 - parity::2])
+        tests, D = features[parity::2], x.shape[1]
+        both, forward = (ridge_probe(x[:, :n], y, torch.cat(tests)[:, :n]).split(
+            [len(t) for t in tests]) for n in (D, D // 2))
+        for row, own, a, b in zip(rows[parity::2], labels[parity::2], both, forward):
+            yield row, {"score": (a == own).double().mean().item(), "chance": chance,
+                        "lost_tokens": 0, "forward_only": (b == own).double().mean().item()}
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. Output gates: where the mLSTM speaks, and where the window
 # ----------------------------------------------------------------------------------------------
 
 
@@ -686,7 +944,7 @@ def show_gates(medians):
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. Bridge to lm-evaluation-harness, for the published benchmarks
+# 8. Bridge to lm-evaluation-harness, for the published benchmarks
 # ----------------------------------------------------------------------------------------------
 
 
@@ -732,8 +990,24 @@ def lm_eval_model(scorer):
 
 
 # ----------------------------------------------------------------------------------------------
-# 8. Report
+# 9. Report
 # ----------------------------------------------------------------------------------------------
+
+
+def mean_details(results):
+    """What results tell beside their scores: {task: {name: mean, or means where it is a list}}.
+
+    Lists of several lengths (perplexity by member) are cut to the shortest.
+    """
+    found = {}
+    for task, rows in results.items():
+        for name in ("perplexity", "strand_gap", "forward_only"):
+            if all(name in row for row in rows):
+                values = [row[name] if isinstance(row[name], list) else [row[name]] for row in rows]
+                shortest = min(map(len, values))
+                means = np.mean([v[:shortest] for v in values], axis=0).tolist()
+                found.setdefault(task, {})[name] = means
+    return found
 
 
 def compare(teacher, students):
@@ -750,11 +1024,12 @@ def compare(teacher, students):
     a_t, chance = mean_scores(teacher), mean_scores(teacher, "chance")
     report = {"teacher": a_t, "chance": chance, "students": {},
               "rows": {task: len(rows) for task, rows in teacher.items()},
-              "contexts_cut": sum(r["lost_tokens"] > 0 for rows in teacher.values() for r in rows)}
+              "contexts_cut": sum(r["lost_tokens"] > 0 for rows in teacher.values() for r in rows),
+              "details": mean_details(teacher)}
     for name, results in students.items():
         a_s = mean_scores(results)
         report["students"][name] = {
-            "scores": a_s, "recovery": finite(recovery(a_s, a_t)),
+            "scores": a_s, "details": mean_details(results), "recovery": finite(recovery(a_s, a_t)),
             "recovery_above_chance": finite(recovery(a_s, a_t, chance)),
             "win_and_tie": win_and_tie(a_s, a_t, 0.0),
             "critical_tolerance": critical_tolerance(a_s, a_t),
@@ -774,6 +1049,11 @@ def show_report(report):
             print(f"{task:{width}}{rows:6}" + cell(report["teacher"][task])
                   + cell(s["scores"][task]) + cell(s["recovery"][task])
                   + "    " + cell(s["recovery_above_chance"][task]))
+        for task, details in s["details"].items():
+            for name, values in details.items():
+                teacher = report["details"][task][name]
+                print(f"{task}, {name}: " + " ".join(f"{v:.3f}" for v in values)
+                      + "   teacher: " + " ".join(f"{v:.3f}" for v in teacher))
         rate, tolerance = (s["intervals"][key] for key in ("win_and_tie", "critical_tolerance"))
         print(f"C_0    = {s['win_and_tie']:.3f}   95 % of draws: {rate[0]:.3f} to {rate[1]:.3f}   "
               f"lossless: {'yes' if s['win_and_tie'] >= 0.5 else 'no'}, in "
@@ -826,7 +1106,7 @@ def draw_gates(medians, path):
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. Speed and memory, teacher against student
+# 10. Speed and memory, teacher against student
 # ----------------------------------------------------------------------------------------------
 # What Figures 5 and 10 to 14 of the paper (§4.4, App. E.4) show: cost over context and batch. The
 # prompts are random ids and new parameters need no training: neither changes what is computed.
@@ -852,39 +1132,17 @@ def random_8b_stack(layers, device, dtype):
         return Transformer(config).to(dtype)
 
 
-def _parts(thing, seen):
-    """A cache and all that it holds, each once: objects of model.py's classes, and tensors."""
-    if id(thing) in seen or isinstance(thing, (torch.nn.Module, torch.nn.Parameter)):
-        return  # the model's own
-    seen[id(thing)] = thing
-    if isinstance(thing, (list, tuple, dict)):
-        values = thing.values() if isinstance(thing, dict) else thing
-    elif isinstance(thing, torch.Tensor) or type(thing).__module__ == Cache.__module__:
-        yield thing
-        values = () if isinstance(thing, torch.Tensor) else vars(thing).values()
-    else:
-        return
-    for value in values:
-        yield from _parts(value, seen)
-
-
-def cache_bytes(cache):
-    """Bytes of all tensors in a cache; tensors that share a buffer count once."""
-    buffers = [t.untyped_storage() for t in _parts(cache, {}) if isinstance(t, torch.Tensor)]
-    return sum({buffer.data_ptr(): buffer.nbytes() for buffer in buffers}.values())
-
-
 def jump(cache, filled, length):
     """Bring a cache that has read `filled` tokens to the size and age of `length`, untruly.
 
     Rows that a teacher would have filled get random numbers (untouched memory would be faster
     than real one); a student's memory has no more rows, and only grows older.
     """
-    for part in _parts(cache, {}):
-        if hasattr(part, "length"):
-            part.length = length
-        elif isinstance(part, torch.Tensor) and part.dim() == 4 and part.shape[2] >= length:
-            part[:, :, filled:length].normal_()
+    for layer in cache.layers:
+        layer.length.fill_(length)
+        for rows in (layer.k, layer.v):
+            rows[:, :, filled:length].normal_()  # none, if there are no more than `filled`
+    cache.position.fill_(length)
 
 
 @torch.no_grad()
@@ -921,7 +1179,7 @@ def time_once(model, tokens, new_tokens, seconds):
             h = model.hidden(new[:, None], cache=cache)
     return {"prefill_s": prefill if done == T else None,
             "first_token_s": times[0] - started if done == T else None,
-            "steps_s": np.diff(times).tolist(), "cache_bytes": cache_bytes(cache),
+            "steps_s": np.diff(times).tolist(), "cache_bytes": sum(x.nbytes for x in cache.tensors()),
             "peak_bytes": torch.cuda.max_memory_allocated(device) - before if on_gpu else None}
 
 
@@ -1009,7 +1267,7 @@ def draw_speed(cells, folder):
 
 
 # ----------------------------------------------------------------------------------------------
-# 10. The command
+# 11. The command
 # ----------------------------------------------------------------------------------------------
 
 
@@ -1039,6 +1297,18 @@ def run_gates(run):
     show_gates(medians)
     if run.picture:
         draw_gates(medians, run.picture)
+
+
+def run_molecules(run):
+    """`molecules`: sample members of families, and print the valid, unique and novel shares."""
+    scorer, families, samples = Scorer(run.model, run.device), read_families(run.data), []
+    for i, family in enumerate(tqdm(families[:run.rows], desc="molecules", leave=False)):
+        samples += sample_sequences(scorer, family[:run.shots], run.number, seed=run.seed + i,
+                                    temperature=run.temperature)
+    for text in samples[::run.number][:4]:
+        print(f"  {text}   {smiles_error(text) or 'valid'}")
+    shares = molecule_shares(samples, itertools.chain(*families))
+    print(f"{len(samples)} samples: " + "  ".join(f"{k} {v:.3f}" for k, v in shares.items()))
 
 
 def run_lm_eval(run):
@@ -1159,6 +1429,17 @@ def parse_arguments(argv):
     g.add_argument("--rows", type=int, default=128)
     g.set_defaults(run=run_gates)
 
+    m = commands.add_parser("molecules", help="sample SMILES: valid, unique and novel shares")
+    m.add_argument("--model", type=Path, required=True, metavar="DIR", help="teacher or student")
+    m.add_argument("--data", type=Path, metavar="FILE.jsonl", required=True,
+                   help="rows with `sequences`: families to sample from; none of them is novel")
+    m.add_argument("--shots", type=int, default=4, help="members before a sample (0: from nothing)")
+    m.add_argument("--rows", type=int, default=100, help="families")
+    m.add_argument("--number", type=int, default=10, help="samples a family")
+    m.add_argument("--temperature", type=float, default=1.0)
+    m.add_argument("--seed", type=int, default=0)
+    m.set_defaults(run=run_molecules)
+
     e = commands.add_parser("lm-eval", help="published benchmarks, in lm-evaluation-harness")
     e.add_argument("--model", type=Path, required=True, metavar="DIR", help="teacher or student")
     e.add_argument("--tasks", required=True, help="names, with commas between")
@@ -1189,10 +1470,10 @@ def parse_arguments(argv):
         command.add_argument("--limit", type=int, help="rows a task")
         command.add_argument("--allow-code-execution", action="store_true",
                              help="run what the model writes")
-    for command in (c, g, e, s):
+    for command in (c, g, m, e, s):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = p.parse_args(argv)
-    for name in ("limit", "context", "rows", "layers", "window", "contexts", "batches",
+    for name in ("limit", "context", "rows", "number", "layers", "window", "contexts", "batches",
                  "new_tokens"):
         value = getattr(run, name, None)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:

@@ -102,6 +102,7 @@ class ModelConfig:
     layer_windows: tuple  # per layer: the TEACHER's own window (tokens, itself included) or None
     max_positions: int
     eos_ids: tuple  # ids that end a generation
+    separator_id: int | None = None  # token at which positions restart, between sequences
     hybrid: Hybrid | None = None  # None: a teacher
 
     @property
@@ -141,7 +142,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3")
 
 def _parse_config(c, path):
     """config.json's dictionary -> ModelConfig, with each family's defaults where it is silent."""
-    family = c.get("model_type")
+    family, separator = c.get("model_type"), c.get("separator_id")
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
                          + ", ".join(FAMILIES))
@@ -156,6 +157,8 @@ def _parse_config(c, path):
             ("intermediate_size", c["intermediate_size"], 1 << 20)):
         if not (isinstance(value, int) and 1 <= value <= most):
             raise ValueError(f"{path}: {name} = {value!r} is not an integer from 1 to {most}")
+    if separator is not None and not (isinstance(separator, int) and 0 <= separator):
+        raise ValueError(f"{path}: separator_id {separator!r} is no token id")
     if heads % kv_heads:
         raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
                          f"num_key_value_heads {kv_heads}")
@@ -175,7 +178,7 @@ def _parse_config(c, path):
         mlp_bias=family == "llama" and c.get("mlp_bias", False),
         rope=rope, sliding_rope=sliding_rope, layer_windows=_parse_windows(c, family, layers, path),
         max_positions=c.get("max_position_embeddings", 2048),
-        eos_ids=_as_tuple(c.get("eos_token_id")),
+        eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=separator,
         hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None)
 
 
@@ -1186,15 +1189,35 @@ class Transformer(nn.Module):
             rope_tables(c.sliding_rope, positions, c.head_dim))
         return [full if window is None else sliding for window in c.layer_windows]
 
-    def hidden(self, tokens, *, document_ids=None, cache=None):
-        """tokens (B, T) int64 -> the final norm's output (B, T, hidden); arguments as `forward`."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        if cache is not None:
-            if document_ids is not None:
-                raise ValueError("a cache holds one document a row: give cache or document_ids")
-            positions = positions + cache.position
-        elif document_ids is not None:
-            positions = positions - document_starts(document_ids)  # every document starts at 0
+    def positions(self, tokens, *, document_ids=None, cache=None):
+        """The positions RoPE rotates tokens (B, T) by when none are given: (B or 1, T) int64.
+
+        They count from 0 at every document, and at every `separator_id` if the config names one:
+        each sequence of a family (homologues, say) then has its own positions, separator or BOS
+        at 0, while attention and recurrent state run on through the document. With a cache they
+        go on where it stands.
+        """
+        separator = self.config.separator_id
+        index = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        start = -cache.position if cache is not None else torch.zeros_like(index[:, :1])
+        if document_ids is not None:
+            start = document_starts(document_ids)
+        if separator is not None:
+            start = torch.where(tokens == separator, index, start).cummax(dim=1).values
+        return index - start
+
+    def hidden(self, tokens, *, document_ids=None, positions=None, cache=None):
+        """tokens (B, T) int64 -> the final norm's output (B, T, hidden); arguments as `forward`.
+
+        It represents the token and what came before it: per-base embeddings, for example.
+        """
+        if cache is not None and document_ids is not None:
+            raise ValueError("a cache holds one document a row: give cache or document_ids")
+        if positions is None:
+            positions = self.positions(tokens, document_ids=document_ids, cache=cache)
+        elif positions.dim() != 2 or positions.shape[1] != tokens.shape[1]:
+            raise ValueError(f"positions {tuple(positions.shape)} must be (B or 1, T) as tokens "
+                             f"{tuple(tokens.shape)}")
         x = self.model["embed_tokens"](tokens)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -1206,16 +1229,17 @@ class Transformer(nn.Module):
             cache.position.copy_(positions[:, -1:] + 1)
         return self.model["norm"](x)
 
-    def forward(self, tokens, *, document_ids=None, cache=None, head=F.linear):
+    def forward(self, tokens, *, document_ids=None, positions=None, cache=None, head=F.linear):
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype.
 
-        document_ids (B, T): packed documents, which do not see each other. cache: a `Cache` whose
-        tokens come before these; it takes these in. Any T works after any length.
-        head(hidden, lm_head_weight): what to return instead of logits. A loss goes here, so that
-        (tokens, V) logits never exist, and FSDP, which gathers sharded weights for the length of
-        this call, has lm_head at hand.
+        document_ids (B, T): packed documents, which do not see each other. positions (B or 1, T)
+        int64: rotate by these (None: `Transformer.positions`); they move no memory's border.
+        cache: a `Cache` whose tokens come before these; it takes these in. Any T works after any
+        length. head(hidden, lm_head_weight): what to return instead of logits. A loss goes here,
+        so that (tokens, V) logits never exist, and FSDP, which gathers sharded weights for the
+        length of this call, has lm_head at hand.
         """
-        h = self.hidden(tokens, document_ids=document_ids, cache=cache)
+        h = self.hidden(tokens, document_ids=document_ids, positions=positions, cache=cache)
         return head(h, self.lm_head_weight)
 
 
@@ -1554,7 +1578,7 @@ def _read_rows(path, name, start, stop):
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json", "chat_template.jinja")
+                   "generation_config.json", "chat_template.jinja", "vocab.txt")
 
 
 def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
@@ -1751,23 +1775,42 @@ def _find_chat_format(template, added):
     return form if added.keys() >= set(marks) else None
 
 
+# Tokenizers of sequences need no merges: a pattern cuts the pieces, and each is looked up whole.
+# A folder names one as "tokenizer_class" in tokenizer_config.json, beside bos_token and eos_token,
+# and lists its tokens in vocab.txt, one a line, its number (from 0) the id, empty lines unused.
+# "bytes" needs no list: ids 0 to 255, then BOS and EOS. "DNAKmerTokenizer" is GENERator's own.
+SMILES_PIECES = r"\[[^\[\]]*\]|Br|Cl|%[0-9]{2}|[\s\S]"  # atoms and ring numbers stay whole
+_SEQUENCES = {
+    "bytes": r"[\s\S]",
+    "kmer": r"[ACGT]{K}|[\s\S]",  # what is left before another letter or the end: one by one
+    "DNAKmerTokenizer": r"[ACGT]{K}|[\s\S]",
+    "smiles": SMILES_PIECES}
+
+
 class Tokenizer:
     """Text to token ids and back, as the files of a Hugging Face folder say.
 
-    Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where present. Takes
-    about 10 microseconds for each token of the vocabulary (_bpe_ranks).
+    Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where present; without
+    tokenizer.json, a tokenizer of sequences (`_SEQUENCES`: bytes, k-mers, SMILES). Takes about 10
+    microseconds for each token of the vocabulary (_bpe_ranks).
 
     Attributes: vocab_size (1 + the highest id; an embedding may have more rows), bos_id (None if
-    the family has none), adds_bos (encode's default), added (added token -> id).
+    the family has none), adds_bos (encode's default), added (added token -> id), separator_id
+    (config.json's: the token between the sequences of a family, or None).
 
     Raises FileNotFoundError, or ValueError naming the file and what is not supported.
     """
 
     def __init__(self, directory):
+        config = Path(directory, "config.json")
+        self.separator_id = read_json(config).get("separator_id") if config.exists() else None
         self.path = os.path.join(directory, "tokenizer.json")
+        if not os.path.isfile(self.path) and self._read_sequences(directory):
+            return
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
-                                    "(tokenizer.model, SentencePiece, is not supported)")
+                                    "(tokenizer.model, SentencePiece, is not supported; for bytes, "
+                                    "k-mers and SMILES see README, \"Sequences\")")
         try:
             with open(self.path, encoding="utf-8") as file:
                 spec = json.load(file)
@@ -1780,18 +1823,84 @@ class Tokenizer:
             raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch "
                              "the folder again") from error
 
+    def encode_member(self, text):
+        """Ids of one sequence of a family, the separator behind it.
+
+        ValueError if the folder names no separator, or the sequence contains it.
+        """
+        if self.separator_id is None:
+            raise ValueError("sequences of a family need a separator: add \"separator_id\", the id "
+                             f"of a token, to config.json in {os.path.dirname(self.path)}")
+        ids = self.encode(text, bos=False, specials=False)
+        if self.separator_id in ids:
+            raise ValueError(f"the sequence {text[:40]!r} contains the separator, token "
+                             f"{self.separator_id}")
+        return ids + [self.separator_id]
+
+    def _read_sequences(self, directory):
+        """Set up a tokenizer of sequences; False if the folder's files name none."""
+        path = Path(directory) / "tokenizer_config.json"
+        config = read_json(path) if path.exists() else {}
+        pattern = _SEQUENCES.get(config.get("tokenizer_class"))
+        if pattern is None:
+            return False
+        marks = [config.get("bos_token") or "<s>", config.get("eos_token") or "</s>"]
+        marks = [m["content"] if isinstance(m, dict) else m for m in marks]
+        if config["tokenizer_class"] == "bytes":
+            table = {bytes([b]): b for b in range(256)}
+            self.path, self.added = str(path), {marks[0]: 256, marks[1]: 257}
+        else:
+            self.path = str(path.with_name("vocab.txt"))
+            if not os.path.isfile(self.path):
+                raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's "
+                                        "folder, or write one token a line, in order of their ids")
+            lines = Path(self.path).read_text(encoding="utf-8").splitlines()
+            tokens = {token: i for i, token in enumerate(lines) if token}
+            k = max((len(t) for t in tokens if re.fullmatch("[ACGT]+", t)), default=1)
+            pattern = pattern.replace("K", str(k))
+            table = {t.encode(): i for t, i in tokens.items()
+                     if t not in marks and re.fullmatch(pattern, t)}
+            self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
+            if not table:
+                raise ValueError(f"{self.path}: none of its {len(tokens)} lines is a token of "
+                                 f"{pattern!r}")
+        self._nfc, self.chat_format = False, None
+        self._pieces = None if config["tokenizer_class"] == "bytes" else re.compile(pattern)
+        self._table, self._id_of_rank = table, {i: i for i in table.values()}
+        self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=table,
+                                      special_tokens={})
+        self._bytes = {i: token for token, i in table.items()}
+        self._bytes |= {i: token.encode() for token, i in self.added.items()}
+        self.vocab_size = 1 + max(self._bytes)
+        self.bos_id = self.added.get(marks[0])
+        self.adds_bos = self.bos_id is not None
+        self._set_cut()
+        return True
+
+    def _check_pieces(self, text):
+        """Refuse text with a piece that is no token: tiktoken would panic."""
+        for piece in self._pieces.finditer(text):
+            if piece[0].encode() not in self._table:
+                raise ValueError(f"{self.path} has no token {piece[0]!r} (character "
+                                 f"{piece.start()} of a text of {len(text)}): clean the text; "
+                                 "k-mers also need a length that k divides, unless the single "
+                                 "letters are tokens")
+
     def _read_added_tokens(self, spec):
         for token in spec["added_tokens"]:
             if token["lstrip"] or token["rstrip"] or token["single_word"]:
                 raise ValueError(f"lstrip, rstrip, single_word are not supported: {token}")
         self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        self._set_cut()
+
+    def _set_cut(self):
         # One alternation over the raw text, longest first, lest a token hide a longer one.
         # The group makes re.split return the tokens too; (?!), if there are none, never matches.
         longest_first = sorted(self.added, key=len, reverse=True)
         self._cut = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
     def _read_bpe(self, spec):
-        model, normalizer = spec["model"], spec["normalizer"]
+        model, normalizer, self._pieces = spec["model"], spec["normalizer"], None
         if any(step["type"] != "NFC" for step in _steps(normalizer, "normalizers")):
             raise ValueError(f"normalizer {normalizer} is not supported, only NFC or null")
         self._nfc = bool(_steps(normalizer, "normalizers"))
@@ -1847,6 +1956,8 @@ class Tokenizer:
 
     def _encode_text(self, text):
         """Ids of text without added tokens."""
+        if self._pieces is not None:
+            self._check_pieces(text)
         if self._nfc:  # about 100 rare marks differ: Unicode versions do
             text = unicodedata.normalize("NFC", text)
         cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
@@ -1915,6 +2026,20 @@ class Tokenizer:
         generation_prompt: end with the header of the assistant's next turn."""
         text = "".join(text for text, _ in self.render_chat_parts(messages))
         return text + (self.chat_format.header.format("assistant") if generation_prompt else "")
+
+
+_COMPLEMENT = str.maketrans("ACGTRYKMBDHVacgtrykmbdhv", "TGCAYRMKVHDBtgcayrmkvhdb")
+
+
+def reverse_complement(bases):
+    """The other strand of a DNA string, read in its own direction: AACG -> CGTT.
+
+    Upper or lower case; IUPAC's letters for several bases too. ValueError for other characters.
+    """
+    wrong = re.search("[^ACGTRYKMBDHVSWNacgtrykmbdhvswn]", bases)
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} (character {wrong.start()} of {len(bases)}) is no DNA base")
+    return bases.translate(_COMPLEMENT)[::-1]
 
 
 def load_with_tokenizer(directory, *, device="cpu"):

@@ -50,6 +50,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the repository's root
+import make_bio
 from model import ModelConfig, Tokenizer, Transformer, load_pretrained, save_pretrained
 
 CONTEXT = 512
@@ -336,6 +337,24 @@ def length_at(tokens_seen):
     return 64 if millions < 4 else 128 if millions < 8 else 256 if millions < 16 else CONTEXT
 
 
+def bio_batch_at(step, seed, tokenizer, length):
+    """`batch_at` for the teacher of make_bio.py: every other document lacks its beginning.
+
+    So do documents that packing has cut: a teacher that always met BOS is lost without it.
+    """
+    rng = random.Random(f"bio {seed} {step}")
+    domains = rng.choices(list(make_bio.MIXTURE), list(make_bio.MIXTURE.values()),
+                          k=TOKENS_PER_STEP // length)
+    documents = [make_bio.document(domain, rng, is_held_out) for domain in domains]
+    rows, eos = [], make_bio.CONFIG["eos_token_id"]
+    for text in documents:
+        ids = tokenizer.encode(text) + [eos]
+        cut = rng.randrange(len(ids) // 2) if rng.random() < 0.5 else 0
+        rows.append(ids[cut:cut + length + 1] + [eos] * (length + 1 - len(ids) + cut))
+    tokens, labels = torch.tensor(rows)[:, :-1], torch.tensor(rows)[:, 1:]
+    return tokens, labels.masked_fill(tokens == eos, -100)
+
+
 def rate_at(progress):
     """Relative learning rate: warm-up, constant, then linear to zero over the last half."""
     return min(1.0, progress / 0.01, (1.0 - progress) / 0.5)
@@ -353,9 +372,10 @@ def initialise(model):
             torch.nn.init.normal_(weight, std=0.02 if "embed" in name else weight.shape[1] ** -0.5)
 
 
-def train(model, text, tokenizer, out, args):
+def train(model, draw, measure, out, args):
     """Run to --tokens or --minutes, whichever ends first; the schedule follows the nearer end.
 
+    draw(step, tokens seen) -> (tokens, labels); measure() -> {name: figure}, now and then.
     Returns (tokens, minutes), those of an earlier part that was resumed included.
     """
     # Muon for the matrices inside the blocks, AdamW for the embedding and the norms.
@@ -381,8 +401,8 @@ def train(model, text, tokenizer, out, args):
         if progress >= 1:
             break
         # ---------------------------------------------------------------------- one step
-        tokens, labels = batch_at(step, args.seed, text, tokenizer, length_at(seen))
-        with torch.autocast("cpu", torch.bfloat16):
+        tokens, labels = draw(step, seen)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not args.bio):
             logits = forward(tokens)                       # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         loss.backward()
@@ -398,9 +418,8 @@ def train(model, text, tokenizer, out, args):
         bar.set_postfix(loss=f"{loss.item():.3f}", T=tokens.shape[1], refresh=False)
         if progress - reported_at > 0.04:
             reported_at = progress
-            found = measure(model, tokenizer, text, examples=50)
             bar.write(f"{progress:4.0%}  {seen / 1e6:.1f}M tokens  {seconds:.0f} s  " + "  ".join(
-                f"{name} {figure:.2f}" for (name, _), figure in found.items()))
+                f"{name} {figure:.2f}" for (name, *_), figure in measure().items()))
         if time.time() - saved_at > 120:
             saved_at = time.time()
             save(model, out, {"step": step, "seconds": saved_at - started,
@@ -536,6 +555,15 @@ def write_figures(found, readme, examples):
     print(rows)
 
 
+def write_bio_figures(found, readme):
+    """The same for the teacher of make_bio.py: a figure a line."""
+    about = readme.read_text(encoding="utf-8").split("## Measured")[0] if readme.exists() else ""
+    rows = "".join(f"| {name} | {figure:.3f} |\n" for (name,), figure in found.items())
+    readme.write_text(about + "## Measured\n\nOn 200 held-out documents a domain:\n\n"
+                      f"| | |\n|---|---|\n{rows}", encoding="utf-8")
+    print(rows)
+
+
 def make(text, out, args):
     """Everything in the folder but the figures in README.md. Returns the model."""
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
@@ -549,8 +577,43 @@ def make(text, out, args):
     model = Transformer(ModelConfig.from_hf(out))
     model.source = out                                     # whose config.json it is saved with
     initialise(model)
-    tokens, minutes = train(model, text, Tokenizer(out), out, args)
+    tokenizer = Tokenizer(out)
+    tokens, minutes = train(
+        model, lambda step, seen: batch_at(step, args.seed, text, tokenizer, length_at(seen)),
+        lambda: measure(model, tokenizer, text, examples=50), out, args)
     (out / "README.md").write_text(ABOUT.format(
+        parameters=sum(p.numel() for p in model.parameters()), millions=tokens / 1e6,
+        minutes=minutes), encoding="utf-8")
+    return model
+
+
+BIO_ABOUT = """# The small teacher of sequences
+
+Llama-shaped: {parameters:,} parameters, hidden 96, 4 layers, 3 heads of width 32, bytes (258 ids),
+context 512, positions restart at every newline. Trained from scratch on {millions:.0f}M tokens in
+{minutes:.0f} minutes on 1 CPU core. What its three domains are stands at the top of ../make_bio.py;
+data/*.jsonl are documents of them, one a row.
+
+    python tests/make_teacher.py --bio --out tests/bio_teacher             # all of it again
+    python tests/make_teacher.py --bio --out tests/bio_teacher --measure   # only the figures below
+
+"""
+
+
+def make_bio_teacher(out, args):
+    """The folder of make_bio.py's teacher but for the figures in README.md. Returns the model."""
+    for name, value in (("config", make_bio.CONFIG), ("tokenizer_config", make_bio.TOKENIZER)):
+        (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    make_bio.write_data(out / "data", is_held_out)
+    torch.manual_seed(args.seed)
+    model = Transformer(ModelConfig.from_hf(out))
+    model.source, tokenizer = out, Tokenizer(out)
+    initialise(model)
+    tokens, minutes = train(
+        model, lambda step, seen: bio_batch_at(step, args.seed, tokenizer,
+                                               256 if seen < 3e6 else make_bio.CONTEXT),
+        lambda: make_bio.measure(model, tokenizer, is_held_out, 20), out, args)
+    (out / "README.md").write_text(BIO_ABOUT.format(
         parameters=sum(p.numel() for p in model.parameters()), millions=tokens / 1e6,
         minutes=minutes), encoding="utf-8")
     return model
@@ -559,15 +622,24 @@ def make(text, out, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the teacher")
-    parser.add_argument("--tokens", type=int, default=41_000_000, help="end after this many tokens")
+    parser.add_argument("--tokens", type=int, help="end after this many tokens (default: 41 "
+                        "million, with --bio 24)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="or after this long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--bio", action="store_true", help="the teacher of sequences instead "
+                        "(make_bio.py)")
     parser.add_argument("--measure", action="store_true", help="no training: measure --out")
     parser.add_argument("--no-compile", dest="compile", action="store_false",
                         help="without torch.compile: no C++ compiler needed, half as fast")
     args = parser.parse_args()
+    args.tokens = args.tokens or (24_000_000 if args.bio else 41_000_000)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.bio:
+        model = load_pretrained(args.out) if args.measure else make_bio_teacher(args.out, args)
+        found = make_bio.measure(model, Tokenizer(args.out), is_held_out, 200)
+        write_bio_figures(found, args.out / "README.md")
+        return
     text = standard_library()
     for (kind, held_out), pieces in text.items():
         print(f"{kind:6} {'held out' if held_out else 'training':8} {len(pieces):6} pieces "
