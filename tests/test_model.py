@@ -407,6 +407,22 @@ def test_grouped_heads_equal_repeated_ones(K):
         torch.testing.assert_close(form(*inputs), form(*repeated))
 
 
+@pytest.mark.parametrize("T", [1, 64, 100])
+def test_the_layout_in_memory_does_not_matter(T):
+    inputs, state = mlstm_inputs(T, B=1)
+    results = []
+    for turn in (lambda x: x, lambda x: x.transpose(1, -1).contiguous().transpose(1, -1)):
+        leaves = [turn(x).requires_grad_() for x in (*inputs, *state)]
+        q, k, v = leaves[:3]
+        h, (S, z, m) = mlstm_chunkwise(*leaves[:5], state=tuple(leaves[5:]))
+        swa = window_attention(q, k, v, window=9, sinks=2)
+        loss = sum((turn(x) * torch.linspace(0, 1, x.numel()).view(x.mT.shape).mT).sum()
+                   for x in (h, S, swa)) + z.sum() + m.sum()
+        results.append([h, S, swa, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
 def test_mlstm_in_bf16_under_autocast_and_checkpointing():
     inputs, _ = mlstm_inputs(100)
     mixed = [x.bfloat16() if i == 2 else x for i, x in enumerate(inputs)]  # v, as in a student
