@@ -744,6 +744,31 @@ def test_a_step_compiles_once_for_all_positions(both):
         assert addresses == [x.data_ptr() for x in cache.tensors()]
 
 
+def test_compiled_generation_equals_plain(both, monkeypatch):
+    compiler, calls = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: calls.append(options) or compiler(
+        f, backend="eager", **options))  # the default backend takes a minute here
+    args = dict(max_new_tokens=4, stop=())
+    prompt = random_tokens(2, 20)
+    assert torch.equal(generate(both[1], prompt, compile=True, **args),
+                       generate(both[1], prompt, **args))
+    assert [options["fullgraph"] for options in calls] == [True]
+
+
+def test_memory_of_a_students_generation_does_not_grow_with_the_prompt(both):
+    def largest(length):
+        with LargestTensor() as seen:
+            generate(both[1], random_tokens(1, length), max_new_tokens=2, stop=())
+        return seen.numel
+
+    assert largest(4100) == largest(8300)  # that of a piece
+
+
+def test_generation_of_nothing_returns_the_prompt(both):
+    prompt = random_tokens(2, 5)
+    assert torch.equal(generate(both[1], prompt, max_new_tokens=0), prompt)
+
+
 class ElementsRead(LargestTensor):
     """Sums the element counts of all operations' inputs."""
 
