@@ -48,6 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.autograd.function import once_differentiable
 
 # ----------------------------------------------------------------------------------------------
 # 1. Configuration: what a folder's config.json says, in one vocabulary for all families
@@ -658,6 +659,7 @@ class _MLSTM(torch.autograd.Function):
         return h.to(dtype), state[0].view(B, H, D, E), state[1].view(B, H, D), m_end
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh, dS, dz, dm):
         saved = ctx.saved_tensors  # asked for once only: activation checkpointing insists
         with torch.autocast(saved[0].device.type, enabled=False):
@@ -833,6 +835,7 @@ class _Window(torch.autograd.Function):
         return h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):
         q, k, v, starts, h = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
