@@ -672,7 +672,8 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
                 if backward_scale is not None:
                     (loss * backward_scale).backward()
             losses.append(loss.detach())
-            x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
+            if block is not student.model["layers"][-1]:
+                x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
     return torch.stack(losses)
 
 
@@ -1583,7 +1584,7 @@ def open_model(run, directory, train=None):
         exact = run.device.type == "cpu" or (train and TRAIN[train](name))
         return torch.float32 if exact else None
 
-    return load_pretrained(directory, device=run.device, dtype=dtype,
+    return load_pretrained(directory, device=run.device, dtype=dtype, kernels=run.kernels,
                            prepare=shard if dist.is_initialized() else None).requires_grad_(False)
 
 
@@ -1694,6 +1695,8 @@ def parse_arguments(argv):
     p.add_argument("--plan", action="store_true", help="print the memory that a step needs, stop")
     p.add_argument("--speed", action="store_true", help="time both stages' parts and stop")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--kernels", choices=("auto", "torch", "triton"), default="auto",
+                   help="what computes mLSTM and window; auto: Triton on a GPU")
     p.add_argument("--seed", type=int, default=0)
 
     g = p.add_argument_group("student")
@@ -1777,7 +1780,8 @@ def check_arguments(run):
 def settings_of(run):
     """What must not change between a run and its resumption, as JSON."""
     free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan", "speed",
-            "targets_only", "micro_batch", "recompute", "rank", "world")
+            "targets_only", "micro_batch", "recompute", "rank", "world",
+            "kernels")
     settings = {k: v for k, v in vars(run).items() if k not in free}
     settings["targets"] = bool(run.targets)
     settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
@@ -1813,12 +1817,12 @@ def new_student(run, teacher):
                              f"{run.teacher}")
     else:
         student = student_from_teacher(teacher, window=run.window, sinks=run.sinks,
-                                       mixer=run.mixer)
+                                       mixer=run.mixer, kernels=run.kernels)
     hybrid = student.config.hybrid
     if hybrid is None:
         raise ValueError(f"--start {run.start} is a teacher, not a student")
     print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks; on "
-          f"{run.device}")
+          f"{run.device}, kernels: {student.kernels}")
     return student
 
 

@@ -48,6 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------
@@ -531,7 +532,7 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
 # any r_t that is not below the c_s it meets keeps the exponentials in range:
 #     W_ts = e^(c_s - r_t),  carry_t = e^(m - r_t)      weights in row t of token s, of the state
 #     P = (q k^T) * W,  den = P 1 + carry (q z),  h = (P v + carry (q S)) / den
-#     keep = e^(m + F - m'),  write_s = e^(c_s + F - m')      F: all log_f; m before, m' after it
+#     keep = e^(m + f - m'),  write_s = e^(c_s + f - m')      f: total log_f; m before, m' after
 #     S' = keep S + (write k)^T v,  z' = keep z + (write k)^T 1
 # Gradients, with dh' = dh / den, delta = dh' . h and dP = (dh' v^T - delta) * W:
 #     dq = dP k + carry (dh' S^T - delta z)         dk = dP^T q + write (v dS'^T + dz')
@@ -594,18 +595,18 @@ def _chunk_gates(log_i, log_f, m, starts, L, dtype):
     sums = f.cumsum(-1) if first is None else _running(torch.add, f, first, 0.0)
     c = c - sums
     top = c.cummax(-1).values if first is None else _running(torch.maximum, c, first, -math.inf)
-    survives, F_all = None if first is None else continues[..., -1], sums[..., -1]
+    survives, total = None if first is None else continues[..., -1], sums[..., -1]
     ms = [m.double()]
     for n in range(c.shape[2]):
         old = _only(None if first is None else survives[..., n], ms[n])
         # Rounded as it will be stored, and only then used: S and z are divided by this very e^m.
-        ms.append((torch.maximum(old, top[:, :, n, -1]) + F_all[:, :, n]).to(dtype).double())
+        ms.append((torch.maximum(old, top[:, :, n, -1]) + total[:, :, n]).to(dtype).double())
     m, m_next = torch.stack(ms[:-1], -1), torch.stack(ms[1:], -1)  # (B, H, N)
     r = (torch.maximum(top, _only(continues, m[..., None])) * 64).ceil() / 64
     coarse = (c * 64).round() / 64
     carry = _only(continues, m[..., None] - r)
-    write = _only(is_last, c + (F_all - m_next)[..., None])
-    keep = _only(survives, m + F_all - m_next)
+    write = _only(is_last, c + (total - m_next)[..., None])
+    keep = _only(survives, m + total - m_next)
     coarse, fine, r, carry, write, keep = (
         x.movedim(2, 0).to(dtype).contiguous() for x in (coarse, c - coarse, r, carry, write, keep))
     return coarse, fine, r, *map(_exp, (carry, write, keep)), ms[-1].to(dtype)
@@ -648,7 +649,7 @@ class _MLSTM(torch.autograd.Function):
         *gates, m_end = _chunk_gates(log_i, log_f, m, starts, L, wide)
         coarse, fine, r, carry, write, keep = gates
         first, N = _chunk_documents(starts, L)[0], len(carry)
-        state = [x.to(wide, copy=True).flatten(0, 1) for x in (S, z)]
+        state = [x.to(wide, copy=True).contiguous().flatten(0, 1) for x in (S, z)]
         W = q.new_empty(B, H, L, L, dtype=wide)
         P = q.new_empty(B * K, H // K * L, L, dtype=wide)
         h, dens = q.new_empty(B, H, T, E, dtype=wide), q.new_empty(N, B * H, L, 1, dtype=wide)
@@ -669,6 +670,7 @@ class _MLSTM(torch.autograd.Function):
         return h.to(dtype), state[0].view(B, H, D, E), state[1].view(B, H, D), m_end
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh, dS, dz, dm):
         saved = ctx.saved_tensors  # asked for once only: activation checkpointing insists
         with torch.autocast(saved[0].device.type, enabled=False):
@@ -688,7 +690,7 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
         _next_state(Ss[n], zs[n], _chunk(k, n, L, wide), _chunk(v, n, L, wide), keep[n], write[n],
                     out=(Ss[n + 1], zs[n + 1]))
     uses_state = any(x is not None for x in (dS, dz, dm))
-    dS, dz = (torch.zeros_like(x[0]) if dx is None else dx.to(wide, copy=True).view_as(x[0])
+    dS, dz = (torch.zeros_like(x[0]) if dx is None else x[0].clone().copy_(dx.flatten(0, 1))
               for x, dx in ((Ss, dS), (zs, dz)))
     if uses_state:  # S and z are divided by e^m
         dm = (0 if dm is None else dm) - _dot(Ss[N], zs[N], dS, dz).view(B, H)
@@ -844,6 +846,7 @@ class _Window(torch.autograd.Function):
         return h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):
         q, k, v, starts, h = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):

@@ -537,9 +537,9 @@ def test_a_prefill_that_takes_too_long_is_given_up_and_decoding_timed_all_the_sa
             evaluate.jump(cache, 32, 128)
             assert model.hidden(prompts[:, :1], cache=cache).isfinite().all()
             model.hidden(prompts[:, :1], cache=whole)
-        assert evaluate.cache_bytes(cache) == evaluate.cache_bytes(whole)
+        assert torch.equal(cache.position, whole.position)
         for part, true in zip(cache.layers, whole.layers):
-            assert part.length == true.length == cache.length == 129
+            assert part.length == true.length == 129
         if name == "teacher":  # no row is left that was never written
             assert all(part.k[:, :, :128].std(-1).min() > 0 for part in cache.layers)
     found = evaluate.measure_cell(models, 2, 128, 3, seconds=1e-9)

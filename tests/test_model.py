@@ -407,6 +407,22 @@ def test_grouped_heads_equal_repeated_ones(K):
         torch.testing.assert_close(form(*inputs), form(*repeated))
 
 
+@pytest.mark.parametrize("T", [1, 64, 100])
+def test_the_layout_in_memory_does_not_matter(T):
+    inputs, state = mlstm_inputs(T, B=1)
+    results = []
+    for turn in (lambda x: x, lambda x: x.transpose(1, -1).contiguous().transpose(1, -1)):
+        leaves = [turn(x).requires_grad_() for x in (*inputs, *state)]
+        q, k, v = leaves[:3]
+        h, (S, z, m) = mlstm_chunkwise(*leaves[:5], state=tuple(leaves[5:]))
+        swa = window_attention(q, k, v, window=9, sinks=2)
+        loss = sum((turn(x) * torch.linspace(0, 1, x.numel()).view(x.mT.shape).mT).sum()
+                   for x in (h, S, swa)) + z.sum() + m.sum()
+        results.append([h, S, swa, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
 def test_mlstm_in_bf16_under_autocast_and_checkpointing():
     inputs, _ = mlstm_inputs(100)
     mixed = [x.bfloat16() if i == 2 else x for i, x in enumerate(inputs)]  # v, as in a student
@@ -726,6 +742,31 @@ def test_a_step_compiles_once_for_all_positions(both):
             found += [step(model, tokens[:, t].contiguous(), cache) for t in range(4, 40)]
         assert (torch.stack(found, dim=1) - full[:, 3:]).abs().max() < 1e-4
         assert addresses == [x.data_ptr() for x in cache.tensors()]
+
+
+def test_compiled_generation_equals_plain(both, monkeypatch):
+    compiler, calls = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: calls.append(options) or compiler(
+        f, backend="eager", **options))  # the default backend takes a minute here
+    args = dict(max_new_tokens=4, stop=())
+    prompt = random_tokens(2, 20)
+    assert torch.equal(generate(both[1], prompt, compile=True, **args),
+                       generate(both[1], prompt, **args))
+    assert [options["fullgraph"] for options in calls] == [True]
+
+
+def test_memory_of_a_students_generation_does_not_grow_with_the_prompt(both):
+    def largest(length):
+        with LargestTensor() as seen:
+            generate(both[1], random_tokens(1, length), max_new_tokens=2, stop=())
+        return seen.numel
+
+    assert largest(4100) == largest(8300)  # that of a piece
+
+
+def test_generation_of_nothing_returns_the_prompt(both):
+    prompt = random_tokens(2, 5)
+    assert torch.equal(generate(both[1], prompt, max_new_tokens=0), prompt)
 
 
 class ElementsRead(LargestTensor):
