@@ -1363,9 +1363,15 @@ def plan_memory(run, config, stage):
         needs["gathered"] = half * (2 * (sum(sizes.values()) - sum(blocks)) + 4 * max(blocks))
     elif not cpu and stage == "distil":
         needs["bf16 copies"] = 2 * train  # autocast's
-    needs["at work"] = work = working_bytes(run, config, stage, 1)
-    if stage == "distil":  # stage I lets go of a layer before the next
-        needs["at work"] += (config.num_layers - 1) * (working_bytes(run, config, stage, 2) - work)
+    # By running a few layers. Stage I lets go of a layer before the next. Of each more in stage II
+    # stays its input, or without --recompute what a third adds to two (the first is special).
+    few = min(1 if stage == "align" else 2, config.num_layers)
+    needs["at work"] = work = working_bytes(run, config, stage, few)
+    if stage == "distil":
+        each = half * run.micro_batch * run.context * config.hidden_size
+        if not run.recompute and few < config.num_layers:
+            each = working_bytes(run, config, stage, few + 1) - work
+        needs["at work"] += (config.num_layers - few) * each
     return needs | {"in all": sum(needs.values())}
 
 
