@@ -1793,9 +1793,9 @@ _SEQUENCES = {
 class Tokenizer:
     """Text to token ids and back, as the files of a Hugging Face folder say.
 
-    Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where present; without
-    tokenizer.json, a tokenizer of sequences (`_SEQUENCES`: bytes, k-mers, SMILES). Takes about 10
-    microseconds for each token of the vocabulary (_bpe_ranks).
+    Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where present. Takes
+    about 10 microseconds for each token of the vocabulary (_bpe_ranks). If tokenizer_config.json
+    names a tokenizer of sequences (`_SEQUENCES`: bytes, k-mers, SMILES), that one instead.
 
     Attributes: vocab_size (1 + the highest id; an embedding may have more rows), bos_id (None if
     the family has none), adds_bos (encode's default), added (added token -> id), separator_id
@@ -1808,7 +1808,7 @@ class Tokenizer:
         config = Path(directory, "config.json")
         self.separator_id = read_json(config).get("separator_id") if config.exists() else None
         self.path = os.path.join(directory, "tokenizer.json")
-        if not os.path.isfile(self.path) and self._read_sequences(directory):
+        if self._read_sequences(directory):
             return
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
