@@ -1,0 +1,486 @@
+"""Triton kernels for the parts of model.py that a GPU spends its time in. Optional: speed only.
+
+Four operators, each the same function as its plain PyTorch form in model.py (the definition):
+
+    mlstm               model.mlstm_chunkwise      states_fwd, out_fwd | states_bwd, qkv_bwd
+    window_attention    model.window_attention     window_fwd          | window_dq, window_dkv
+    feature_map         model.FeatureMap           feature_fwd         | feature_bwd
+    gate_mix            o * mlstm + (1 - o) * swa  mix_fwd             | mix_bwd
+
+One decoding step (T = 1) has nothing to fuse: it stays in PyTorch (model.mlstm_recurrent).
+
+The mLSTM over chunks of L = 64 tokens. Let W_ts = exp(log_i_s + sum of log_f after s up to t) be
+the weight with which token t sees token s of its chunk, carry_t = exp(sum of log_f from the chunk's
+start to t) that of the state, and write_s, keep the same two at the chunk's end. All are kept as
+logarithms and divided by the largest one in sight, r_t, m or lse_t, before the exponential:
+
+    h_t   = (sum_s W_ts (q_t.k_s) v_s + carry_t q_t S) / (sum_s W_ts (q_t.k_s) + carry_t q_t.z)
+    lse_t = log of that denominator
+    S    <- keep S + sum_s write_s k_s (x) v_s           z <- keep z + sum_s write_s k_s
+
+Backward, with w = W / denominator, c = carry / denominator, delta_t = dh_t.h_t (the gradient through
+the denominator; not to be left out: no norm layer follows here), x_ts = (dh_t.v_s - delta_t) w_ts:
+
+    dq_t = sum_s x_ts k_s + c_t (S dh_t - delta_t z)
+    dk_s = sum_t x_ts q_t + write_s (dS v_s + dz)        dv_s = sum_t w_ts (q_t.k_s) dh_t + write_s dS k_s
+    dS  <- keep dS + sum_t c_t q_t (x) dh_t              dz  <- keep dz - sum_t c_t delta_t q_t
+    dlog_i_s = k_s.dk_s
+    dlog_f_t = flow of pairs (s, t') with s < t <= t' = flux + sum of dlog_i over s < t of the chunk,
+               flux = <S, dS> + <z, dz> where the chunk starts
+
+The last line uses sum_s x_ts (q_t.k_s) = 0 over all s, state included: h does not change when a row's
+weights are scaled. Restarting at every chunk keeps rounding from piling up over the sequence.
+
+Documents: a token sees s >= start (the first token of its document), the state only if its document
+was open when the chunk began. Gates, S, z, m, r, lse, delta and all sums are fp32; matrix products
+take bf16 operands when v is bf16 and fp32 operands (three TF32 products on a GPU) otherwise, fp16
+included, because S outgrows fp16. No atomics: every result is the same in every run.
+
+Layout: inside this file (B, T, heads, width), as projections produce it; the public functions take
+and return model.py's (B, heads, T, width) views of it. H query heads, K key/value heads, G = H / K.
+
+Run: python kernels.py        on a machine with a CUDA GPU: self-check, benchmark table, JSON
+"""
+
+import json
+import math
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+L = 64  # tokens a chunk. 128 spills registers in the backward, 32 doubles the states' traffic
+WIDTHS = (16, 32, 64, 128)
+EMPTY = -1e30  # stabiliser of an empty state, as in model.py
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported
+
+# ----------------------------------------------------------------------------------------------
+# 1. Tiles: what all kernels share
+# ----------------------------------------------------------------------------------------------
+# `row` = b * T + t0 is the first token of a tile, `n` how many of its tokens exist. The row goes
+# into the pointer as int64 and only offsets inside the tile are int32, so no size overflows.
+
+
+@triton.jit
+def rows(x, row, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, cols):
+    """Pointers to a (BLOCK, len(cols)) tile of x (B, T, HEADS, WIDTH)."""
+    x += (row.to(tl.int64) * HEADS + head) * WIDTH
+    return x + tl.arange(0, BLOCK)[:, None] * (HEADS * WIDTH) + cols[None, :]
+
+
+@triton.jit
+def load(x, row, n, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, cols):
+    """That tile, zero where no token exists."""
+    seen = (tl.arange(0, BLOCK) < n)[:, None]
+    return tl.load(rows(x, row, head, HEADS, WIDTH, BLOCK, cols), mask=seen, other=0.0)
+
+
+@triton.jit
+def store(x, value, row, n, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+          cols):
+    seen = (tl.arange(0, BLOCK) < n)[:, None]
+    value = value.to(x.dtype.element_ty)
+    tl.store(rows(x, row, head, HEADS, WIDTH, BLOCK, cols), value, mask=seen)
+
+
+@triton.jit
+def vector(x, row, n, head, HEADS: tl.constexpr, BLOCK: tl.constexpr, other: tl.constexpr = 0):
+    """(BLOCK,) of x (B, T, HEADS), `other` where no token exists."""
+    t = tl.arange(0, BLOCK)
+    return tl.load(x + row.to(tl.int64) * HEADS + head + t * HEADS, mask=t < n, other=other)
+
+
+@triton.jit
+def first_seen(start, row, n, t0, BLOCK: tl.constexpr):
+    """First token of each token's document, counted from t0. Missing tokens see none at all."""
+    return vector(start, row, n, 0, 1, BLOCK, 1 << 30) - t0
+
+
+@triton.jit
+def store_vector(x, value, row, n, head, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.arange(0, BLOCK)
+    tl.store(x + row.to(tl.int64) * HEADS + head + t * HEADS, value, mask=t < n)
+
+
+@triton.jit
+def product(a, b, MM: tl.constexpr):
+    """a @ b accumulated in fp32, operands in MM: bf16, or fp32 to (almost) full precision."""
+    return tl.dot(a.to(MM), b.to(MM), input_precision="tf32x3")
+
+
+@triton.jit
+def delta_kernel(dh, h, delta, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """delta = sum over the width of dh * h, both (rows, WIDTH)."""
+    row = tl.program_id(0) * BLOCK
+    n, cols = n_rows - row, tl.arange(0, WIDTH)
+    a = load(dh, row, n, 0, 1, WIDTH, BLOCK, cols).to(tl.float32)
+    b = load(h, row, n, 0, 1, WIDTH, BLOCK, cols).to(tl.float32)
+    store_vector(delta, tl.sum(a * b, axis=1), row, n, 0, 1, BLOCK)
+
+
+def row_delta(dh, h):
+    """dh, h (B, T, H, E) -> (B, T, H) fp32."""
+    delta = dh.new_empty(dh.shape[:-1], dtype=torch.float32)
+    n = delta.numel()
+    delta_kernel[(triton.cdiv(n, 64),)](dh, h, delta, n, WIDTH=dh.shape[-1], BLOCK=64)
+    return delta
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. The mLSTM
+# ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def log_weights(log_i, log_f, start, BY_KEY: tl.constexpr, L: tl.constexpr):
+    """log W of one chunk, laid out [t, s], or [s, t] if BY_KEY; -inf where t does not see s.
+
+    A sum over just the gates between s and t. A difference of two cumulative sums would be cheaper
+    and lose 1e-4 where forget gates are near 0, and let documents touch each other's last bits.
+    """
+    n = tl.arange(0, L)
+    if BY_KEY:
+        s, t, start, log_f, log_i = (n[:, None], n[None, :], start[None, :], log_f[None, :],
+                                     log_i[:, None])
+    else:
+        s, t, start, log_f, log_i = (n[None, :], n[:, None], start[:, None], log_f[:, None],
+                                     log_i[None, :])
+    decay = tl.cumsum(tl.where(t > s, log_f, 0.0), axis=1 if BY_KEY else 0)
+    return tl.where((s <= t) & (s >= start), decay + log_i, float("-inf"))
+
+
+@triton.jit
+def log_writes(log_i, log_f, start, row, n, t0, head, HEADS: tl.constexpr, L: tl.constexpr):
+    """log write_s (L,) and log keep of a chunk: -inf for what the chunk's last document hides.
+
+    The gates AFTER s are wanted, so log_f is loaded one token later.
+    """
+    s = tl.arange(0, L)
+    own = tl.load(start + row + tl.minimum(n, L) - 1) - t0  # of the document open at the end
+    after = vector(log_f, row + 1, tl.minimum(n, L) - 1, head, HEADS, L)
+    write = tl.cumsum(after, axis=0, reverse=True) + vector(log_i, row, n, head, HEADS, L)
+    keep = tl.sum(vector(log_f, row, n, head, HEADS, L), axis=0)
+    return (tl.where((s < n) & (s >= own), write, float("-inf")),
+            tl.where(own < 0, keep, float("-inf")))
+
+
+@triton.jit
+def states_fwd(k, v, log_i, log_f, start, S0, z0, m0,  # inputs
+               S_in, z_in, m_in, S_end, z_end,  # states entering every chunk; after the last
+               T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+               L: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
+    """The recurrence over chunks. One program: a (BD, BE) tile of one head's S, from start to end.
+
+    m_in has one entry more than chunks; writes and keep are scaled with the very value stored.
+    """
+    bh, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    b, h = bh // H, bh % H
+    d, e = tile // (E // BE) * BD + tl.arange(0, BD), tile % (E // BE) * BE + tl.arange(0, BE)
+    N = tl.cdiv(T, L)
+    de = d[:, None] * E + e[None, :]
+    S, z, m = tl.load(S0 + bh * D * E + de), tl.load(z0 + bh * D + d), tl.load(m0 + bh)
+    for c in range(N):
+        tl.store(S_in + (bh * N + c) * D * E + de, S.to(S_in.dtype.element_ty))
+        tl.store(z_in + (bh * N + c) * D + d, z)
+        tl.store(m_in + bh * (N + 1) + c, m)
+        row, n = b * T + c * L, T - c * L
+        write, keep = log_writes(log_i, log_f, start, row, n, c * L, h, H, L)
+        m_next = tl.maximum(m + keep, tl.max(write, axis=0))
+        # (m - m_next) is exact where it matters; (m + keep) - m_next would lose keep's last bits
+        scale = tl.exp((m - m_next) + keep)
+        kw = load(k, row, n, h // (H // K), K, D, L, d) * tl.exp(write - m_next)[:, None]
+        S = scale * S + product(tl.trans(kw), load(v, row, n, h // (H // K), K, E, L, e), MM)
+        z = scale * z + tl.sum(kw, axis=0)
+        m = m_next
+    tl.store(S_end + bh * D * E + de, S)
+    tl.store(z_end + bh * D + d, z)
+    tl.store(m_in + bh * (N + 1) + N, m)
+
+
+@triton.jit
+def out_fwd(q, k, v, log_i, log_f, start, S_in, z_in, m_in,  # inputs
+            out, lse,  # outputs
+            T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+            L: tl.constexpr, MM: tl.constexpr):
+    """h and lse of one chunk and head: attention inside the chunk, the state for all before."""
+    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h, N = bh // H, bh % H, tl.cdiv(T, L)
+    row, n = b * T + c * L, T - c * L
+    d, e = tl.arange(0, D), tl.arange(0, E)
+    first = first_seen(start, row, n, c * L, L)
+    f = vector(log_f, row, n, h, H, L)
+    log_w = log_weights(vector(log_i, row, n, h, H, L), f, first, False, L)
+    log_carry = tl.load(m_in + bh * (N + 1) + c) + tl.cumsum(f, axis=0)
+    log_carry = tl.where(first < 0, log_carry, float("-inf"))
+    r = tl.maximum(tl.maximum(log_carry, tl.max(log_w, axis=1)), -1e30)
+    carry = tl.exp(log_carry - r)
+
+    q = load(q, row, n, h, H, D, L, d)
+    kT = tl.trans(load(k, row, n, h // (H // K), K, D, L, d))
+    P = product(q, kT, MM) * tl.exp(log_w - r[:, None])  # (L, L) [t, s]
+    S = tl.load(S_in + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
+    z = tl.load(z_in + (bh * N + c) * D + d)
+    num = product(q, S, MM) * carry[:, None]
+    num += product(P, load(v, row, n, h // (H // K), K, E, L, e), MM)
+    den = tl.sum(P, axis=1) + carry * tl.sum(q * z[None, :], axis=1)
+    den = tl.maximum(den, 1e-30)  # only against 0 / 0
+    store(out, num / den[:, None], row, n, h, H, E, L, e)
+    store_vector(lse, r + tl.log(den), row, n, h, H, L)
+
+
+@triton.jit
+def states_bwd(q, dh, delta, lse, log_i, log_f, start, m_in, dS_end, dz_end,  # inputs
+               dS_out, dz_out, dS0, dz0,  # gradients of the states leaving every chunk; of S0, z0
+               T, H: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+               L: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
+    """states_fwd backwards in time, over the same tiles."""
+    bh, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    b, h = bh // H, bh % H
+    d, e = tile // (E // BE) * BD + tl.arange(0, BD), tile % (E // BE) * BE + tl.arange(0, BE)
+    N = tl.cdiv(T, L)
+    de = d[:, None] * E + e[None, :]
+    dS, dz = tl.load(dS_end + bh * D * E + de), tl.load(dz_end + bh * D + d)
+    for back in range(N):
+        c = N - 1 - back
+        tl.store(dS_out + (bh * N + c) * D * E + de, dS.to(dS_out.dtype.element_ty))
+        tl.store(dz_out + (bh * N + c) * D + d, dz)
+        row, n = b * T + c * L, T - c * L
+        m, m_next = tl.load(m_in + bh * (N + 1) + c), tl.load(m_in + bh * (N + 1) + c + 1)
+        first = first_seen(start, row, n, c * L, L)
+        f = vector(log_f, row, n, h, H, L)
+        survives = tl.load(start + row + tl.minimum(n, L) - 1) < c * L
+        scale = tl.where(survives, tl.exp((m - m_next) + tl.sum(f, axis=0)), 0.0)
+        log_carry = m + tl.cumsum(f, axis=0) - vector(lse, row, n, h, H, L)
+        carry = tl.exp(tl.where(first < 0, log_carry, float("-inf")))
+        qc = load(q, row, n, h, H, D, L, d) * carry[:, None]
+        dS = scale * dS + product(tl.trans(qc), load(dh, row, n, h, H, E, L, e), MM)
+        dz = scale * dz - tl.sum(qc * vector(delta, row, n, h, H, L)[:, None], axis=0)
+    tl.store(dS0 + bh * D * E + de, dS)
+    tl.store(dz0 + bh * D + d, dz)
+
+
+@triton.jit
+def qkv_bwd(q, k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in, dS_out, dz_out,
+            dq, dk, dv, dlog_i, dlog_f,  # outputs
+            T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+            L: tl.constexpr, MM: tl.constexpr):
+    """All gradients of one chunk and key/value head; dk and dv are summed over its G query heads.
+
+    Both orientations of x_ts are computed: transposing a product's result and feeding it to the
+    next product gave wrong gradients on Hopper (flash-linear-attention, pull request 826).
+    """
+    c, bk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, kv, N = bk // K, bk % K, tl.cdiv(T, L)
+    row, n = b * T + c * L, T - c * L
+    d, e, t = tl.arange(0, D), tl.arange(0, E), tl.arange(0, L)
+    k, v = load(k, row, n, kv, K, D, L, d), load(v, row, n, kv, K, E, L, e)
+    first = first_seen(start, row, n, c * L, L)
+    dk_sum, dv_sum = tl.zeros((L, D), tl.float32), tl.zeros((L, E), tl.float32)
+    for h in range(kv * (H // K), (kv + 1) * (H // K)):
+        bh = b * H + h
+        i, f = vector(log_i, row, n, h, H, L), vector(log_f, row, n, h, H, L)
+        norm, delta_t = vector(lse, row, n, h, H, L), vector(delta, row, n, h, H, L)
+        m, m_next = tl.load(m_in + bh * (N + 1) + c), tl.load(m_in + bh * (N + 1) + c + 1)
+        write, keep = log_writes(log_i, log_f, start, row, n, c * L, h, H, L)
+        write = tl.exp(write - m_next)[:, None]  # (L, 1)
+        log_carry = tl.where(first < 0, m + tl.cumsum(f, axis=0) - norm, float("-inf"))
+        S = tl.load(S_in + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
+        dS = tl.load(dS_out + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
+        z, dz = tl.load(z_in + (bh * N + c) * D + d), tl.load(dz_out + (bh * N + c) * D + d)
+        q_t, dh_t = load(q, row, n, h, H, D, L, d), load(dh, row, n, h, H, E, L, e)
+
+        dq_t = product(dh_t, tl.trans(S), MM) - delta_t[:, None] * z[None, :]
+        dq_t *= tl.exp(log_carry)[:, None]
+        flux = tl.exp((m - m_next) + keep) * (tl.sum(S.to(tl.float32) * dS) + tl.sum(z * dz))
+        flux += tl.sum(q_t * dq_t)
+        x = product(dh_t, tl.trans(v), MM) - delta_t[:, None]  # [t, s]
+        x *= tl.exp(log_weights(i, f, first, False, L) - norm[:, None])
+        store(dq, dq_t + product(x, k, MM), row, n, h, H, D, L, d)
+
+        w = tl.exp(log_weights(i, f, first, True, L) - norm[None, :])  # [s, t]
+        dv_sum += product(product(k, tl.trans(q_t), MM) * w, dh_t, MM)
+        dv_sum += product(k, dS, MM) * write
+        x = (product(v, tl.trans(dh_t), MM) - delta_t[None, :]) * w
+        dk_h = (product(v, tl.trans(dS), MM) + dz[None, :]) * write + product(x, q_t, MM)
+        dk_sum += dk_h
+        di = tl.sum(k * dk_h, axis=1)
+        before = (t[None, :] < t[:, None]) & (t[None, :] >= first[:, None])  # [t, s]
+        df = tl.sum(tl.where(before, di[None, :], 0.0), axis=1) + tl.where(first < 0, flux, 0.0)
+        store_vector(dlog_i, di, row, n, h, H, L)
+        store_vector(dlog_f, df, row, n, h, H, L)
+    store(dk, dk_sum, row, n, kv, K, D, L, d)
+    store(dv, dv_sum, row, n, kv, K, E, L, e)
+
+
+def matmul_type(dtype):
+    """Operand type of tl.dot. (The interpreter garbles bf16 products, so it gets fp32.)"""
+    return tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32
+
+
+def state_type(dtype):
+    """Storage of the chunks' states, which are only operands: what a product would round to."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0):
+    """Returns S_in (B, H, N, D, E), z_in (B, H, N, D), m_in (B, H, N + 1), S_end, z_end."""
+    (B, T, K, D), E, H, N = k.shape, v.shape[-1], log_i.shape[-1], triton.cdiv(k.shape[1], L)
+    S_in = k.new_empty(B, H, N, D, E, dtype=state_type(k.dtype))
+    z_in, m_in = S0.new_empty(B, H, N, D), S0.new_empty(B, H, N + 1)
+    S_end, z_end = torch.empty_like(S0), torch.empty_like(z0)
+    BD, BE = min(D, 64), min(E, 64)
+    states_fwd[(D // BD * (E // BE), B * H)](
+        k, v, log_i, log_f, start, S0, z0, m0, S_in, z_in, m_in, S_end, z_end,
+        T, H, K, D, E, L, BD, BE, matmul_type(k.dtype), num_warps=4, num_stages=3)
+    return S_in, z_in, m_in, S_end, z_end
+
+
+@torch.library.custom_op("xlstm_kernels::mlstm", mutates_args=())
+def mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, start: Tensor,
+             S0: Tensor, z0: Tensor, m0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, T, H, D), K, E = q.shape, k.shape[2], v.shape[3]
+    h, lse = v.new_empty(B, T, H, E), torch.empty_like(log_i)
+    with torch.cuda.device_of(q):
+        S_in, z_in, m_in, S, z = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0)
+        out_fwd[(triton.cdiv(T, L), B * H)](
+            q, k, v, log_i, log_f, start, S_in, z_in, m_in, h, lse,
+            T, H, K, D, E, L, matmul_type(q.dtype), num_warps=4, num_stages=1)
+    return h, lse, S, z, m_in[..., -1].clone()
+
+
+@mlstm_op.register_fake
+def _(q, k, v, log_i, log_f, start, S0, z0, m0):
+    return (q.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(log_i), torch.empty_like(S0),
+            torch.empty_like(z0), torch.empty_like(m0))
+
+
+@torch.library.custom_op("xlstm_kernels::mlstm_backward", mutates_args=())
+def mlstm_backward_op(
+        dh: Tensor, dS: Tensor, dz: Tensor, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor,
+        log_f: Tensor, start: Tensor, S0: Tensor, z0: Tensor, m0: Tensor, h: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, T, H, D), K, E, MM = q.shape, k.shape[2], v.shape[3], matmul_type(q.dtype)
+    dq, dk, dv, di, df, dS0, dz0 = map(torch.empty_like, (q, k, v, log_i, log_f, S0, z0))
+    with torch.cuda.device_of(q):
+        delta = row_delta(dh, h)
+        # Recomputed, not saved: a tenth of the time, against twice the memory of q per layer
+        S_in, z_in, m_in, _, _ = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0)
+        dS_out, dz_out = torch.empty_like(S_in), torch.empty_like(z_in)
+        BD, BE = min(D, 64), min(E, 64)
+        states_bwd[(D // BD * (E // BE), B * H)](
+            q, dh, delta, lse, log_i, log_f, start, m_in, dS, dz, dS_out, dz_out, dS0, dz0,
+            T, H, D, E, L, BD, BE, MM, num_warps=4, num_stages=3)
+        qkv_bwd[(triton.cdiv(T, L), B * K)](
+            q, k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in, dS_out, dz_out,
+            dq, dk, dv, di, df, T, H, K, D, E, L, MM, num_warps=8, num_stages=1)
+    return dq, dk, dv, di, df, dS0, dz0
+
+
+@mlstm_backward_op.register_fake
+def _(dh, dS, dz, q, k, v, log_i, log_f, start, S0, z0, m0, h, lse):
+    return tuple(map(torch.empty_like, (q, k, v, log_i, log_f, S0, z0)))
+
+
+def mlstm_setup(ctx, inputs, output):
+    h, lse, S, z, m = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*inputs, h, lse, S, z)
+
+
+def mlstm_autograd(ctx, dh, _, dS, dz, dm):
+    """The kernels differentiate in the true state (S, z) e^m; here m's own share is added."""
+    *inputs, h, lse, S, z = ctx.saved_tensors
+    q, k, v, log_i, log_f, start, S0, z0, m0 = inputs
+    state_used = not (dS is None and dz is None and dm is None)
+    dh = torch.zeros_like(h) if dh is None else dh.contiguous()
+    dS = torch.zeros_like(S) if dS is None else dS.contiguous()
+    dz = torch.zeros_like(z) if dz is None else dz.contiguous()
+    dq, dk, dv, di, df, dS0, dz0 = mlstm_backward_op(dh, dS, dz, *inputs, h, lse)
+    dm0 = (dS0 * S0).sum((-1, -2)) + (dz0 * z0).sum(-1)
+    if state_used:
+        # S and z are divided by e^m and m is the largest exponent of all tokens of the last
+        # document (and of the incoming state), so what m receives goes to that one token's gate
+        # and to all forget gates after it. It is 0 when the loss sees only (S, z) e^m.
+        dm = (0 if dm is None else dm) - (dS * S).sum((-1, -2)) - (dz * z).sum(-1)  # (B, H)
+        to_end = log_f.flip(1).cumsum(1).flip(1)  # (B, T, H): from before t to the end
+        token = torch.arange(log_f.shape[1], device=start.device)
+        hidden = (token < start[:, -1:])[..., None]
+        exponents = (log_i + to_end - log_f).masked_fill(hidden, -math.inf)
+        whole = (m0 + to_end[:, 0]).masked_fill(start[:, -1:] >= 0, -math.inf)
+        largest = torch.cat((whole[:, None], exponents), dim=1).argmax(1)[:, None]  # 0: the state
+        di += torch.where(token[:, None] + 1 == largest, dm[:, None], 0)
+        df += torch.where(token[:, None] + 1 > largest, dm[:, None], 0)
+        dm0 = dm0 + torch.where(largest[:, 0] == 0, dm, 0)
+    return dq, dk, dv, di, df, None, dS0, dz0, dm0
+
+
+mlstm_op.register_autograd(mlstm_autograd, setup_context=mlstm_setup)
+
+
+def document_starts(document_ids, x):
+    """First token of each token's document, (B, T) int32, and -1 in the first document.
+
+    -1, because the incoming state belongs to it: a document that began before a chunk does.
+    x (B, heads, T, width): shape and device when document_ids is None.
+    """
+    B, _, T, _ = x.shape
+    if document_ids is None:
+        return torch.full((B, T), -1, dtype=torch.int32, device=x.device)
+    if document_ids.shape != (B, T):
+        raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; it needs ({B}, {T})")
+    new = document_ids[:, 1:] != document_ids[:, :-1]
+    index = torch.where(new, torch.arange(1, T, device=x.device), -1)
+    return F.pad(index, (1, 0), value=-1).cummax(1).values.int()
+
+
+def token_major(*tensors):
+    """(B, heads, T, ...) -> contiguous (B, T, heads, ...): no copy for views of projections."""
+    return [x.transpose(1, 2).contiguous() for x in tensors]
+
+
+def check(name, **tensors):
+    """One clear ValueError for what the kernels do not support."""
+    q = next(iter(tensors.values()))
+    for key, x in tensors.items():
+        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"kernels.{name}: {key} is {x.dtype}; the kernels take bfloat16, "
+                             "float16 or float32 (kernels=\"torch\" takes any)")
+        if not (x.is_cuda or INTERPRETED):
+            raise ValueError(f"kernels.{name}: {key} is on {x.device}; the kernels need a CUDA "
+                             "device (on a CPU use kernels=\"torch\")")
+        if x.shape[-1] not in WIDTHS:
+            raise ValueError(f"kernels.{name}: {key} has width {x.shape[-1]}; the kernels have "
+                             f"widths {WIDTHS} (kernels=\"torch\" has all)")
+        if x.dim() != 4 or x.shape[0] != q.shape[0] or x.shape[2] != q.shape[2] or (
+                q.shape[1] % x.shape[1] or x.shape[2] == 0):
+            raise ValueError(f"kernels.{name}: {key} has shape {tuple(x.shape)}, which does not "
+                             f"fit {tuple(q.shape)}, (batch, heads, tokens, width)")
+
+
+def mlstm(q, k, v, log_i, log_f, *, state=None, document_ids=None):
+    """The mLSTM over a sequence: model.mlstm_chunkwise, with gradients, on a GPU.
+
+    q (B, H, T, D), k (B, K, T, D): feature-mapped, non-negative. v (B, K, T, E). Products run in
+    v's dtype (bf16, fp16, fp32). log_i, log_f (B, H, T) fp32, log_f at most 0. state: (S, z, m) in
+    fp32 from an earlier part of the sequence, or None. document_ids (B, T): the state restarts
+    where they change. Returns h (B, H, T, E) in v's dtype and the state after the last token.
+    Raises ValueError for CPU tensors, float64, widths not in WIDTHS. arXiv 2603.15590, Eq. 8-10.
+    """
+    check("mlstm", q=q, k=k, v=v)
+    B, H, _, D = q.shape
+    if log_i.shape != q.shape[:3] or log_f.shape != q.shape[:3]:
+        raise ValueError(f"kernels.mlstm: log_i {tuple(log_i.shape)} and log_f "
+                         f"{tuple(log_f.shape)} must have q's shape {tuple(q.shape[:3])}")
+    if state is None:
+        state = (q.new_zeros(B, H, D, v.shape[-1], dtype=torch.float32),
+                 q.new_zeros(B, H, D, dtype=torch.float32),
+                 q.new_full((B, H), EMPTY, dtype=torch.float32))
+    h, _, S, z, m = mlstm_op(
+        *token_major(q.to(v.dtype), k.to(v.dtype), v, log_i.float(), log_f.float()),
+        document_starts(document_ids, q), *(x.float().contiguous() for x in state))
+    return h.transpose(1, 2), (S, z, m)
