@@ -2,7 +2,7 @@
 
 Four operators, each the same function as its plain PyTorch form in model.py (the definition):
 
-    mlstm               model.mlstm_chunkwise      states_fwd, out_fwd | states_bwd, qkv_bwd
+    mlstm               model.mlstm_chunkwise      states_fwd, out_fwd | states_bwd, q_bwd, kv_bwd
     window_attention    model.window_attention     window_fwd          | window_dq, window_dkv
     feature_map         model.FeatureMap           feature_fwd         | feature_bwd
     gate_mix            o * mlstm + (1 - o) * swa  mix_fwd             | mix_bwd
@@ -205,12 +205,12 @@ def states_fwd(k, v, log_i, log_f, start, S0, z0, m0,  # inputs
 def out_fwd(q, k, v, log_i, log_f, start, S_in, z_in, m_in,  # inputs
             out, lse,  # outputs
             T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-            L: tl.constexpr, MM: tl.constexpr):
+            L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
     """h and lse of one chunk and head: attention inside the chunk, the state for all before."""
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h, N = bh // H, bh % H, tl.cdiv(T, L)
     row, n = b * T + c * L, T - c * L
-    d, e = tl.arange(0, D), tl.arange(0, E)
+    d = tl.arange(0, D)
     first = first_seen(start, row, n, c * L, L)
     f = vector(log_f, row, n, h, H, L)
     log_w = log_weights(vector(log_i, row, n, h, H, L), f, first, False, L)
@@ -222,22 +222,26 @@ def out_fwd(q, k, v, log_i, log_f, start, S_in, z_in, m_in,  # inputs
     q = load(q, row, n, h, H, D, L, d)
     kT = tl.trans(load(k, row, n, h // (H // K), K, D, L, d))
     P = product(q, kT, MM) * tl.exp(log_w - r[:, None])  # (L, L) [t, s]
-    S = tl.load(S_in + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
     z = tl.load(z_in + (bh * N + c) * D + d)
-    num = product(q, S, MM) * carry[:, None]
-    num += product(P, load(v, row, n, h // (H // K), K, E, L, e), MM)
     den = tl.sum(P, axis=1) + carry * tl.sum(q * z[None, :], axis=1)
     den = tl.maximum(den, 1e-30)  # only against 0 / 0
-    store(out, num / den[:, None], row, n, h, H, E, L, e)
+    for e0 in range(0, E, BE):
+        e = e0 + tl.arange(0, BE)
+        S = tl.load(S_in + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
+        num = product(q, S, MM) * carry[:, None]
+        num += product(P, load(v, row, n, h // (H // K), K, E, L, e), MM)
+        store(out, num / den[:, None], row, n, h, H, E, L, e)
     store_vector(lse, r + tl.log(den), row, n, h, H, L)
 
 
 @triton.jit
-def states_bwd(q, dh, delta, lse, log_i, log_f, start, m_in, dS_end, dz_end,  # inputs
+def states_bwd(q, dh, delta, lse, log_f, start, S_in, z_in, m_in, dS_end, dz_end,  # inputs
                dS_out, dz_out, dS0, dz0,  # gradients of the states leaving every chunk; of S0, z0
+               flux,  # (B, H, N, tiles): this tile's share of <S, dS> + <z, dz> where chunks start
                T, H: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                L: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
     """states_fwd backwards in time, over the same tiles."""
+    TILES: tl.constexpr = D // BD * (E // BE)
     bh, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
     b, h = bh // H, bh % H
     d, e = tile // (E // BE) * BD + tl.arange(0, BD), tile % (E // BE) * BE + tl.arange(0, BE)
@@ -259,19 +263,53 @@ def states_bwd(q, dh, delta, lse, log_i, log_f, start, m_in, dS_end, dz_end,  # 
         qc = load(q, row, n, h, H, D, L, d) * carry[:, None]
         dS = scale * dS + product(tl.trans(qc), load(dh, row, n, h, H, E, L, e), MM)
         dz = scale * dz - tl.sum(qc * vector(delta, row, n, h, H, L)[:, None], axis=0)
+        S = tl.load(S_in + (bh * N + c) * D * E + de).to(tl.float32)
+        z = tl.load(z_in + (bh * N + c) * D + d) * (BE / E)  # E / BE tiles share these rows of z
+        tl.store(flux + (bh * N + c) * TILES + tile, tl.sum(S * dS) + tl.sum(z * dz))
     tl.store(dS0 + bh * D * E + de, dS)
     tl.store(dz0 + bh * D + d, dz)
 
 
 @triton.jit
-def qkv_bwd(q, k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in, dS_out, dz_out,
-            dq, dk, dv, dlog_i, dlog_f,  # outputs
-            T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-            L: tl.constexpr, MM: tl.constexpr):
-    """All gradients of one chunk and key/value head; dk and dv are summed over its G query heads.
+def q_bwd(k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in,  # inputs
+          dq,  # output
+          T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+          L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
+    """dq of one chunk and head: out_fwd's counterpart."""
+    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h, N = bh // H, bh % H, tl.cdiv(T, L)
+    row, n = b * T + c * L, T - c * L
+    d = tl.arange(0, D)
+    carried, x = tl.zeros((L, D), tl.float32), tl.zeros((L, L), tl.float32)  # x [t, s]
+    for e0 in range(0, E, BE):
+        e = e0 + tl.arange(0, BE)
+        S = tl.load(S_in + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
+        dh_e = load(dh, row, n, h, H, E, L, e)
+        carried += product(dh_e, tl.trans(S), MM)
+        x += product(dh_e, tl.trans(load(v, row, n, h // (H // K), K, E, L, e)), MM)
 
-    Both orientations of x_ts are computed: transposing a product's result and feeding it to the
-    next product gave wrong gradients on Hopper (flash-linear-attention, pull request 826).
+    first = first_seen(start, row, n, c * L, L)
+    f, norm = vector(log_f, row, n, h, H, L), vector(lse, row, n, h, H, L)
+    delta_t = vector(delta, row, n, h, H, L)[:, None]
+    log_w = log_weights(vector(log_i, row, n, h, H, L), f, first, False, L)
+    x = (x - delta_t) * tl.exp(log_w - norm[:, None])
+    log_carry = tl.load(m_in + bh * (N + 1) + c) + tl.cumsum(f, axis=0) - norm
+    carry = tl.exp(tl.where(first < 0, log_carry, float("-inf")))[:, None]
+    z = tl.load(z_in + (bh * N + c) * D + d)[None, :]
+    dq_t = (carried - delta_t * z) * carry
+    dq_t += product(x, load(k, row, n, h // (H // K), K, D, L, d), MM)
+    store(dq, dq_t, row, n, h, H, D, L, d)
+
+
+@triton.jit
+def kv_bwd(q, k, v, log_i, log_f, start, dh, delta, lse, m_in, dS_out, dz_out, flux,  # inputs
+           dk, dv, dlog_i, dlog_f,  # outputs
+           T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+           L: tl.constexpr, TILES: tl.constexpr, MM: tl.constexpr):
+    """dk, dv and gate gradients of one chunk and key/value head, over its G query heads.
+
+    Tiles are [s, t], computed anew: transposing q_bwd's product x and feeding it to another
+    product gave wrong gradients on Hopper (flash-linear-attention, pull request 826).
     """
     c, bk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, kv, N = bk // K, bk % K, tl.cdiv(T, L)
@@ -282,36 +320,28 @@ def qkv_bwd(q, k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in, dS_o
     dk_sum, dv_sum = tl.zeros((L, D), tl.float32), tl.zeros((L, E), tl.float32)
     for h in range(kv * (H // K), (kv + 1) * (H // K)):
         bh = b * H + h
-        i, f = vector(log_i, row, n, h, H, L), vector(log_f, row, n, h, H, L)
-        norm, delta_t = vector(lse, row, n, h, H, L), vector(delta, row, n, h, H, L)
-        m, m_next = tl.load(m_in + bh * (N + 1) + c), tl.load(m_in + bh * (N + 1) + c + 1)
-        write, keep = log_writes(log_i, log_f, start, row, n, c * L, h, H, L)
-        write = tl.exp(write - m_next)[:, None]  # (L, 1)
-        log_carry = tl.where(first < 0, m + tl.cumsum(f, axis=0) - norm, float("-inf"))
-        S = tl.load(S_in + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
-        dS = tl.load(dS_out + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
-        z, dz = tl.load(z_in + (bh * N + c) * D + d), tl.load(dz_out + (bh * N + c) * D + d)
+        f, norm = vector(log_f, row, n, h, H, L), vector(lse, row, n, h, H, L)
+        log_w = log_weights(vector(log_i, row, n, h, H, L), f, first, True, L)
+        w = tl.exp(log_w - norm[None, :])
         q_t, dh_t = load(q, row, n, h, H, D, L, d), load(dh, row, n, h, H, E, L, e)
-
-        dq_t = product(dh_t, tl.trans(S), MM) - delta_t[:, None] * z[None, :]
-        dq_t *= tl.exp(log_carry)[:, None]
-        flux = tl.exp((m - m_next) + keep) * (tl.sum(S.to(tl.float32) * dS) + tl.sum(z * dz))
-        flux += tl.sum(q_t * dq_t)
-        x = product(dh_t, tl.trans(v), MM) - delta_t[:, None]  # [t, s]
-        x *= tl.exp(log_weights(i, f, first, False, L) - norm[:, None])
-        store(dq, dq_t + product(x, k, MM), row, n, h, H, D, L, d)
-
-        w = tl.exp(log_weights(i, f, first, True, L) - norm[None, :])  # [s, t]
         dv_sum += product(product(k, tl.trans(q_t), MM) * w, dh_t, MM)
+        x = product(v, tl.trans(dh_t), MM) - vector(delta, row, n, h, H, L)[None, :]
+        dk_h = product(x * w, q_t, MM)
+
+        write, _ = log_writes(log_i, log_f, start, row, n, c * L, h, H, L)
+        write = tl.exp(write - tl.load(m_in + bh * (N + 1) + c + 1))[:, None]
+        dS = tl.load(dS_out + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
+        dz = tl.load(dz_out + (bh * N + c) * D + d)
         dv_sum += product(k, dS, MM) * write
-        x = (product(v, tl.trans(dh_t), MM) - delta_t[None, :]) * w
-        dk_h = (product(v, tl.trans(dS), MM) + dz[None, :]) * write + product(x, q_t, MM)
+        dk_h += (product(v, tl.trans(dS), MM) + dz[None, :]) * write
         dk_sum += dk_h
+
         di = tl.sum(k * dk_h, axis=1)
         before = (t[None, :] < t[:, None]) & (t[None, :] >= first[:, None])  # [t, s]
-        df = tl.sum(tl.where(before, di[None, :], 0.0), axis=1) + tl.where(first < 0, flux, 0.0)
+        df = tl.sum(tl.where(before, di[None, :], 0.0), axis=1)
+        inflow = tl.sum(tl.load(flux + (bh * N + c) * TILES + tl.arange(0, TILES)), axis=0)
         store_vector(dlog_i, di, row, n, h, H, L)
-        store_vector(dlog_f, df, row, n, h, H, L)
+        store_vector(dlog_f, df + tl.where(first < 0, inflow, 0.0), row, n, h, H, L)
     store(dk, dk_sum, row, n, kv, K, D, L, d)
     store(dv, dv_sum, row, n, kv, K, E, L, e)
 
@@ -348,7 +378,7 @@ def mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, star
         S_in, z_in, m_in, S, z = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0)
         out_fwd[(triton.cdiv(T, L), B * H)](
             q, k, v, log_i, log_f, start, S_in, z_in, m_in, h, lse,
-            T, H, K, D, E, L, matmul_type(q.dtype), num_warps=4, num_stages=1)
+            T, H, K, D, E, L, min(E, 64), matmul_type(q.dtype), num_warps=4, num_stages=1)
     return h, lse, S, z, m_in[..., -1].clone()
 
 
@@ -371,12 +401,17 @@ def mlstm_backward_op(
         S_in, z_in, m_in, _, _ = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0)
         dS_out, dz_out = torch.empty_like(S_in), torch.empty_like(z_in)
         BD, BE = min(D, 64), min(E, 64)
-        states_bwd[(D // BD * (E // BE), B * H)](
-            q, dh, delta, lse, log_i, log_f, start, m_in, dS, dz, dS_out, dz_out, dS0, dz0,
-            T, H, D, E, L, BD, BE, MM, num_warps=4, num_stages=3)
-        qkv_bwd[(triton.cdiv(T, L), B * K)](
-            q, k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in, dS_out, dz_out,
-            dq, dk, dv, di, df, T, H, K, D, E, L, MM, num_warps=8, num_stages=1)
+        tiles, N = D // BD * (E // BE), triton.cdiv(T, L)
+        flux = S0.new_empty(B, H, N, tiles)
+        states_bwd[(tiles, B * H)](
+            q, dh, delta, lse, log_f, start, S_in, z_in, m_in, dS, dz, dS_out, dz_out, dS0, dz0,
+            flux, T, H, D, E, L, BD, BE, MM, num_warps=4, num_stages=3)
+        q_bwd[(N, B * H)](
+            k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in, dq,
+            T, H, K, D, E, L, BE, MM, num_warps=4, num_stages=1)
+        kv_bwd[(N, B * K)](
+            q, k, v, log_i, log_f, start, dh, delta, lse, m_in, dS_out, dz_out, flux,
+            dk, dv, di, df, T, H, K, D, E, L, tiles, MM, num_warps=8, num_stages=1)
     return dq, dk, dv, di, df, dS0, dz0
 
 
