@@ -2,7 +2,7 @@
 
 Four operators, each the same function as its plain PyTorch form in model.py (the definition):
 
-    mlstm               model.mlstm_chunkwise      states_fwd, out_fwd | states_bwd, q_bwd, kv_bwd
+    mlstm               model.mlstm_chunkwise      states_fwd, out_fwd | states_bwd, q_bwd, k_bwd, v_bwd
     window_attention    model.window_attention     window_fwd          | window_dq, window_dkv
     feature_map         model.FeatureMap           feature_fwd         | feature_bwd
     gate_mix            o * mlstm + (1 - o) * swa  mix_fwd             | mix_bwd
@@ -302,47 +302,73 @@ def q_bwd(k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in,  # inputs
 
 
 @triton.jit
-def kv_bwd(q, k, v, log_i, log_f, start, dh, delta, lse, m_in, dS_out, dz_out, flux,  # inputs
-           dk, dv, dlog_i, dlog_f,  # outputs
-           T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-           L: tl.constexpr, TILES: tl.constexpr, MM: tl.constexpr):
-    """dk, dv and gate gradients of one chunk and key/value head, over its G query heads.
+def k_bwd(q, k, v, log_i, log_f, start, dh, delta, lse, m_in, dS_out, dz_out, flux,  # inputs
+          dk, dlog_i, dlog_f,  # outputs
+          T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+          L: tl.constexpr, BE: tl.constexpr, TILES: tl.constexpr, MM: tl.constexpr):
+    """dk of one chunk and key/value head, over its G query heads, and their gate gradients.
 
-    Tiles are [s, t], computed anew: transposing q_bwd's product x and feeding it to another
-    product gave wrong gradients on Hopper (flash-linear-attention, pull request 826).
+    x is laid out [s, t] and computed anew: transposing q_bwd's x and feeding it to the next product
+    gave wrong gradients on Hopper (flash-linear-attention, pull request 826).
     """
     c, bk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, kv, N = bk // K, bk % K, tl.cdiv(T, L)
     row, n = b * T + c * L, T - c * L
-    d, e, t = tl.arange(0, D), tl.arange(0, E), tl.arange(0, L)
-    k, v = load(k, row, n, kv, K, D, L, d), load(v, row, n, kv, K, E, L, e)
+    d, t = tl.arange(0, D), tl.arange(0, L)
     first = first_seen(start, row, n, c * L, L)
-    dk_sum, dv_sum = tl.zeros((L, D), tl.float32), tl.zeros((L, E), tl.float32)
+    dk_sum = tl.zeros((L, D), tl.float32)
     for h in range(kv * (H // K), (kv + 1) * (H // K)):
         bh = b * H + h
+        dk_h, x = tl.zeros((L, D), tl.float32), tl.zeros((L, L), tl.float32)
+        for e0 in range(0, E, BE):
+            e = e0 + tl.arange(0, BE)
+            v_e = load(v, row, n, kv, K, E, L, e)
+            dS = tl.load(dS_out + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
+            dk_h += product(v_e, tl.trans(dS), MM)
+            x += product(v_e, tl.trans(load(dh, row, n, h, H, E, L, e)), MM)
+
         f, norm = vector(log_f, row, n, h, H, L), vector(lse, row, n, h, H, L)
         log_w = log_weights(vector(log_i, row, n, h, H, L), f, first, True, L)
-        w = tl.exp(log_w - norm[None, :])
-        q_t, dh_t = load(q, row, n, h, H, D, L, d), load(dh, row, n, h, H, E, L, e)
-        dv_sum += product(product(k, tl.trans(q_t), MM) * w, dh_t, MM)
-        x = product(v, tl.trans(dh_t), MM) - vector(delta, row, n, h, H, L)[None, :]
-        dk_h = product(x * w, q_t, MM)
-
+        x = (x - vector(delta, row, n, h, H, L)[None, :]) * tl.exp(log_w - norm[None, :])
         write, _ = log_writes(log_i, log_f, start, row, n, c * L, h, H, L)
         write = tl.exp(write - tl.load(m_in + bh * (N + 1) + c + 1))[:, None]
-        dS = tl.load(dS_out + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
-        dz = tl.load(dz_out + (bh * N + c) * D + d)
-        dv_sum += product(k, dS, MM) * write
-        dk_h += (product(v, tl.trans(dS), MM) + dz[None, :]) * write
+        dk_h = (dk_h + tl.load(dz_out + (bh * N + c) * D + d)[None, :]) * write
+        dk_h += product(x, load(q, row, n, h, H, D, L, d), MM)
         dk_sum += dk_h
 
-        di = tl.sum(k * dk_h, axis=1)
+        di = tl.sum(load(k, row, n, kv, K, D, L, d) * dk_h, axis=1)
         before = (t[None, :] < t[:, None]) & (t[None, :] >= first[:, None])  # [t, s]
         df = tl.sum(tl.where(before, di[None, :], 0.0), axis=1)
         inflow = tl.sum(tl.load(flux + (bh * N + c) * TILES + tl.arange(0, TILES)), axis=0)
         store_vector(dlog_i, di, row, n, h, H, L)
         store_vector(dlog_f, df + tl.where(first < 0, inflow, 0.0), row, n, h, H, L)
     store(dk, dk_sum, row, n, kv, K, D, L, d)
+
+
+@triton.jit
+def v_bwd(q, k, log_i, log_f, start, dh, lse, m_in, dS_out,  # inputs
+          dv,  # output
+          T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+          L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
+    """BE columns of dv of one chunk and key/value head, over its G query heads."""
+    c, bk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, kv, N = bk // K, bk % K, tl.cdiv(T, L)
+    row, n = b * T + c * L, T - c * L
+    d, e = tl.arange(0, D), tl.program_id(2) * BE + tl.arange(0, BE)
+    first = first_seen(start, row, n, c * L, L)
+    dv_sum = tl.zeros((L, BE), tl.float32)
+    for h in range(kv * (H // K), (kv + 1) * (H // K)):
+        bh = b * H + h
+        k_t = load(k, row, n, kv, K, D, L, d)
+        dS = tl.load(dS_out + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
+        write, _ = log_writes(log_i, log_f, start, row, n, c * L, h, H, L)
+        write = tl.exp(write - tl.load(m_in + bh * (N + 1) + c + 1))[:, None]
+        dv_sum += product(k_t, dS, MM) * write
+        f, norm = vector(log_f, row, n, h, H, L), vector(lse, row, n, h, H, L)
+        log_w = log_weights(vector(log_i, row, n, h, H, L), f, first, True, L)
+        P = product(k_t, tl.trans(load(q, row, n, h, H, D, L, d)), MM)  # (L, L) [s, t]
+        P *= tl.exp(log_w - norm[None, :])
+        dv_sum += product(P, load(dh, row, n, h, H, E, L, e), MM)
     store(dv, dv_sum, row, n, kv, K, E, L, e)
 
 
@@ -409,9 +435,12 @@ def mlstm_backward_op(
         q_bwd[(N, B * H)](
             k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in, dq,
             T, H, K, D, E, L, BE, MM, num_warps=4, num_stages=1)
-        kv_bwd[(N, B * K)](
-            q, k, v, log_i, log_f, start, dh, delta, lse, m_in, dS_out, dz_out, flux,
-            dk, dv, di, df, T, H, K, D, E, L, tiles, MM, num_warps=8, num_stages=1)
+        k_bwd[(N, B * K)](
+            q, k, v, log_i, log_f, start, dh, delta, lse, m_in, dS_out, dz_out, flux, dk, di, df,
+            T, H, K, D, E, L, BE, tiles, MM, num_warps=4, num_stages=1)
+        v_bwd[(N, B * K, E // BE)](
+            q, k, log_i, log_f, start, dh, lse, m_in, dS_out, dv,
+            T, H, K, D, E, L, BE, MM, num_warps=4, num_stages=1)
     return dq, dk, dv, di, df, dS0, dz0
 
 
