@@ -53,7 +53,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-L = 64  # tokens a chunk. 128 spills registers in the backward, 32 doubles the states' traffic
 WIDTHS = (16, 32, 64, 128)
 EMPTY = -1e30  # stabiliser of an empty state, as in model.py
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported
@@ -136,40 +135,55 @@ def row_delta(dh, h):
 
 
 @triton.jit
-def log_weights(log_i, log_f, start, BY_KEY: tl.constexpr, L: tl.constexpr):
-    """log W of one chunk, laid out [t, s], or [s, t] if BY_KEY; -inf where t does not see s.
+def gate_sums(log_f, start, coarse, fine, T, H: tl.constexpr, L: tl.constexpr):
+    """Running sums of log_f from the chunk's start, in two parts, so that differences are exact.
 
-    A sum over just the gates between s and t. A difference of two cumulative sums would be cheaper
-    and lose 1e-4 where forget gates are near 0, and let documents touch each other's last bits.
+    One fp32 sum of 64 forget gates near 0 reaches -6000, and the weight of two neighbours, a
+    difference of two such sums, is then wrong by 1e-3. Here `coarse` sums multiples of 1/64, without
+    rounding up to 2^18 (hence gates are cut at -4096, where nothing is left of the past unless
+    input gates differ by e^4000); `fine` sums the remainders, at most 1 in all, and starts anew in
+    every document, so that documents do not touch each other's last bits.
     """
-    n = tl.arange(0, L)
+    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    row, n = b * T + c * L, T - c * L
+    t = tl.arange(0, L)
+    f = tl.maximum(vector(log_f, row, n, h, H, L), -4096.0)
+    whole = tl.floor(f * 64) / 64
+    seen = t[None, :] <= t[:, None]  # [t, u]
+    store_vector(coarse, tl.sum(tl.where(seen, whole[None, :], 0.0), axis=1), row, n, h, H, L)
+    seen &= t[None, :] >= first_seen(start, row, n, c * L, L)[:, None]
+    rest = tl.sum(tl.where(seen, (f - whole)[None, :], 0.0), axis=1)
+    store_vector(fine, rest, row, n, h, H, L)
+
+
+@triton.jit
+def log_weights(log_i, coarse, fine, first, BY_KEY: tl.constexpr, L: tl.constexpr):
+    """log W of one chunk, laid out [t, s], or [s, t] if BY_KEY; -inf where t does not see s."""
+    n, key = tl.arange(0, L), log_i - fine
     if BY_KEY:
-        s, t, start, log_f, log_i = (n[:, None], n[None, :], start[None, :], log_f[None, :],
-                                     log_i[:, None])
-    else:
-        s, t, start, log_f, log_i = (n[None, :], n[:, None], start[:, None], log_f[:, None],
-                                     log_i[None, :])
-    decay = tl.cumsum(tl.where(t > s, log_f, 0.0), axis=1 if BY_KEY else 0)
-    return tl.where((s <= t) & (s >= start), decay + log_i, float("-inf"))
+        log_w = (coarse[None, :] - coarse[:, None]) + (fine[None, :] + key[:, None])
+        return tl.where((n[:, None] <= n[None, :]) & (n[:, None] >= first[None, :]), log_w,
+                        float("-inf"))
+    log_w = (coarse[:, None] - coarse[None, :]) + (fine[:, None] + key[None, :])
+    return tl.where((n[None, :] <= n[:, None]) & (n[None, :] >= first[:, None]), log_w,
+                    float("-inf"))
 
 
 @triton.jit
-def log_writes(log_i, log_f, start, row, n, t0, head, HEADS: tl.constexpr, L: tl.constexpr):
-    """log write_s (L,) and log keep of a chunk: -inf for what the chunk's last document hides.
-
-    The gates AFTER s are wanted, so log_f is loaded one token later.
-    """
-    s = tl.arange(0, L)
-    own = tl.load(start + row + tl.minimum(n, L) - 1) - t0  # of the document open at the end
-    after = vector(log_f, row + 1, tl.minimum(n, L) - 1, head, HEADS, L)
-    write = tl.cumsum(after, axis=0, reverse=True) + vector(log_i, row, n, head, HEADS, L)
-    keep = tl.sum(vector(log_f, row, n, head, HEADS, L), axis=0)
+def log_ends(log_i, coarse, fine, start, row, n, t0, head, HEADS: tl.constexpr, L: tl.constexpr):
+    """log write_s (L,) and log keep of a chunk: -inf for what the chunk's last document hides."""
+    s, end = tl.arange(0, L), row + tl.minimum(n, L) - 1
+    own = tl.load(start + end) - t0  # first token of the document open at the chunk's end
+    coarse_end, fine_end = tl.load(coarse + end * HEADS + head), tl.load(fine + end * HEADS + head)
+    write = coarse_end - vector(coarse, row, n, head, HEADS, L)
+    write += fine_end - vector(fine, row, n, head, HEADS, L) + vector(log_i, row, n, head, HEADS, L)
     return (tl.where((s < n) & (s >= own), write, float("-inf")),
-            tl.where(own < 0, keep, float("-inf")))
+            tl.where(own < 0, coarse_end + fine_end, float("-inf")))
 
 
 @triton.jit
-def states_fwd(k, v, log_i, log_f, start, S0, z0, m0,  # inputs
+def states_fwd(k, v, log_i, coarse, fine, start, S0, z0, m0,  # inputs
                S_in, z_in, m_in, S_end, z_end,  # states entering every chunk; after the last
                T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                L: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
@@ -188,7 +202,7 @@ def states_fwd(k, v, log_i, log_f, start, S0, z0, m0,  # inputs
         tl.store(z_in + (bh * N + c) * D + d, z)
         tl.store(m_in + bh * (N + 1) + c, m)
         row, n = b * T + c * L, T - c * L
-        write, keep = log_writes(log_i, log_f, start, row, n, c * L, h, H, L)
+        write, keep = log_ends(log_i, coarse, fine, start, row, n, c * L, h, H, L)
         m_next = tl.maximum(m + keep, tl.max(write, axis=0))
         # (m - m_next) is exact where it matters; (m + keep) - m_next would lose keep's last bits
         scale = tl.exp((m - m_next) + keep)
@@ -202,7 +216,7 @@ def states_fwd(k, v, log_i, log_f, start, S0, z0, m0,  # inputs
 
 
 @triton.jit
-def out_fwd(q, k, v, log_i, log_f, start, S_in, z_in, m_in,  # inputs
+def out_fwd(q, k, v, log_i, coarse, fine, start, S_in, z_in, m_in,  # inputs
             out, lse,  # outputs
             T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
             L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
@@ -212,9 +226,9 @@ def out_fwd(q, k, v, log_i, log_f, start, S_in, z_in, m_in,  # inputs
     row, n = b * T + c * L, T - c * L
     d = tl.arange(0, D)
     first = first_seen(start, row, n, c * L, L)
-    f = vector(log_f, row, n, h, H, L)
-    log_w = log_weights(vector(log_i, row, n, h, H, L), f, first, False, L)
-    log_carry = tl.load(m_in + bh * (N + 1) + c) + tl.cumsum(f, axis=0)
+    hi, lo = vector(coarse, row, n, h, H, L), vector(fine, row, n, h, H, L)
+    log_w = log_weights(vector(log_i, row, n, h, H, L), hi, lo, first, False, L)
+    log_carry = tl.load(m_in + bh * (N + 1) + c) + (hi + lo)
     log_carry = tl.where(first < 0, log_carry, float("-inf"))
     r = tl.maximum(tl.maximum(log_carry, tl.max(log_w, axis=1)), -1e30)
     carry = tl.exp(log_carry - r)
@@ -235,7 +249,7 @@ def out_fwd(q, k, v, log_i, log_f, start, S_in, z_in, m_in,  # inputs
 
 
 @triton.jit
-def states_bwd(q, dh, delta, lse, log_f, start, S_in, z_in, m_in, dS_end, dz_end,  # inputs
+def states_bwd(q, dh, delta, lse, coarse, fine, start, S_in, z_in, m_in, dS_end, dz_end,  # inputs
                dS_out, dz_out, dS0, dz0,  # gradients of the states leaving every chunk; of S0, z0
                flux,  # (B, H, N, tiles): this tile's share of <S, dS> + <z, dz> where chunks start
                T, H: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -255,10 +269,11 @@ def states_bwd(q, dh, delta, lse, log_f, start, S_in, z_in, m_in, dS_end, dz_end
         row, n = b * T + c * L, T - c * L
         m, m_next = tl.load(m_in + bh * (N + 1) + c), tl.load(m_in + bh * (N + 1) + c + 1)
         first = first_seen(start, row, n, c * L, L)
-        f = vector(log_f, row, n, h, H, L)
-        survives = tl.load(start + row + tl.minimum(n, L) - 1) < c * L
-        scale = tl.where(survives, tl.exp((m - m_next) + tl.sum(f, axis=0)), 0.0)
-        log_carry = m + tl.cumsum(f, axis=0) - vector(lse, row, n, h, H, L)
+        end = row + tl.minimum(n, L) - 1
+        keep = tl.load(coarse + end * H + h) + tl.load(fine + end * H + h)
+        scale = tl.where(tl.load(start + end) < c * L, tl.exp((m - m_next) + keep), 0.0)
+        log_carry = vector(coarse, row, n, h, H, L) + vector(fine, row, n, h, H, L)
+        log_carry += m - vector(lse, row, n, h, H, L)
         carry = tl.exp(tl.where(first < 0, log_carry, float("-inf")))
         qc = load(q, row, n, h, H, D, L, d) * carry[:, None]
         dS = scale * dS + product(tl.trans(qc), load(dh, row, n, h, H, E, L, e), MM)
@@ -271,7 +286,7 @@ def states_bwd(q, dh, delta, lse, log_f, start, S_in, z_in, m_in, dS_end, dz_end
 
 
 @triton.jit
-def q_bwd(k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in,  # inputs
+def q_bwd(k, v, log_i, coarse, fine, start, dh, delta, lse, S_in, z_in, m_in,  # inputs
           dq,  # output
           T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
           L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
@@ -289,11 +304,12 @@ def q_bwd(k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in,  # inputs
         x += product(dh_e, tl.trans(load(v, row, n, h // (H // K), K, E, L, e)), MM)
 
     first = first_seen(start, row, n, c * L, L)
-    f, norm = vector(log_f, row, n, h, H, L), vector(lse, row, n, h, H, L)
+    hi, lo = vector(coarse, row, n, h, H, L), vector(fine, row, n, h, H, L)
+    log_w = log_weights(vector(log_i, row, n, h, H, L), hi, lo, first, False, L)
+    norm = vector(lse, row, n, h, H, L)
     delta_t = vector(delta, row, n, h, H, L)[:, None]
-    log_w = log_weights(vector(log_i, row, n, h, H, L), f, first, False, L)
     x = (x - delta_t) * tl.exp(log_w - norm[:, None])
-    log_carry = tl.load(m_in + bh * (N + 1) + c) + tl.cumsum(f, axis=0) - norm
+    log_carry = tl.load(m_in + bh * (N + 1) + c) + (hi + lo) - norm
     carry = tl.exp(tl.where(first < 0, log_carry, float("-inf")))[:, None]
     z = tl.load(z_in + (bh * N + c) * D + d)[None, :]
     dq_t = (carried - delta_t * z) * carry
@@ -302,7 +318,7 @@ def q_bwd(k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in,  # inputs
 
 
 @triton.jit
-def k_bwd(q, k, v, log_i, log_f, start, dh, delta, lse, m_in, dS_out, dz_out, flux,  # inputs
+def k_bwd(q, k, v, log_i, coarse, fine, start, dh, delta, lse, m_in, dS_out, dz_out, flux,  # inputs
           dk, dlog_i, dlog_f,  # outputs
           T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
           L: tl.constexpr, BE: tl.constexpr, TILES: tl.constexpr, MM: tl.constexpr):
@@ -327,10 +343,11 @@ def k_bwd(q, k, v, log_i, log_f, start, dh, delta, lse, m_in, dS_out, dz_out, fl
             dk_h += product(v_e, tl.trans(dS), MM)
             x += product(v_e, tl.trans(load(dh, row, n, h, H, E, L, e)), MM)
 
-        f, norm = vector(log_f, row, n, h, H, L), vector(lse, row, n, h, H, L)
-        log_w = log_weights(vector(log_i, row, n, h, H, L), f, first, True, L)
-        x = (x - vector(delta, row, n, h, H, L)[None, :]) * tl.exp(log_w - norm[None, :])
-        write, _ = log_writes(log_i, log_f, start, row, n, c * L, h, H, L)
+        hi, lo = vector(coarse, row, n, h, H, L), vector(fine, row, n, h, H, L)
+        log_w = log_weights(vector(log_i, row, n, h, H, L), hi, lo, first, True, L)
+        x = (x - vector(delta, row, n, h, H, L)[None, :]) * tl.exp(
+            log_w - vector(lse, row, n, h, H, L)[None, :])
+        write, _ = log_ends(log_i, coarse, fine, start, row, n, c * L, h, H, L)
         write = tl.exp(write - tl.load(m_in + bh * (N + 1) + c + 1))[:, None]
         dk_h = (dk_h + tl.load(dz_out + (bh * N + c) * D + d)[None, :]) * write
         dk_h += product(x, load(q, row, n, h, H, D, L, d), MM)
@@ -346,7 +363,7 @@ def k_bwd(q, k, v, log_i, log_f, start, dh, delta, lse, m_in, dS_out, dz_out, fl
 
 
 @triton.jit
-def v_bwd(q, k, log_i, log_f, start, dh, lse, m_in, dS_out,  # inputs
+def v_bwd(q, k, log_i, coarse, fine, start, dh, lse, m_in, dS_out,  # inputs
           dv,  # output
           T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
           L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
@@ -361,13 +378,13 @@ def v_bwd(q, k, log_i, log_f, start, dh, lse, m_in, dS_out,  # inputs
         bh = b * H + h
         k_t = load(k, row, n, kv, K, D, L, d)
         dS = tl.load(dS_out + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
-        write, _ = log_writes(log_i, log_f, start, row, n, c * L, h, H, L)
+        write, _ = log_ends(log_i, coarse, fine, start, row, n, c * L, h, H, L)
         write = tl.exp(write - tl.load(m_in + bh * (N + 1) + c + 1))[:, None]
         dv_sum += product(k_t, dS, MM) * write
-        f, norm = vector(log_f, row, n, h, H, L), vector(lse, row, n, h, H, L)
-        log_w = log_weights(vector(log_i, row, n, h, H, L), f, first, True, L)
+        hi, lo = vector(coarse, row, n, h, H, L), vector(fine, row, n, h, H, L)
+        log_w = log_weights(vector(log_i, row, n, h, H, L), hi, lo, first, True, L)
         P = product(k_t, tl.trans(load(q, row, n, h, H, D, L, d)), MM)  # (L, L) [s, t]
-        P *= tl.exp(log_w - norm[None, :])
+        P *= tl.exp(log_w - vector(lse, row, n, h, H, L)[None, :])
         dv_sum += product(P, load(dh, row, n, h, H, E, L, e), MM)
     store(dv, dv_sum, row, n, kv, K, E, L, e)
 
@@ -382,17 +399,24 @@ def state_type(dtype):
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0):
-    """Returns S_in (B, H, N, D, E), z_in (B, H, N, D), m_in (B, H, N + 1), S_end, z_end."""
+def blocks(dtype, D, E):
+    """Tokens a chunk, columns of D and of E a tile: what fits in registers, by compilation."""
+    size = 64 if dtype == torch.bfloat16 else 32
+    return size, min(D, size), min(E, size)
+
+
+def run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0, L, BD, BE):
+    """Returns gates: (log_i, coarse, fine, start); states: (S_in, z_in, m_in); S_end, z_end."""
     (B, T, K, D), E, H, N = k.shape, v.shape[-1], log_i.shape[-1], triton.cdiv(k.shape[1], L)
+    gates = log_i, torch.empty_like(log_f), torch.empty_like(log_f), start
+    gate_sums[(N, B * H)](log_f, start, gates[1], gates[2], T, H, L, num_warps=4)
     S_in = k.new_empty(B, H, N, D, E, dtype=state_type(k.dtype))
     z_in, m_in = S0.new_empty(B, H, N, D), S0.new_empty(B, H, N + 1)
     S_end, z_end = torch.empty_like(S0), torch.empty_like(z0)
-    BD, BE = min(D, 64), min(E, 64)
     states_fwd[(D // BD * (E // BE), B * H)](
-        k, v, log_i, log_f, start, S0, z0, m0, S_in, z_in, m_in, S_end, z_end,
+        k, v, *gates, S0, z0, m0, S_in, z_in, m_in, S_end, z_end,
         T, H, K, D, E, L, BD, BE, matmul_type(k.dtype), num_warps=4, num_stages=3)
-    return S_in, z_in, m_in, S_end, z_end
+    return gates, (S_in, z_in, m_in), S_end, z_end
 
 
 @torch.library.custom_op("xlstm_kernels::mlstm", mutates_args=())
@@ -400,12 +424,13 @@ def mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, star
              S0: Tensor, z0: Tensor, m0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, D), K, E = q.shape, k.shape[2], v.shape[3]
     h, lse = v.new_empty(B, T, H, E), torch.empty_like(log_i)
+    L, BD, BE = blocks(q.dtype, D, E)
     with torch.cuda.device_of(q):
-        S_in, z_in, m_in, S, z = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0)
+        gates, states, S, z = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0, L, BD, BE)
         out_fwd[(triton.cdiv(T, L), B * H)](
-            q, k, v, log_i, log_f, start, S_in, z_in, m_in, h, lse,
-            T, H, K, D, E, L, min(E, 64), matmul_type(q.dtype), num_warps=4, num_stages=1)
-    return h, lse, S, z, m_in[..., -1].clone()
+            q, k, v, *gates, *states, h, lse,
+            T, H, K, D, E, L, BE, matmul_type(q.dtype), num_warps=4, num_stages=1)
+    return h, lse, S, z, states[2][..., -1].clone()
 
 
 @mlstm_op.register_fake
@@ -421,25 +446,25 @@ def mlstm_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, D), K, E, MM = q.shape, k.shape[2], v.shape[3], matmul_type(q.dtype)
     dq, dk, dv, di, df, dS0, dz0 = map(torch.empty_like, (q, k, v, log_i, log_f, S0, z0))
+    L, BD, BE = blocks(q.dtype, D, E)
+    tiles, N = D // BD * (E // BE), triton.cdiv(T, L)
     with torch.cuda.device_of(q):
         delta = row_delta(dh, h)
         # Recomputed, not saved: a tenth of the time, against twice the memory of q per layer
-        S_in, z_in, m_in, _, _ = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0)
-        dS_out, dz_out = torch.empty_like(S_in), torch.empty_like(z_in)
-        BD, BE = min(D, 64), min(E, 64)
-        tiles, N = D // BD * (E // BE), triton.cdiv(T, L)
+        gates, states, _, _ = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0, L, BD, BE)
+        dS_out, dz_out = map(torch.empty_like, states[:2])
         flux = S0.new_empty(B, H, N, tiles)
         states_bwd[(tiles, B * H)](
-            q, dh, delta, lse, log_f, start, S_in, z_in, m_in, dS, dz, dS_out, dz_out, dS0, dz0,
-            flux, T, H, D, E, L, BD, BE, MM, num_warps=4, num_stages=3)
+            q, dh, delta, lse, *gates[1:], *states, dS, dz, dS_out, dz_out, dS0, dz0, flux,
+            T, H, D, E, L, BD, BE, MM, num_warps=4, num_stages=3)
         q_bwd[(N, B * H)](
-            k, v, log_i, log_f, start, dh, delta, lse, S_in, z_in, m_in, dq,
+            k, v, *gates, dh, delta, lse, *states, dq,
             T, H, K, D, E, L, BE, MM, num_warps=4, num_stages=1)
         k_bwd[(N, B * K)](
-            q, k, v, log_i, log_f, start, dh, delta, lse, m_in, dS_out, dz_out, flux, dk, di, df,
+            q, k, v, *gates, dh, delta, lse, states[2], dS_out, dz_out, flux, dk, di, df,
             T, H, K, D, E, L, BE, tiles, MM, num_warps=4, num_stages=1)
         v_bwd[(N, B * K, E // BE)](
-            q, k, log_i, log_f, start, dh, lse, m_in, dS_out, dv,
+            q, k, *gates, dh, lse, states[2], dS_out, dv,
             T, H, K, D, E, L, BE, MM, num_warps=4, num_stages=1)
     return dq, dk, dv, di, df, dS0, dz0
 
