@@ -318,11 +318,11 @@ def q_bwd(k, v, log_i, coarse, fine, start, dh, delta, lse, S_in, z_in, m_in,  #
 
 
 @triton.jit
-def k_bwd(q, k, v, log_i, coarse, fine, start, dh, delta, lse, m_in, dS_out, dz_out, flux,  # inputs
-          dk, dlog_i, dlog_f,  # outputs
+def k_bwd(q, k, v, log_i, coarse, fine, start, dh, delta, lse, m_in, dS_out, dz_out,  # inputs
+          dk, dlog_i,  # outputs
           T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-          L: tl.constexpr, BE: tl.constexpr, TILES: tl.constexpr, MM: tl.constexpr):
-    """dk of one chunk and key/value head, over its G query heads, and their gate gradients.
+          L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
+    """dk of one chunk and key/value head, over its G query heads, and their dlog_i.
 
     x is laid out [s, t] and computed anew: transposing q_bwd's x and feeding it to the next product
     gave wrong gradients on Hopper (flash-linear-attention, pull request 826).
@@ -330,7 +330,7 @@ def k_bwd(q, k, v, log_i, coarse, fine, start, dh, delta, lse, m_in, dS_out, dz_
     c, bk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, kv, N = bk // K, bk % K, tl.cdiv(T, L)
     row, n = b * T + c * L, T - c * L
-    d, t = tl.arange(0, D), tl.arange(0, L)
+    d = tl.arange(0, D)
     first = first_seen(start, row, n, c * L, L)
     dk_sum = tl.zeros((L, D), tl.float32)
     for h in range(kv * (H // K), (kv + 1) * (H // K)):
@@ -354,12 +354,23 @@ def k_bwd(q, k, v, log_i, coarse, fine, start, dh, delta, lse, m_in, dS_out, dz_
         dk_sum += dk_h
 
         di = tl.sum(load(k, row, n, kv, K, D, L, d) * dk_h, axis=1)
-        before = (t[None, :] < t[:, None]) & (t[None, :] >= first[:, None])  # [t, s]
-        df = tl.sum(tl.where(before, di[None, :], 0.0), axis=1)
-        inflow = tl.sum(tl.load(flux + (bh * N + c) * TILES + tl.arange(0, TILES)), axis=0)
         store_vector(dlog_i, di, row, n, h, H, L)
-        store_vector(dlog_f, df + tl.where(first < 0, inflow, 0.0), row, n, h, H, L)
     store(dk, dk_sum, row, n, kv, K, D, L, d)
+
+
+@triton.jit
+def forget_bwd(dlog_i, start, flux, dlog_f, T, H: tl.constexpr, L: tl.constexpr,
+               TILES: tl.constexpr):
+    """dlog_f of one chunk and head: what enters the chunk and what its tokens before t add."""
+    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h, N = bh // H, bh % H, tl.cdiv(T, L)
+    row, n = b * T + c * L, T - c * L
+    t = tl.arange(0, L)
+    first = first_seen(start, row, n, c * L, L)
+    seen = (t[None, :] < t[:, None]) & (t[None, :] >= first[:, None])  # [t, s]
+    df = tl.sum(tl.where(seen, vector(dlog_i, row, n, h, H, L)[None, :], 0.0), axis=1)
+    inflow = tl.sum(tl.load(flux + (bh * N + c) * TILES + tl.arange(0, TILES)), axis=0)
+    store_vector(dlog_f, df + tl.where(first < 0, inflow, 0.0), row, n, h, H, L)
 
 
 @triton.jit
@@ -456,16 +467,17 @@ def mlstm_backward_op(
         flux = S0.new_empty(B, H, N, tiles)
         states_bwd[(tiles, B * H)](
             q, dh, delta, lse, *gates[1:], *states, dS, dz, dS_out, dz_out, dS0, dz0, flux,
-            T, H, D, E, L, BD, BE, MM, num_warps=4, num_stages=3)
+            T, H, D, E, L, BD, BE, MM, num_warps=4, num_stages=2)
         q_bwd[(N, B * H)](
             k, v, *gates, dh, delta, lse, *states, dq,
-            T, H, K, D, E, L, BE, MM, num_warps=4, num_stages=1)
+            T, H, K, D, E, L, BE, MM, num_warps=8, num_stages=2)
         k_bwd[(N, B * K)](
-            q, k, v, *gates, dh, delta, lse, states[2], dS_out, dz_out, flux, dk, di, df,
-            T, H, K, D, E, L, BE, tiles, MM, num_warps=4, num_stages=1)
+            q, k, v, *gates, dh, delta, lse, states[2], dS_out, dz_out, dk, di,
+            T, H, K, D, E, L, BE, MM, num_warps=8, num_stages=2)
+        forget_bwd[(N, B * H)](di, start, flux, df, T, H, L, tiles, num_warps=4)
         v_bwd[(N, B * K, E // BE)](
             q, k, *gates, dh, lse, states[2], dS_out, dv,
-            T, H, K, D, E, L, BE, MM, num_warps=4, num_stages=1)
+            T, H, K, D, E, L, BE, MM, num_warps=4, num_stages=2)
     return dq, dk, dv, di, df, dS0, dz0
 
 
@@ -573,3 +585,240 @@ def mlstm(q, k, v, log_i, log_f, *, state=None, document_ids=None):
         *token_major(q.to(v.dtype), k.to(v.dtype), v, log_i.float(), log_f.float()),
         document_starts(document_ids, q), *(x.float().contiguous() for x in state))
     return h.transpose(1, 2), (S, z, m)
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Sliding window with sinks
+# ----------------------------------------------------------------------------------------------
+# FlashAttention (arXiv 2205.14135) over a band. Only tiles on the band's edges, or with a document
+# boundary, need a mask, so each loop runs in three phases: masked, full, masked.
+
+
+@triton.jit
+def visible(s, t, start, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+    """Whether token t, in the document that begins at start, sees token s. Shapes broadcast."""
+    return (s <= t) & (s >= start) & ((s > t - WINDOW) | (s < start + SINKS))
+
+
+@triton.jit
+def key_phases(start, row, t0, T, WINDOW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):
+    """Keys of the queries t0 ... t0 + BQ - 1: [low, a) masked, [a, b) full, [b, end) masked."""
+    end = tl.minimum(t0 + BQ, T)
+    low = tl.maximum(tl.load(start + row), t0 - WINDOW + 1) // BK * BK
+    last_start = tl.load(start + row + (end - 1 - t0))
+    a = tl.cdiv(tl.maximum(last_start, t0 + BQ - WINDOW), BK) * BK  # seen by the last query too
+    a = tl.minimum(tl.maximum(a, low), end)
+    b = tl.maximum(a, (t0 + 1) // BK * BK)  # no later than the first query
+    return low, a, b, end
+
+
+@triton.jit
+def attend(acc, total, peak, scores, v, MM: tl.constexpr):
+    """One step of the online softmax (base 2): fold a tile of scores and values into the sums."""
+    new = tl.maximum(peak, tl.max(scores, axis=1))
+    p = tl.exp2(scores - new[:, None])
+    fade = tl.exp2(peak - new)
+    return acc * fade[:, None] + product(p, v, MM), total * fade + tl.sum(p, axis=1), new
+
+
+@triton.jit
+def window_fwd(q, k, v, start,  # inputs
+               out, lse,  # outputs; lse in base 2
+               T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+               WINDOW: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr,
+               BQ: tl.constexpr, BK: tl.constexpr, MM: tl.constexpr):
+    """One block of queries of one head. Sinks older than the band are a tile of their own."""
+    t0, bh = tl.program_id(0) * BQ, tl.program_id(1).to(tl.int64)
+    b, h, kv = bh // H, bh % H, bh % H // (H // K)
+    row, n, d = b * T + t0, T - t0, tl.arange(0, D)
+    q = load(q, row, n, h, H, D, BQ, d)
+    t, first = t0 + tl.arange(0, BQ)[:, None], first_seen(start, row, n, 0, BQ)[:, None]
+    acc, total = tl.zeros((BQ, D), tl.float32), tl.zeros((BQ,), tl.float32)
+    peak = tl.full((BQ,), -1e30, tl.float32)
+    low, full_from, full_to, end = key_phases(start, row, t0, T, WINDOW, BQ, BK)
+    own = tl.load(start + row)  # later documents of the block have their sinks in the band
+    if (SINKS > 0) & (own < low):
+        s = own + tl.arange(0, BS)[None, :]
+        scores = product(q, tl.trans(load(k, b * T + own, T - own, kv, K, D, BS, d)), MM) * SCALE
+        see = visible(s, t, first, WINDOW, SINKS) & (s < low)
+        scores = tl.where(see, scores, float("-inf"))
+        sunk = load(v, b * T + own, T - own, kv, K, D, BS, d)
+        acc, total, peak = attend(acc, total, peak, scores, sunk, MM)
+    for phase in tl.static_range(3):
+        begin = low if phase == 0 else (full_from if phase == 1 else full_to)
+        stop = full_from if phase == 0 else (full_to if phase == 1 else end)
+        for s0 in range(begin, stop, BK):
+            kT = tl.trans(load(k, b * T + s0, T - s0, kv, K, D, BK, d))
+            scores = product(q, kT, MM) * SCALE
+            if phase != 1:
+                see = visible(s0 + tl.arange(0, BK)[None, :], t, first, WINDOW, SINKS)
+                scores = tl.where(see, scores, float("-inf"))
+            v_s = load(v, b * T + s0, T - s0, kv, K, D, BK, d)
+            acc, total, peak = attend(acc, total, peak, scores, v_s, MM)
+    store(out, acc / total[:, None], row, n, h, H, D, BQ, d)
+    store_vector(lse, peak + tl.log2(total), row, n, h, H, BQ)
+
+
+@triton.jit
+def window_dq(q, k, v, start, dh, delta, lse,  # inputs
+              dq,  # output
+              T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+              WINDOW: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr,
+              BQ: tl.constexpr, BK: tl.constexpr, MM: tl.constexpr):
+    """dq of one block of queries of one head: window_fwd's walk again."""
+    t0, bh = tl.program_id(0) * BQ, tl.program_id(1).to(tl.int64)
+    b, h, kv = bh // H, bh % H, bh % H // (H // K)
+    row, n, d = b * T + t0, T - t0, tl.arange(0, D)
+    q, dh = load(q, row, n, h, H, D, BQ, d), load(dh, row, n, h, H, D, BQ, d)
+    norm, delta_t = vector(lse, row, n, h, H, BQ)[:, None], vector(delta, row, n, h, H, BQ)[:, None]
+    t, first = t0 + tl.arange(0, BQ)[:, None], first_seen(start, row, n, 0, BQ)[:, None]
+    acc = tl.zeros((BQ, D), tl.float32)
+    low, full_from, full_to, end = key_phases(start, row, t0, T, WINDOW, BQ, BK)
+    own = tl.load(start + row)
+    if (SINKS > 0) & (own < low):
+        s = own + tl.arange(0, BS)[None, :]
+        k_s = load(k, b * T + own, T - own, kv, K, D, BS, d)
+        see = visible(s, t, first, WINDOW, SINKS) & (s < low)
+        scores = tl.where(see, product(q, tl.trans(k_s), MM) * SCALE - norm, float("-inf"))
+        dp = product(dh, tl.trans(load(v, b * T + own, T - own, kv, K, D, BS, d)), MM)
+        acc += product(tl.exp2(scores) * (dp - delta_t), k_s, MM)
+    for phase in tl.static_range(3):
+        begin = low if phase == 0 else (full_from if phase == 1 else full_to)
+        stop = full_from if phase == 0 else (full_to if phase == 1 else end)
+        for s0 in range(begin, stop, BK):
+            k_s = load(k, b * T + s0, T - s0, kv, K, D, BK, d)
+            scores = product(q, tl.trans(k_s), MM) * SCALE - norm
+            if phase != 1:
+                see = visible(s0 + tl.arange(0, BK)[None, :], t, first, WINDOW, SINKS)
+                scores = tl.where(see, scores, float("-inf"))
+            dp = product(dh, tl.trans(load(v, b * T + s0, T - s0, kv, K, D, BK, d)), MM)
+            acc += product(tl.exp2(scores) * (dp - delta_t), k_s, MM)
+    store(dq, acc * (SCALE * 0.6931471805599453), row, n, h, H, D, BQ, d)  # ln 2: base 2 above
+
+
+@triton.jit
+def window_dkv(q, k, v, start, stop, dh, delta, lse,  # inputs
+               dk, dv,  # outputs
+               T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+               WINDOW: tl.constexpr, SINKS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+               MM: tl.constexpr):
+    """dk, dv of one block of keys of one key/value head, over its G query heads.
+
+    A block that holds sinks is walked to its document's end. Such blocks are few and come first in
+    the grid, so the others run beside them. No partial sums, no atomics.
+    """
+    bk, s0 = tl.program_id(0).to(tl.int64), tl.program_id(1) * BK
+    b, kv = bk // K, bk % K
+    row, n, d = b * T + s0, T - s0, tl.arange(0, D)
+    k, v = load(k, row, n, kv, K, D, BK, d), load(v, row, n, kv, K, D, BK, d)
+    s, last = s0 + tl.arange(0, BK)[:, None], tl.minimum(s0 + BK, T) - 1
+    end = tl.load(stop + b * T + last)  # of the last key's document: the others end before it
+    if tl.load(start + b * T + last) + SINKS <= s0:  # no sinks here that later queries see
+        end = tl.minimum(end, last + WINDOW)
+    full_from = tl.minimum(tl.cdiv(s0 + BK - 1, BQ) * BQ, end)
+    full_to = tl.minimum(s0 + WINDOW, tl.load(stop + row)) // BQ * BQ
+    full_to = tl.minimum(tl.maximum(full_to, full_from), end)
+    dk_sum, dv_sum = tl.zeros((BK, D), tl.float32), tl.zeros((BK, D), tl.float32)
+    for h in range(kv * (H // K), (kv + 1) * (H // K)):
+        for phase in tl.static_range(3):
+            begin = s0 // BQ * BQ if phase == 0 else (full_from if phase == 1 else full_to)
+            until = full_from if phase == 0 else (full_to if phase == 1 else end)
+            for t0 in range(begin, until, BQ):
+                at, m = b * T + t0, T - t0
+                q_t, dh_t = load(q, at, m, h, H, D, BQ, d), load(dh, at, m, h, H, D, BQ, d)
+                norm = vector(lse, at, m, h, H, BQ)[None, :]
+                scores = product(k, tl.trans(q_t), MM) * SCALE - norm  # [s, t]
+                if phase != 1:
+                    t = t0 + tl.arange(0, BQ)[None, :]
+                    first = first_seen(start, at, m, 0, BQ)[None, :]
+                    see = visible(s, t, first, WINDOW, SINKS)
+                    scores = tl.where(see, scores, float("-inf"))
+                p = tl.exp2(scores)
+                dv_sum += product(p, dh_t, MM)
+                dp = product(v, tl.trans(dh_t), MM) - vector(delta, at, m, h, H, BQ)[None, :]
+                dk_sum += product(p * dp, q_t, MM)
+    store(dk, dk_sum * (SCALE * 0.6931471805599453), row, n, kv, K, D, BK, d)
+    store(dv, dv_sum, row, n, kv, K, D, BK, d)
+
+
+def window_sizes(q, k, window, sinks):
+    """Arguments that all three kernels share. SCALE: 1 / sqrt(D), for powers of 2."""
+    (B, T, H, D), K = q.shape, k.shape[2]
+    return dict(T=T, H=H, K=K, D=D, SCALE=D**-0.5 * math.log2(math.e), WINDOW=window, SINKS=sinks,
+                MM=matmul_type(q.dtype))
+
+
+@torch.library.custom_op("xlstm_kernels::window", mutates_args=())
+def window_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: int
+              ) -> tuple[Tensor, Tensor]:
+    (B, T, H, D), wide = q.shape, q.dtype == torch.bfloat16
+    h, lse = torch.empty_like(q), q.new_empty(B, T, H, dtype=torch.float32)
+    BQ, BK, BS = 128 if wide else 64, 64 if wide else 32, max(16, triton.next_power_of_2(sinks))
+    with torch.cuda.device_of(q):
+        window_fwd[(triton.cdiv(T, BQ), B * H)](
+            q, k, v, start, h, lse, **window_sizes(q, k, window, sinks), BS=BS, BQ=BQ, BK=BK,
+            num_warps=8, num_stages=3)
+    return h, lse
+
+
+@window_op.register_fake
+def _(q, k, v, start, window, sinks):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("xlstm_kernels::window_backward", mutates_args=())
+def window_backward_op(dh: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor, h: Tensor,
+                       lse: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, H, D), K, wide = q.shape, k.shape[2], q.dtype == torch.bfloat16
+    dq, dk, dv = map(torch.empty_like, (q, k, v))
+    sizes, BS = window_sizes(q, k, window, sinks), max(16, triton.next_power_of_2(sinks))
+    index = torch.arange(T, device=q.device, dtype=torch.int32)
+    begins = torch.where(start == index, index, T)  # the next document's first token, else T
+    stop = F.pad(begins[:, 1:], (0, 1), value=T).flip(1).cummin(1).values.flip(1).contiguous()
+    BQ, BK = 64 if wide else 32, 64 if wide else 32
+    with torch.cuda.device_of(q):
+        delta = row_delta(dh, h)
+        window_dq[(triton.cdiv(T, BQ), B * H)](
+            q, k, v, start, dh, delta, lse, dq, **sizes, BS=BS, BQ=BQ, BK=BK,
+            num_warps=4, num_stages=2)
+        window_dkv[(B * K, triton.cdiv(T, BK))](
+            q, k, v, start, stop, dh, delta, lse, dk, dv, **sizes, BQ=BQ, BK=BK,
+            num_warps=4, num_stages=2)
+    return dq, dk, dv
+
+
+@window_backward_op.register_fake
+def _(dh, q, k, v, start, h, lse, window, sinks):
+    return tuple(map(torch.empty_like, (q, k, v)))
+
+
+def window_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.window, ctx.sinks = inputs[4:]
+    ctx.save_for_backward(*inputs[:4], *output)
+
+
+def window_autograd(ctx, dh, _):
+    grads = window_backward_op(dh.contiguous(), *ctx.saved_tensors, ctx.window, ctx.sinks)
+    return *grads, None, None, None
+
+
+window_op.register_autograd(window_autograd, setup_context=window_setup)
+
+
+def window_attention(q, k, v, *, window, sinks, document_ids=None):
+    """Softmax attention over a window and the document's sinks: model.window_attention on a GPU.
+
+    q (B, H, T, D), k and v (B, K, T, D) of one dtype (bf16, fp16, fp32), rotated; document_ids
+    (B, T) or None. Returns (B, H, T, D). arXiv 2603.15590, Eq. 3, 4. Raises ValueError for CPU
+    tensors, float64, widths not in WIDTHS, dtypes that differ, more than 128 sinks.
+    """
+    check("window_attention", q=q, k=k, v=v)
+    if not (q.dtype == k.dtype == v.dtype) or q.shape[-1] != k.shape[-1] or k.shape != v.shape:
+        raise ValueError(f"kernels.window_attention: q {q.dtype} {tuple(q.shape)}, k {k.dtype} "
+                         f"{tuple(k.shape)}, v {v.dtype} {tuple(v.shape)} do not fit together")
+    if not (window >= 1 and 0 <= sinks <= 128):
+        raise ValueError(f"kernels.window_attention: window {window}, sinks {sinks}; the kernels "
+                         "need window >= 1 and 0 <= sinks <= 128")
+    start = document_starts(document_ids, q).clamp_min(0)
+    return window_op(*token_major(q, k, v), start, window, sinks)[0].transpose(1, 2)
