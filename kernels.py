@@ -2,34 +2,37 @@
 
 Four operators, each the same function as its plain PyTorch form in model.py (the definition):
 
-    mlstm               model.mlstm_chunkwise      states_fwd, out_fwd | states_bwd, q_bwd, k_bwd, v_bwd
-    window_attention    model.window_attention     window_fwd          | window_dq, window_dkv
-    feature_map         model.FeatureMap           feature_fwd         | feature_bwd
-    gate_mix            o * mlstm + (1 - o) * swa  mix_fwd             | mix_bwd
+    mlstm               model.mlstm_chunkwise      gate_sums, states_fwd, out_fwd
+                                                   states_bwd, q_bwd, k_bwd, v_bwd, forget_bwd
+    window_attention    model.window_attention     window_fwd; window_dq, window_dkv
+    feature_map         model.FeatureMap           feature_fwd; feature_bwd
+    gate_mix            o * mlstm + (1 - o) * swa  mix_fwd; mix_bwd
 
 One decoding step (T = 1) has nothing to fuse: it stays in PyTorch (model.mlstm_recurrent).
 
-The mLSTM over chunks of L = 64 tokens. Let W_ts = exp(log_i_s + sum of log_f after s up to t) be
-the weight with which token t sees token s of its chunk, carry_t = exp(sum of log_f from the chunk's
-start to t) that of the state, and write_s, keep the same two at the chunk's end. All are kept as
-logarithms and divided by the largest one in sight, r_t, m or lse_t, before the exponential:
+The mLSTM over chunks of L tokens (`blocks`). Let W_ts = exp(log_i_s + sum of log_f after s up
+to t) be the weight with which token t sees token s of its chunk, carry_t = exp(sum of log_f from
+the chunk's start to t) that of the state, and write_s, keep the same two at the chunk's end. All
+are kept as logarithms and divided by the largest in sight (r_t, m, lse_t) before the exponential:
 
     h_t   = (sum_s W_ts (q_t.k_s) v_s + carry_t q_t S) / (sum_s W_ts (q_t.k_s) + carry_t q_t.z)
     lse_t = log of that denominator
     S    <- keep S + sum_s write_s k_s (x) v_s           z <- keep z + sum_s write_s k_s
 
-Backward, with w = W / denominator, c = carry / denominator, delta_t = dh_t.h_t (the gradient through
-the denominator; not to be left out: no norm layer follows here), x_ts = (dh_t.v_s - delta_t) w_ts:
+Backward, with w = W / denominator, c = carry / denominator, delta_t = dh_t.h_t (the gradient
+through the denominator: not to be left out, since no norm layer follows), and
+x_ts = (dh_t.v_s - delta_t) w_ts:
 
     dq_t = sum_s x_ts k_s + c_t (S dh_t - delta_t z)
-    dk_s = sum_t x_ts q_t + write_s (dS v_s + dz)        dv_s = sum_t w_ts (q_t.k_s) dh_t + write_s dS k_s
+    dk_s = sum_t x_ts q_t + write_s (dS v_s + dz)
+    dv_s = sum_t w_ts (q_t.k_s) dh_t + write_s dS k_s
     dS  <- keep dS + sum_t c_t q_t (x) dh_t              dz  <- keep dz - sum_t c_t delta_t q_t
     dlog_i_s = k_s.dk_s
-    dlog_f_t = flow of pairs (s, t') with s < t <= t' = flux + sum of dlog_i over s < t of the chunk,
-               flux = <S, dS> + <z, dz> where the chunk starts
+    dlog_f_t = what flows from tokens s < t to tokens t' >= t
+             = flux + sum of dlog_i over s < t of the chunk, flux = <S, dS> + <z, dz> at its start
 
-The last line uses sum_s x_ts (q_t.k_s) = 0 over all s, state included: h does not change when a row's
-weights are scaled. Restarting at every chunk keeps rounding from piling up over the sequence.
+The last line uses sum_s x_ts (q_t.k_s) = 0 over all s, state included: h does not change when all
+weights of a row are scaled. Starting anew at every chunk keeps rounding from piling up over T.
 
 Documents: a token sees s >= start (the first token of its document), the state only if its document
 was open when the chunk began. Gates, S, z, m, r, lse, delta and all sums are fp32; matrix products
@@ -44,7 +47,6 @@ Run: python kernels.py        on a machine with a CUDA GPU: self-check, benchmar
 
 import json
 import math
-import statistics
 import sys
 
 import torch
@@ -111,6 +113,23 @@ def product(a, b, MM: tl.constexpr):
     return tl.dot(a.to(MM), b.to(MM), input_precision="tf32x3")
 
 
+def likes(*tensors):
+    """New tensors of their shapes and dtypes."""
+    return tuple(map(torch.empty_like, tensors))
+
+
+def operator(name, fake):
+    """Decorator: register a function with torch.library, `fake` giving its results' shapes.
+
+    torch.compile and FSDP then see one opaque operator and need not look inside.
+    """
+    def register(function):
+        op = torch.library.custom_op(f"xlstm_kernels::{name}", function, mutates_args=())
+        op.register_fake(fake)
+        return op
+    return register
+
+
 @triton.jit
 def delta_kernel(dh, h, delta, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """delta = sum over the width of dh * h, both (rows, WIDTH)."""
@@ -139,10 +158,10 @@ def gate_sums(log_f, start, coarse, fine, T, H: tl.constexpr, L: tl.constexpr):
     """Running sums of log_f from the chunk's start, in two parts, so that differences are exact.
 
     One fp32 sum of 64 forget gates near 0 reaches -6000, and the weight of two neighbours, a
-    difference of two such sums, is then wrong by 1e-3. Here `coarse` sums multiples of 1/64, without
-    rounding up to 2^18 (hence gates are cut at -4096, where nothing is left of the past unless
-    input gates differ by e^4000); `fine` sums the remainders, at most 1 in all, and starts anew in
-    every document, so that documents do not touch each other's last bits.
+    difference of two such sums, is then wrong by 1e-3. Here `coarse` sums multiples of 1/64: no
+    rounding up to 2^18 (hence log_f is cut at -4096, where nothing is left of the past unless
+    input gates differ by e^4000; gradients pass the cut). `fine` sums the remainders, at most 1 in
+    all, and starts anew in every document, so documents do not touch each other's last bits.
     """
     c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -430,7 +449,8 @@ def run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0, L, BD, BE):
     return gates, (S_in, z_in, m_in), S_end, z_end
 
 
-@torch.library.custom_op("xlstm_kernels::mlstm", mutates_args=())
+@operator("mlstm", lambda q, k, v, log_i, log_f, start, S0, z0, m0: (
+    q.new_empty(*q.shape[:3], v.shape[3]), *likes(log_i, S0, z0, m0)))
 def mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, start: Tensor,
              S0: Tensor, z0: Tensor, m0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, D), K, E = q.shape, k.shape[2], v.shape[3]
@@ -444,26 +464,21 @@ def mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, star
     return h, lse, S, z, states[2][..., -1].clone()
 
 
-@mlstm_op.register_fake
-def _(q, k, v, log_i, log_f, start, S0, z0, m0):
-    return (q.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(log_i), torch.empty_like(S0),
-            torch.empty_like(z0), torch.empty_like(m0))
-
-
-@torch.library.custom_op("xlstm_kernels::mlstm_backward", mutates_args=())
+@operator("mlstm_backward", lambda dh, dS, dz, q, k, v, log_i, log_f, start, S0, z0, *_: likes(
+    q, k, v, log_i, log_f, S0, z0))
 def mlstm_backward_op(
         dh: Tensor, dS: Tensor, dz: Tensor, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor,
         log_f: Tensor, start: Tensor, S0: Tensor, z0: Tensor, m0: Tensor, h: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, D), K, E, MM = q.shape, k.shape[2], v.shape[3], matmul_type(q.dtype)
-    dq, dk, dv, di, df, dS0, dz0 = map(torch.empty_like, (q, k, v, log_i, log_f, S0, z0))
+    dq, dk, dv, di, df, dS0, dz0 = likes(q, k, v, log_i, log_f, S0, z0)
     L, BD, BE = blocks(q.dtype, D, E)
     tiles, N = D // BD * (E // BE), triton.cdiv(T, L)
     with torch.cuda.device_of(q):
         delta = row_delta(dh, h)
         # Recomputed, not saved: a tenth of the time, against twice the memory of q per layer
         gates, states, _, _ = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0, L, BD, BE)
-        dS_out, dz_out = map(torch.empty_like, states[:2])
+        dS_out, dz_out = likes(*states[:2])
         flux = S0.new_empty(B, H, N, tiles)
         states_bwd[(tiles, B * H)](
             q, dh, delta, lse, *gates[1:], *states, dS, dz, dS_out, dz_out, dS0, dz0, flux,
@@ -479,11 +494,6 @@ def mlstm_backward_op(
             q, k, *gates, dh, lse, states[2], dS_out, dv,
             T, H, K, D, E, L, BE, MM, num_warps=4, num_stages=2)
     return dq, dk, dv, di, df, dS0, dz0
-
-
-@mlstm_backward_op.register_fake
-def _(dh, dS, dz, q, k, v, log_i, log_f, start, S0, z0, m0, h, lse):
-    return tuple(map(torch.empty_like, (q, k, v, log_i, log_f, S0, z0)))
 
 
 def mlstm_setup(ctx, inputs, output):
@@ -591,7 +601,7 @@ def mlstm(q, k, v, log_i, log_f, *, state=None, document_ids=None):
 # 3. Sliding window with sinks
 # ----------------------------------------------------------------------------------------------
 # FlashAttention (arXiv 2205.14135) over a band. Only tiles on the band's edges, or with a document
-# boundary, need a mask, so each loop runs in three phases: masked, full, masked.
+# boundary, need a mask, so every loop runs in phases, one of them without.
 
 
 @triton.jit
@@ -601,24 +611,26 @@ def visible(s, t, start, WINDOW: tl.constexpr, SINKS: tl.constexpr):
 
 
 @triton.jit
-def key_phases(start, row, t0, T, WINDOW: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):
-    """Keys of the queries t0 ... t0 + BQ - 1: [low, a) masked, [a, b) full, [b, end) masked."""
-    end = tl.minimum(t0 + BQ, T)
-    low = tl.maximum(tl.load(start + row), t0 - WINDOW + 1) // BK * BK
-    last_start = tl.load(start + row + (end - 1 - t0))
-    a = tl.cdiv(tl.maximum(last_start, t0 + BQ - WINDOW), BK) * BK  # seen by the last query too
-    a = tl.minimum(tl.maximum(a, low), end)
-    b = tl.maximum(a, (t0 + 1) // BK * BK)  # no later than the first query
-    return low, a, b, end
+def keys_of(phase: tl.constexpr, start, row, t0, T, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+            BQ: tl.constexpr, BK: tl.constexpr):
+    """Keys [begin, stop) that the queries t0 ... t0 + BQ - 1 meet in a phase.
 
-
-@triton.jit
-def attend(acc, total, peak, scores, v, MM: tl.constexpr):
-    """One step of the online softmax (base 2): fold a tile of scores and values into the sums."""
-    new = tl.maximum(peak, tl.max(scores, axis=1))
-    p = tl.exp2(scores - new[:, None])
-    fade = tl.exp2(peak - new)
-    return acc * fade[:, None] + product(p, v, MM), total * fade + tl.sum(p, axis=1), new
+    Phase 0: sinks older than the band, of the first query's document only, since later documents
+    have theirs in the band. 1: the band's lower edge. 2: what all queries see. 3: upper edge.
+    """
+    end, own = tl.minimum(t0 + BQ, T), tl.load(start + row)
+    low = tl.maximum(own, t0 - WINDOW + 1) // BK * BK
+    if phase == 0:
+        return own, tl.minimum(own + SINKS, low)
+    last_own = tl.load(start + row + (end - 1 - t0))
+    full = tl.cdiv(tl.maximum(last_own, t0 + BQ - WINDOW), BK) * BK  # seen by the last query too
+    full = tl.minimum(tl.maximum(full, low), end)
+    full_end = tl.maximum(full, (t0 + 1) // BK * BK)  # not after the first query
+    if phase == 1:
+        return low, full
+    if phase == 2:
+        return full, full_end
+    return full_end, end
 
 
 @triton.jit
@@ -627,7 +639,7 @@ def window_fwd(q, k, v, start,  # inputs
                T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
                WINDOW: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr,
                BQ: tl.constexpr, BK: tl.constexpr, MM: tl.constexpr):
-    """One block of queries of one head. Sinks older than the band are a tile of their own."""
+    """One block of queries of one head."""
     t0, bh = tl.program_id(0) * BQ, tl.program_id(1).to(tl.int64)
     b, h, kv = bh // H, bh % H, bh % H // (H // K)
     row, n, d = b * T + t0, T - t0, tl.arange(0, D)
@@ -635,26 +647,21 @@ def window_fwd(q, k, v, start,  # inputs
     t, first = t0 + tl.arange(0, BQ)[:, None], first_seen(start, row, n, 0, BQ)[:, None]
     acc, total = tl.zeros((BQ, D), tl.float32), tl.zeros((BQ,), tl.float32)
     peak = tl.full((BQ,), -1e30, tl.float32)
-    low, full_from, full_to, end = key_phases(start, row, t0, T, WINDOW, BQ, BK)
-    own = tl.load(start + row)  # later documents of the block have their sinks in the band
-    if (SINKS > 0) & (own < low):
-        s = own + tl.arange(0, BS)[None, :]
-        scores = product(q, tl.trans(load(k, b * T + own, T - own, kv, K, D, BS, d)), MM) * SCALE
-        see = visible(s, t, first, WINDOW, SINKS) & (s < low)
-        scores = tl.where(see, scores, float("-inf"))
-        sunk = load(v, b * T + own, T - own, kv, K, D, BS, d)
-        acc, total, peak = attend(acc, total, peak, scores, sunk, MM)
-    for phase in tl.static_range(3):
-        begin = low if phase == 0 else (full_from if phase == 1 else full_to)
-        stop = full_from if phase == 0 else (full_to if phase == 1 else end)
-        for s0 in range(begin, stop, BK):
-            kT = tl.trans(load(k, b * T + s0, T - s0, kv, K, D, BK, d))
-            scores = product(q, kT, MM) * SCALE
-            if phase != 1:
-                see = visible(s0 + tl.arange(0, BK)[None, :], t, first, WINDOW, SINKS)
+    for phase in tl.static_range(4):
+        begin, stop = keys_of(phase, start, row, t0, T, WINDOW, SINKS, BQ, BK)
+        STEP: tl.constexpr = BS if phase == 0 else BK
+        for s0 in range(begin, stop, STEP):
+            k_s = load(k, b * T + s0, T - s0, kv, K, D, STEP, d)
+            scores = product(q, tl.trans(k_s), MM) * SCALE
+            if phase != 2:
+                s = s0 + tl.arange(0, STEP)[None, :]
+                see = visible(s, t, first, WINDOW, SINKS) & (s < stop)
                 scores = tl.where(see, scores, float("-inf"))
-            v_s = load(v, b * T + s0, T - s0, kv, K, D, BK, d)
-            acc, total, peak = attend(acc, total, peak, scores, v_s, MM)
+            new = tl.maximum(peak, tl.max(scores, axis=1))  # the online softmax, in base 2
+            p, fade = tl.exp2(scores - new[:, None]), tl.exp2(peak - new)
+            v_s = load(v, b * T + s0, T - s0, kv, K, D, STEP, d)
+            acc = acc * fade[:, None] + product(p, v_s, MM)
+            total, peak = total * fade + tl.sum(p, axis=1), new
     store(out, acc / total[:, None], row, n, h, H, D, BQ, d)
     store_vector(lse, peak + tl.log2(total), row, n, h, H, BQ)
 
@@ -673,25 +680,17 @@ def window_dq(q, k, v, start, dh, delta, lse,  # inputs
     norm, delta_t = vector(lse, row, n, h, H, BQ)[:, None], vector(delta, row, n, h, H, BQ)[:, None]
     t, first = t0 + tl.arange(0, BQ)[:, None], first_seen(start, row, n, 0, BQ)[:, None]
     acc = tl.zeros((BQ, D), tl.float32)
-    low, full_from, full_to, end = key_phases(start, row, t0, T, WINDOW, BQ, BK)
-    own = tl.load(start + row)
-    if (SINKS > 0) & (own < low):
-        s = own + tl.arange(0, BS)[None, :]
-        k_s = load(k, b * T + own, T - own, kv, K, D, BS, d)
-        see = visible(s, t, first, WINDOW, SINKS) & (s < low)
-        scores = tl.where(see, product(q, tl.trans(k_s), MM) * SCALE - norm, float("-inf"))
-        dp = product(dh, tl.trans(load(v, b * T + own, T - own, kv, K, D, BS, d)), MM)
-        acc += product(tl.exp2(scores) * (dp - delta_t), k_s, MM)
-    for phase in tl.static_range(3):
-        begin = low if phase == 0 else (full_from if phase == 1 else full_to)
-        stop = full_from if phase == 0 else (full_to if phase == 1 else end)
-        for s0 in range(begin, stop, BK):
-            k_s = load(k, b * T + s0, T - s0, kv, K, D, BK, d)
+    for phase in tl.static_range(4):
+        begin, stop = keys_of(phase, start, row, t0, T, WINDOW, SINKS, BQ, BK)
+        STEP: tl.constexpr = BS if phase == 0 else BK
+        for s0 in range(begin, stop, STEP):
+            k_s = load(k, b * T + s0, T - s0, kv, K, D, STEP, d)
             scores = product(q, tl.trans(k_s), MM) * SCALE - norm
-            if phase != 1:
-                see = visible(s0 + tl.arange(0, BK)[None, :], t, first, WINDOW, SINKS)
+            if phase != 2:
+                s = s0 + tl.arange(0, STEP)[None, :]
+                see = visible(s, t, first, WINDOW, SINKS) & (s < stop)
                 scores = tl.where(see, scores, float("-inf"))
-            dp = product(dh, tl.trans(load(v, b * T + s0, T - s0, kv, K, D, BK, d)), MM)
+            dp = product(dh, tl.trans(load(v, b * T + s0, T - s0, kv, K, D, STEP, d)), MM)
             acc += product(tl.exp2(scores) * (dp - delta_t), k_s, MM)
     store(dq, acc * (SCALE * 0.6931471805599453), row, n, h, H, D, BQ, d)  # ln 2: base 2 above
 
@@ -748,48 +747,38 @@ def window_sizes(q, k, window, sinks):
                 MM=matmul_type(q.dtype))
 
 
-@torch.library.custom_op("xlstm_kernels::window", mutates_args=())
+@operator("window", lambda q, k, v, *_: (
+    torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
 def window_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: int
               ) -> tuple[Tensor, Tensor]:
     (B, T, H, D), wide = q.shape, q.dtype == torch.bfloat16
     h, lse = torch.empty_like(q), q.new_empty(B, T, H, dtype=torch.float32)
-    BQ, BK, BS = 128 if wide else 64, 64 if wide else 32, max(16, triton.next_power_of_2(sinks))
+    BQ, BK = (128, 64) if wide else (64, 32)
     with torch.cuda.device_of(q):
         window_fwd[(triton.cdiv(T, BQ), B * H)](
-            q, k, v, start, h, lse, **window_sizes(q, k, window, sinks), BS=BS, BQ=BQ, BK=BK,
+            q, k, v, start, h, lse, **window_sizes(q, k, window, sinks), BQ=BQ, BK=BK, BS=16,
             num_warps=8, num_stages=3)
     return h, lse
 
 
-@window_op.register_fake
-def _(q, k, v, start, window, sinks):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("xlstm_kernels::window_backward", mutates_args=())
+@operator("window_backward", lambda dh, q, k, v, *_: likes(q, k, v))
 def window_backward_op(dh: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor, h: Tensor,
                        lse: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, H, D), K, wide = q.shape, k.shape[2], q.dtype == torch.bfloat16
-    dq, dk, dv = map(torch.empty_like, (q, k, v))
-    sizes, BS = window_sizes(q, k, window, sinks), max(16, triton.next_power_of_2(sinks))
+    dq, dk, dv = likes(q, k, v)
+    sizes, block = window_sizes(q, k, window, sinks), 64 if wide else 32
     index = torch.arange(T, device=q.device, dtype=torch.int32)
     begins = torch.where(start == index, index, T)  # the next document's first token, else T
     stop = F.pad(begins[:, 1:], (0, 1), value=T).flip(1).cummin(1).values.flip(1).contiguous()
-    BQ, BK = 64 if wide else 32, 64 if wide else 32
     with torch.cuda.device_of(q):
         delta = row_delta(dh, h)
-        window_dq[(triton.cdiv(T, BQ), B * H)](
-            q, k, v, start, dh, delta, lse, dq, **sizes, BS=BS, BQ=BQ, BK=BK,
-            num_warps=4, num_stages=2)
-        window_dkv[(B * K, triton.cdiv(T, BK))](
-            q, k, v, start, stop, dh, delta, lse, dk, dv, **sizes, BQ=BQ, BK=BK,
-            num_warps=4, num_stages=2)
+        window_dq[(triton.cdiv(T, block), B * H)](
+            q, k, v, start, dh, delta, lse, dq, **sizes, BQ=block, BK=block, BS=16,
+            num_warps=8, num_stages=2)
+        window_dkv[(B * K, triton.cdiv(T, block))](
+            q, k, v, start, stop, dh, delta, lse, dk, dv, **sizes, BQ=block // 2, BK=block,
+            num_warps=8, num_stages=2)
     return dq, dk, dv
-
-
-@window_backward_op.register_fake
-def _(dh, q, k, v, start, h, lse, window, sinks):
-    return tuple(map(torch.empty_like, (q, k, v)))
 
 
 def window_setup(ctx, inputs, output):
@@ -811,15 +800,15 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
 
     q (B, H, T, D), k and v (B, K, T, D) of one dtype (bf16, fp16, fp32), rotated; document_ids
     (B, T) or None. Returns (B, H, T, D). arXiv 2603.15590, Eq. 3, 4. Raises ValueError for CPU
-    tensors, float64, widths not in WIDTHS, dtypes that differ, more than 128 sinks.
+    tensors, float64, widths not in WIDTHS, dtypes that differ.
     """
     check("window_attention", q=q, k=k, v=v)
     if not (q.dtype == k.dtype == v.dtype) or q.shape[-1] != k.shape[-1] or k.shape != v.shape:
         raise ValueError(f"kernels.window_attention: q {q.dtype} {tuple(q.shape)}, k {k.dtype} "
                          f"{tuple(k.shape)}, v {v.dtype} {tuple(v.shape)} do not fit together")
-    if not (window >= 1 and 0 <= sinks <= 128):
-        raise ValueError(f"kernels.window_attention: window {window}, sinks {sinks}; the kernels "
-                         "need window >= 1 and 0 <= sinks <= 128")
+    if window < 1 or sinks < 0:
+        raise ValueError(f"kernels.window_attention: window {window} must be at least 1 and sinks "
+                         f"{sinks} at least 0")
     start = document_starts(document_ids, q).clamp_min(0)
     return window_op(*token_major(q, k, v), start, window, sinks)[0].transpose(1, 2)
 
@@ -863,7 +852,7 @@ def feature_bwd(dphi, x, weight, phi, dx, dW, T, H: tl.constexpr, D: tl.constexp
 SPAN = 1024  # tokens a program: dW's partial sums stay small beside x, the GPU full from T = 4k on
 
 
-@torch.library.custom_op("xlstm_kernels::feature_map", mutates_args=())
+@operator("feature_map", lambda x, weight: torch.empty_like(x))
 def feature_map_op(x: Tensor, weight: Tensor) -> Tensor:
     (B, T, H, D), phi = x.shape, torch.empty_like(x)
     with torch.cuda.device_of(x):
@@ -872,12 +861,7 @@ def feature_map_op(x: Tensor, weight: Tensor) -> Tensor:
     return phi
 
 
-@feature_map_op.register_fake
-def _(x, weight):
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("xlstm_kernels::feature_map_backward", mutates_args=())
+@operator("feature_map_backward", lambda dphi, x, weight, phi: likes(x, weight))
 def feature_map_backward_op(dphi: Tensor, x: Tensor, weight: Tensor, phi: Tensor
                             ) -> tuple[Tensor, Tensor]:
     (B, T, H, D), spans = x.shape, triton.cdiv(x.shape[1], SPAN)
@@ -885,13 +869,8 @@ def feature_map_backward_op(dphi: Tensor, x: Tensor, weight: Tensor, phi: Tensor
     with torch.cuda.device_of(x):
         feature_bwd[(spans, B * H)](
             dphi, x, weight, phi, dx, dW, T, H, D, SPAN, 64 if x.dtype == torch.bfloat16 else 16,
-            matmul_type(x.dtype), num_warps=8, num_stages=2)
+            matmul_type(x.dtype), num_warps=8, num_stages=1)
     return dx, dW.sum((0, 1)).to(weight.dtype)
-
-
-@feature_map_backward_op.register_fake
-def _(dphi, x, weight, phi):
-    return torch.empty_like(x), torch.empty_like(weight)
 
 
 def feature_map_autograd(ctx, dphi):
@@ -942,7 +921,7 @@ def mix_bwd(dout, o, a, b, do, da, db, n_rows, WIDTH: tl.constexpr, BLOCK: tl.co
     store_vector(do, tl.sum(g * (a - b), axis=1), row, n, 0, 1, BLOCK)
 
 
-@torch.library.custom_op("xlstm_kernels::gate_mix", mutates_args=())
+@operator("gate_mix", lambda o, a, b: torch.empty_like(a))
 def gate_mix_op(o: Tensor, a: Tensor, b: Tensor) -> Tensor:
     out = torch.empty_like(a)
     with torch.cuda.device_of(a):
@@ -950,24 +929,14 @@ def gate_mix_op(o: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-@gate_mix_op.register_fake
-def _(o, a, b):
-    return torch.empty_like(a)
-
-
-@torch.library.custom_op("xlstm_kernels::gate_mix_backward", mutates_args=())
+@operator("gate_mix_backward", lambda dout, o, a, b: likes(o, a, b))
 def gate_mix_backward_op(dout: Tensor, o: Tensor, a: Tensor, b: Tensor
                          ) -> tuple[Tensor, Tensor, Tensor]:
-    do, da, db = map(torch.empty_like, (o, a, b))
+    do, da, db = likes(o, a, b)
     with torch.cuda.device_of(a):
         mix_bwd[(triton.cdiv(o.numel(), 32),)](dout, o, a, b, do, da, db, o.numel(), a.shape[-1],
                                                32)
     return do, da, db
-
-
-@gate_mix_backward_op.register_fake
-def _(dout, o, a, b):
-    return tuple(map(torch.empty_like, (o, a, b)))
 
 
 gate_mix_op.register_autograd(
@@ -987,3 +956,173 @@ def gate_mix(o, mlstm_h, window_h):
                          f"{tuple(mlstm_h.shape)} and {tuple(window_h.shape)}")
     out = gate_mix_op(*token_major(o.float(), mlstm_h, window_h.to(mlstm_h.dtype)))
     return out.transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. python kernels.py: are they right on this GPU, and how fast
+# ----------------------------------------------------------------------------------------------
+
+
+def random_inputs(B, H, K, T, D, dtype, device, wild=False):
+    """Seeded q, k, v (before feature maps), log_i, log_f. wild: gates at their extremes."""
+    r = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(B, T, heads, D, generator=r, device=device, dtype=dtype).transpose(1, 2)
+               for heads in (H, K, K))
+    log_i, forget = torch.randn(2, B, T, H, generator=r, device=device).transpose(2, 3)
+    if wild:
+        return q, k, v, 25 * log_i, -10 ** (forget * 2)
+    return q, k, v, log_i, F.logsigmoid(forget + 4)
+
+
+def results(function, inputs, dtype):
+    """Outputs and gradients (of a fixed random projection) of function(*inputs in dtype)."""
+    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    r = torch.Generator(inputs[0].device).manual_seed(1)
+    weights = [torch.randn(x.shape, generator=r, device=x.device) for x in outputs]
+    loss = sum((x.to(dtype or torch.float32) * w).sum() for x, w in zip(outputs, weights))
+    return [x.double() for x in (*outputs, *torch.autograd.grad(loss, inputs))]
+
+
+def self_check(device="cuda", T=300, D=128):
+    """Kernels against model.py in float64: {case: largest relative error of outputs, gradients}.
+
+    Raises ValueError with the figures when an error exceeds 1e-4 (fp32) or 3e-2 (bf16).
+    """
+    import model
+
+    ids = (torch.arange(T, device=device) // 77).expand(2, T)
+    feature, errors = model.FeatureMap(4, D).to(device, torch.float64), {}
+
+    def reference_map(x, weight):
+        return torch.func.functional_call(feature, {"weight": weight}, (x,))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for wild in (False, True):
+            q, k, v, log_i, log_f = random_inputs(2, 4, 2, T, D, dtype, device, wild)
+            maps = [x.softmax(-1) for x in (q, k)]
+            weight = torch.eye(D, device=device).repeat(4, 1, 1) + 0.01
+            for name, ours, plain, inputs in (
+                ("mlstm", lambda *x: mlstm(*x, document_ids=ids)[:1],
+                 lambda *x: model.mlstm_chunkwise(*x, document_ids=ids)[:1],
+                 (*maps, v, log_i, log_f)),
+                ("window", lambda *x: [window_attention(*x, window=90, sinks=4)],
+                 lambda *x: [model.window_attention(*x, window=90, sinks=4)], (q, k, v)),
+                ("feature map", lambda *x: [feature_map(*x)],
+                 lambda *x: [reference_map(*x)], (q, weight)),
+                ("gate mix", lambda *x: [gate_mix(*x)],
+                 lambda o, a, b: [o[..., None] * a + (1 - o[..., None]) * b],
+                 (torch.sigmoid(log_i), q, q.flip(2))),
+            ):
+                pairs = zip(results(ours, inputs, None), results(plain, inputs, torch.float64))
+                case = f"{name}, {str(dtype)[6:]}{', wild gates' if wild else ''}"
+                errors[case] = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+                if not errors[case] < (1e-4 if dtype == torch.float32 else 3e-2):
+                    raise ValueError(f"self-check failed, relative errors {errors}")
+    return errors
+
+
+def floor_ms(B, H, K, T, D, window, bandwidth, flops):
+    """The least time this GPU could take (bf16): {operator: (forward, forward + backward)} in ms.
+
+    mLSTM: memory. q, k, v, h once and the states of 128-token chunks written and read; backward:
+    q, k, v, h, dh and states again, dq, dk, dv, and the states' gradients written and read.
+    Window: arithmetic of W keys a query, four products of the forward's two, then ten.
+    """
+    query, key, states = (2 * B * n for n in (H * T * D, K * T * D, H * T * D * D // 128))
+    forward = 2 * query + 2 * key + 2 * states
+    both = forward + 4 * query + 4 * key + 4 * states
+    pairs = 2 * B * H * T * min(window, T) * D
+    return {"mlstm": (1e3 * forward / bandwidth, 1e3 * both / bandwidth),
+            "window": (2e3 * pairs / flops, 7e3 * pairs / flops)}
+
+
+def contenders(inputs, window, sinks):
+    """(operator, name, function of inputs): ours, plain PyTorch, and PyTorch's own attention."""
+    import model
+
+    q, k, v, log_i, log_f = inputs
+    T = q.shape[2]
+    yield "mlstm", "ours", lambda q, k, v, i, f: mlstm(q, k, v, i, f)[0]
+    yield "mlstm", "model.py", lambda q, k, v, i, f: model.mlstm_chunkwise(q, k, v, i, f)[0]
+    yield "window", "ours", lambda q, k, v, *_: window_attention(
+        q, k, v, window=window, sinks=sinks)
+    yield "window", "model.py", lambda q, k, v, *_: model.window_attention(
+        q, k, v, window=window, sinks=sinks)
+    if q.is_cuda:  # on a CPU FlexAttention has no backward
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        mask = create_block_mask(
+            lambda b, h, t, s: (s <= t) & ((s > t - window) | (s < sinks)), None, None, T, T)
+        flex = torch.compile(flex_attention)
+        yield "window", "FlexAttention", lambda q, k, v, *_: flex(
+            q, k, v, block_mask=mask, enable_gqa=True)
+    yield "all keys", "SDPA", lambda q, k, v, *_: F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True)
+
+
+def benchmark(timer, lengths, B=1, H=32, K=8, D=128, window=512, sinks=4, device="cuda"):
+    """Rows {operator, name, T, forward_ms, both_ms and their ratios to the floor}.
+
+    timer(function) -> ms. The floor's bandwidth and arithmetic are measured with it, by a copy and
+    a product of matrices. A form that runs out of memory has None.
+    """
+    size = 8192 if device == "cuda" else 64
+    x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    bandwidth, flops = (2 * x.nbytes * 1e3 / timer(lambda: x.clone()),
+                        2 * size**3 * 1e3 / timer(lambda: x @ x))
+    print(f"measured: {bandwidth / 1e12:.2f} TB/s copy, {flops / 1e12:.0f} TFLOP/s bf16 product")
+    rows = []
+    for T in lengths:
+        q, k, v, log_i, log_f = random_inputs(B, H, K, T, D, torch.bfloat16, device)
+        floors = floor_ms(B, H, K, T, D, window, bandwidth, flops)
+        inputs = [x.requires_grad_() for x in (q.softmax(-1), k.softmax(-1), v, log_i, log_f)]
+        dh = torch.ones_like(q)
+        for operator, name, function in contenders(inputs, window, sinks):
+            used = inputs if operator == "mlstm" else inputs[:3]
+
+            def both():
+                torch.autograd.grad(function(*inputs), used, dh)
+
+            try:
+                with torch.no_grad():
+                    times = [timer(lambda: function(*inputs))]
+                times.append(timer(both))
+            except torch.OutOfMemoryError:
+                times = [None, None]
+            least = floors.get(operator, (None, None))
+            ratios = [t and f and t / f for t, f in zip(times, least)]
+            rows.append(dict(operator=operator, name=name, T=T, forward_ms=times[0],
+                             both_ms=times[1], forward_floors=ratios[0], both_floors=ratios[1]))
+    return rows
+
+
+def print_table(rows):
+    """One line a row; `x floor` is the time as a multiple of the least possible."""
+    def cell(value, digits):
+        return f"{'-' if value is None else f'{value:.{digits}f}':>9}"
+
+    print(f"{'operator':10}{'T':>7}  {'form':14}{'fwd ms':>9}{'x floor':>9}{'+bwd ms':>9}"
+          f"{'x floor':>9}")
+    for r in rows:
+        print(f"{r['operator']:10}{r['T']:>7}  {r['name']:14}{cell(r['forward_ms'], 3)}"
+              f"{cell(r['forward_floors'], 2)}{cell(r['both_ms'], 3)}{cell(r['both_floors'], 2)}")
+
+
+def main():
+    if not torch.cuda.is_available():
+        print("kernels.py needs a CUDA GPU, and PyTorch sees none here; without one, "
+              "`pytest tests/test_kernels.py` runs the kernels in Triton's interpreter")
+        sys.exit(2)
+    errors = self_check()
+    print("self-check, largest relative error against float64 (outputs and gradients):")
+    for case, error in errors.items():
+        print(f"  {case:36}{error:.1e}")
+    rows = benchmark(lambda f: triton.testing.do_bench(f, return_mode="median"),
+                     (4096, 16384, 65536))
+    print_table(rows)
+    print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+                      "triton": triton.__version__, "errors": errors, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
