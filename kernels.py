@@ -653,17 +653,16 @@ def window_fwd(q, k, v, start,  # inputs
     peak = tl.full((BQ,), -1e30, tl.float32)
     for phase in tl.static_range(4):
         begin, stop = keys_of(phase, start, row, t0, T, WINDOW, SINKS, BQ, BK)
-        STEP: tl.constexpr = BS if phase == 0 else BK
-        for s0 in range(begin, stop, STEP):
-            k_s = load(k, b * T + s0, T - s0, kv, K, D, STEP, d)
+        for s0 in range(begin, stop, BS if phase == 0 else BK):
+            k_s = load(k, b * T + s0, T - s0, kv, K, D, BS if phase == 0 else BK, d)
             scores = product(q, tl.trans(k_s), MM) * SCALE
             if phase != 2:
-                s = s0 + tl.arange(0, STEP)[None, :]
+                s = s0 + tl.arange(0, BS if phase == 0 else BK)[None, :]
                 see = visible(s, t, first, WINDOW, SINKS) & (s < stop)
                 scores = tl.where(see, scores, float("-inf"))
             new = tl.maximum(peak, tl.max(scores, axis=1))  # the online softmax, in base 2
             p, fade = tl.exp2(scores - new[:, None]), tl.exp2(peak - new)
-            v_s = load(v, b * T + s0, T - s0, kv, K, D, STEP, d)
+            v_s = load(v, b * T + s0, T - s0, kv, K, D, BS if phase == 0 else BK, d)
             acc = acc * fade[:, None] + product(p, v_s, MM)
             total, peak = total * fade + tl.sum(p, axis=1), new
     store(out, acc / total[:, None], row, n, h, H, D, BQ, d)
@@ -686,15 +685,15 @@ def window_dq(q, k, v, start, dh, delta, lse,  # inputs
     acc = tl.zeros((BQ, D), tl.float32)
     for phase in tl.static_range(4):
         begin, stop = keys_of(phase, start, row, t0, T, WINDOW, SINKS, BQ, BK)
-        STEP: tl.constexpr = BS if phase == 0 else BK
-        for s0 in range(begin, stop, STEP):
-            k_s = load(k, b * T + s0, T - s0, kv, K, D, STEP, d)
+        for s0 in range(begin, stop, BS if phase == 0 else BK):
+            k_s = load(k, b * T + s0, T - s0, kv, K, D, BS if phase == 0 else BK, d)
             scores = product(q, tl.trans(k_s), MM) * SCALE - norm
             if phase != 2:
-                s = s0 + tl.arange(0, STEP)[None, :]
+                s = s0 + tl.arange(0, BS if phase == 0 else BK)[None, :]
                 see = visible(s, t, first, WINDOW, SINKS) & (s < stop)
                 scores = tl.where(see, scores, float("-inf"))
-            dp = product(dh, tl.trans(load(v, b * T + s0, T - s0, kv, K, D, STEP, d)), MM)
+            v_s = load(v, b * T + s0, T - s0, kv, K, D, BS if phase == 0 else BK, d)
+            dp = product(dh, tl.trans(v_s), MM)
             acc += product(tl.exp2(scores) * (dp - delta_t), k_s, MM)
     store(dq, acc * (SCALE * 0.6931471805599453), row, n, h, H, D, BQ, d)  # ln 2: base 2 above
 
