@@ -760,7 +760,7 @@ def window_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks
     with torch.cuda.device_of(q):
         window_fwd[(triton.cdiv(T, BQ), B * H)](
             q, k, v, start, h, lse, **window_sizes(q, k, window, sinks), BQ=BQ, BK=BK, BS=16,
-            num_warps=8, num_stages=3)
+            num_warps=8, num_stages=2)
     return h, lse
 
 
