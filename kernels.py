@@ -1049,15 +1049,14 @@ def contenders(inputs, window, sinks):
     """(operator, name, function of inputs): ours, plain PyTorch, and PyTorch's own attention."""
     import model
 
-    q, k, v, log_i, log_f = inputs
-    T = q.shape[2]
+    T = inputs[0].shape[2]
     yield "mlstm", "ours", lambda q, k, v, i, f: mlstm(q, k, v, i, f)[0]
     yield "mlstm", "model.py", lambda q, k, v, i, f: model.mlstm_chunkwise(q, k, v, i, f)[0]
     yield "window", "ours", lambda q, k, v, *_: window_attention(
         q, k, v, window=window, sinks=sinks)
     yield "window", "model.py", lambda q, k, v, *_: model.window_attention(
         q, k, v, window=window, sinks=sinks)
-    if q.is_cuda:  # on a CPU FlexAttention has no backward
+    if inputs[0].is_cuda:  # on a CPU FlexAttention has no backward
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
         mask = create_block_mask(
             lambda b, h, t, s: (s <= t) & ((s > t - window) | (s < sinks)), None, None, T, T)

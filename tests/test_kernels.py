@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,11 @@ if __name__ != "__main__":
     if not CUDA:
         assert "triton" not in sys.modules, "triton was imported before its interpreter was chosen"
         os.environ["TRITON_INTERPRET"] = "1"
-    pytest.importorskip("triton")  # its package exists for Linux only
+    triton = pytest.importorskip("triton")  # its package exists for Linux only
+    if not CUDA and triton.__version__[:3] == "3.6" and np.lib.NumpyVersion(
+            np.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6's interpreter fails with NumPy 2.4: pip install 'numpy<2.4'",
+                    allow_module_level=True)
     import kernels
     import model
 
@@ -389,7 +394,7 @@ def test_kernels_compile_without_spilling(compilations, capability, width):
     assert process.returncode == 0
     resources = json.loads(output.splitlines()[-1])
     assert len(resources) == 16
-    few = 8 if kernels.triton.__version__ < "3.7" else 0  # Triton 3.6, two kernels for sm_80
+    few = 8 if triton.__version__[:3] == "3.6" else 0  # Triton 3.6, two kernels for sm_80
     for name, used in resources.items():  # STACK, LOCAL: bytes of registers spilled to memory
         assert used["STACK"] <= few and used["LOCAL"] == 0, (name, used)
         assert used["shared"] <= {80: 166912, 90: 232448}[capability], (name, used)
