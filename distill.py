@@ -1201,7 +1201,7 @@ def align(run, student, mixture, stop):
             norm = clip_gradients(trainable, run.clip)
             sums = torch.cat((losses, losses.new_tensor([bool(stop)])))
             *losses, stopping = all_sum(sums).tolist()
-            check_finite(run, "align", step, sum(losses), norm)
+            check_finite(run, mixture, "align", step, sum(losses), norm)
             optimizer.step()
             optimizer.zero_grad()
             # --------------------
@@ -1254,7 +1254,7 @@ def distil(run, student, teacher, cache, mixture, heldout, stop):
             sums[2] = bool(stop)
             ce, kl, stopping = all_sum(sums).tolist()
             norm = clip_gradients(trainable, run.clip)
-            check_finite(run, "distil", step, ce + kl, norm)
+            check_finite(run, mixture, "distil", step, ce + kl, norm)
             optimizer.step()
             optimizer.zero_grad()
             # --------------------
@@ -1428,13 +1428,21 @@ def log(run, bar, stage, step, **metrics):
         f.write(json.dumps({"stage": stage, "step": step + 1, **metrics}) + "\n")
 
 
-def check_finite(run, stage, step, *values):
+def where(mixture, run, step):
+    """The rows of a step in words: "a 5, 17; b 3"."""
+    found = {}
+    for s, j in map(mixture.locate, range(step * run.batch, (step + 1) * run.batch)):
+        found.setdefault(mixture.sources[s].name, []).append(str(j))
+    return "; ".join(f"{name} {', '.join(rows)}" for name, rows in found.items())
+
+
+def check_finite(run, mixture, stage, step, *values):
     """Before the update: weights and the last checkpoint stay good when a loss is not finite."""
     if not all(math.isfinite(float(v)) for v in values):
         raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
                          f"made. The last good state is in {run.checkpoints}; lower the learning "
-                         f"rate in a new --out, or look at rows {step * run.batch} to "
-                         f"{(step + 1) * run.batch - 1} of the data's order")
+                         "rate in a new --out, or look at what this step read: rows of "
+                         f"{run.context} tokens, {where(mixture, run, step)}")
 
 
 def report(results):

@@ -975,6 +975,7 @@ class WindowAttention(Attention):
 
     def window_branch(self, q, k, v, document_ids, cache):
         attend = _kernels().window_attention if self.kernels == "triton" else window_attention
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32 behind a norm
         if cache is not None:
             return cache.window_attention(q, k, v, attend)
         return attend(q, k, v, window=self.short_window, sinks=self.sinks,
@@ -1043,9 +1044,12 @@ class HybridAttention(MLSTMAttention):
             OutputGate(config))
 
     def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
-        o = torch.sigmoid(self.output_gate(x, raw))[..., None].to(v.dtype)  # (B, H, T, 1)
+        o = torch.sigmoid(self.output_gate(x, raw))  # (B, H, T)
         mlstm = self.recurrent_branch(x, q, k, v, document_ids, cache)
         swa = self.window_branch(q, k, v, document_ids, cache)
+        if self.kernels == "triton" and q.shape[2] > 1:
+            return _kernels().gate_mix(o, mlstm, swa)
+        o = o[..., None].to(v.dtype)
         return o * mlstm + (1 - o) * swa  # Eq. 11
 
 

@@ -374,6 +374,24 @@ def compile_all(capability, width):
     print(json.dumps(resources))
 
 
+def test_a_student_on_kernels_learns_as_one_without():
+    """Through model.py: hidden states and every gradient of a packed row, of the shipped teacher."""
+    teacher = model.load_pretrained(ROOT / "tests/teacher", device=DEVICE)
+    tokens = torch.randint(0, 1000, (1, 70), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = (torch.arange(70) // 45)[None].to(DEVICE)
+    weights = torch.randn(1, 70, teacher.config.hidden_size,
+                          generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found = []
+    for choice in ("torch", "triton"):
+        student = model.student_from_teacher(teacher, window=16, kernels=choice)
+        hidden = student.hidden(tokens, document_ids=ids)
+        (hidden * weights).sum().backward()
+        found.append([hidden.detach(), *(p.grad.clone() for p in student.parameters())])
+        student.zero_grad()
+    for a, b in zip(*found):
+        assert (a - b).norm() <= 1e-4 * b.norm().clamp_min(0.1)  # some gradients are 0 by symmetry
+
+
 @pytest.fixture(scope="module")
 def compilations():
     """The four compilations, started together (two cores: half the time)."""

@@ -833,6 +833,10 @@ class FakeKernels(types.ModuleType):
         self.calls.append("features")
         return torch.einsum("bhtd,hde->bhte", x, weight).softmax(-1)
 
+    def gate_mix(self, o, a, b):
+        self.calls.append("mix")
+        return torch.lerp(b, a, o[..., None])
+
 
 @torch.no_grad()
 def test_kernels_run_sequences_when_chosen_and_steps_stay_plain(folders, tmp_path, monkeypatch):
@@ -849,7 +853,7 @@ def test_kernels_run_sequences_when_chosen_and_steps_stay_plain(folders, tmp_pat
     assert not fake.calls
     expected = plain(tokens, document_ids=ids)
     torch.testing.assert_close(student(tokens, document_ids=ids), expected)
-    assert sorted(fake.calls) == sorted(["mlstm", "window", "features", "features"] * 4)
+    assert sorted(fake.calls) == sorted(["mlstm", "window", "features", "features", "mix"] * 4)
     cache = Cache(student, 2, 40)
     parts = [student(tokens[:, :39], cache=cache)]
     fake.calls.clear()
