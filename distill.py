@@ -15,19 +15,20 @@ a small preset runs on the teacher that ships in tests/teacher. The run writes i
     run.json, results.json, log.jsonl     settings, the final table, the losses
 
 With --experts, stage II runs once per --data file from the same seed and the experts are merged
-(Eq. 14). One process, one device. Not here: the mathematics (model.py), merging (merge.py),
-scoring (evaluate.py).
+(Eq. 14). Under torchrun the batch is dealt out and stage II sharded (FSDP2). Not here: the
+mathematics (model.py), merging (merge.py), scoring (evaluate.py).
 
 Run:
     python distill.py                                             # shipped teacher, minutes on CPU
-    python distill.py --teacher DIR --data a.jsonl b.txt --out RUN        # your own
-    python distill.py --teacher DIR --data a.jsonl=2 b.txt=1 --out RUN    # two thirds from a.jsonl
-    python distill.py --teacher DIR --data a.jsonl --out RUN --resume     # go on after a stop
-    python distill.py --mixer swa --out RUN                      # an ablation: window, sinks only
-    python distill.py --experts                                  # branch, merge, score
+    python distill.py --teacher DIR --data a.jsonl=2 b.txt=1 --out RUN     # two thirds from a.jsonl
+    python distill.py --teacher DIR --data a.jsonl=2 b.txt=1 --out RUN --resume      # after a stop
+    torchrun --nproc-per-node 8 distill.py --teacher DIR --data a.jsonl --out RUN
+    python distill.py --teacher DIR --train mixer --plan          # the memory it would take
+    python distill.py --mixer swa --out RUN                       # an ablation: windows alone
+    python distill.py --experts                                   # branch, merge, score
 
-Contents: 1 data · 2 losses · 3 held-out comparison · 4 optimiser and checkpoints · 5 stage I ·
-6 stage II · 7 report · 8 experts · 9 command
+Contents: 1 data · 2 losses · 3 processes · 4 targets on disk · 5 held-out comparison · 6 optimiser
+and checkpoints · 7 stage I · 8 stage II · 9 memory, progress, report · 10 students · 11 command
 """
 
 import argparse
@@ -1739,8 +1740,7 @@ def parse_arguments(argv):
     g.add_argument("--train", choices=("new", "mixer", "all"), default="all",
                    help="new parameters; and attention projections; and everything")
     g.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True,
-                   help="keep only the blocks' inputs and compute the rest again in the backward: "
-                   "a quarter slower, a tenth of the memory")
+                   help="keep only the blocks' inputs and run each block again in the backward")
     g.add_argument("--gamma", type=float, default=0.9, help="weight of next-token CE")
     g.add_argument("--beta", type=float, default=0.1, help="weight of KL to the teacher")
     g.add_argument("--topk", type=int, default=256, help="teacher tokens in the KL")
@@ -1757,12 +1757,7 @@ def parse_arguments(argv):
     run, _ = p.parse_known_args(argv)
     if run.teacher is None:
         p.set_defaults(**SMALL | (SMALL_EXPERTS if run.experts else {}))
-    run = p.parse_args(argv)
-    run.checkpoints = run.out and run.out / "checkpoints"
-    run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
-    run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
-    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
-    return run
+    return p.parse_args(argv)
 
 
 def check_arguments(run):
@@ -1860,6 +1855,10 @@ def main(argv=None):
     start_processes(run)
     if run.plan:
         return show_plan(run)
+    run.checkpoints = run.out / "checkpoints"
+    run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
+    run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
+    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
     results = open_run(run)
     teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device)
     teacher.requires_grad_(False)
