@@ -129,9 +129,9 @@ def read_documents(path, tokenizer, start=0, stop=None):
     Each is (kind, [(text, in_loss), ...]). .jsonl: one JSON object a line with `text`, or with
     `messages` ([{"role", "content"}, ...]; kind "chat"), rendered in the teacher's chat format with
     only the assistant's parts in the loss, or `sequences` (members of one "family": homologues,
-    molecules), or `dna` (a text whose reverse complement is another document). .txt: one long text, cut at line ends into about fifty
-    documents or more (kind "piece") so that some can be held out. Ranges that meet hold every
-    document once. Raises ValueError naming file and line.
+    molecules), or `dna` (a text whose reverse complement is another document). .txt: one long
+    text, cut at line ends into about fifty documents or more (kind "piece") so that some can be
+    held out. Ranges that meet hold every document once. Raises ValueError naming file and line.
     """
     for offset, piece in read_pieces(path, start, stop):
         try:
