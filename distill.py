@@ -1429,7 +1429,7 @@ def log(run, bar, stage, step, **metrics):
         f.write(json.dumps({"stage": stage, "step": step + 1, **metrics}) + "\n")
 
 
-def where(mixture, run, step):
+def rows_of_step(mixture, run, step):
     """The rows of a step in words: "a 5, 17; b 3"."""
     found = {}
     for s, j in map(mixture.locate, range(step * run.batch, (step + 1) * run.batch)):
@@ -1443,7 +1443,7 @@ def check_finite(run, mixture, stage, step, *values):
         raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
                          f"made. The last good state is in {run.checkpoints}; lower the learning "
                          "rate in a new --out, or look at what this step read: rows of "
-                         f"{run.context} tokens, {where(mixture, run, step)}")
+                         f"{run.context} tokens, {rows_of_step(mixture, run, step)}")
 
 
 def report(results):

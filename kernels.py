@@ -750,7 +750,7 @@ def window_dkv(q, k, v, start, stop, dh, delta, lse,  # inputs
 
 def window_sizes(q, k, window, sinks):
     """Arguments that all three kernels share. SCALE: 1 / sqrt(D), for powers of 2."""
-    (B, T, H, D), K = q.shape, k.shape[2]
+    (_, T, H, D), K = q.shape, k.shape[2]
     return dict(T=T, H=H, K=K, D=D, SCALE=D**-0.5 * math.log2(math.e), WINDOW=window, SINKS=sinks,
                 MM=matmul_type(q.dtype))
 
@@ -759,7 +759,7 @@ def window_sizes(q, k, window, sinks):
     torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
 def _window_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: int
               ) -> tuple[Tensor, Tensor]:
-    (B, T, H, D), wide = q.shape, q.dtype == torch.bfloat16
+    (B, T, H, _), wide = q.shape, q.dtype == torch.bfloat16
     h, lse = torch.empty_like(q), q.new_empty(B, T, H, dtype=torch.float32)
     BQ, BK = (128, 64) if wide else (64, 32)
     with torch.cuda.device_of(q):
@@ -772,7 +772,7 @@ def _window_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sink
 @operator("window_backward", lambda dh, q, k, v, *_: likes(q, k, v))
 def _window_backward_op(dh: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor, h: Tensor,
                        lse: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
-    (B, T, H, D), K, wide = q.shape, k.shape[2], q.dtype == torch.bfloat16
+    (B, T, H, _), K, wide = q.shape, k.shape[2], q.dtype == torch.bfloat16
     dq, dk, dv = likes(q, k, v)
     sizes, block = window_sizes(q, k, window, sinks), 64 if wide else 32
     index = torch.arange(T, device=q.device, dtype=torch.int32)
