@@ -1651,7 +1651,9 @@ def plan_students(run, sources, weights):
         own = argparse.Namespace(**vars(run) | {
             "out": out, "checkpoints": out / "checkpoints", "distil_steps": steps})
         # Another seed than stage I's, or both stages would begin with the same rows.
-        students[name] = own, Mixture(sources, shares, steps * run.batch, run.seed + 1)
+        mixture = Mixture(sources, shares, steps * run.batch, run.seed + 1,
+                          reorder=not run.targets)  # stored targets are of one order
+        students[name] = own, mixture
     return students
 
 
