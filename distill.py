@@ -1650,7 +1650,8 @@ def plan_students(run, sources, weights):
         own = argparse.Namespace(**vars(run) | {
             "out": out, "checkpoints": out / "checkpoints", "distil_steps": steps})
         # Another seed than stage I's, or both stages would begin with the same rows.
-        students[name] = own, Mixture(sources, shares, steps * run.batch, run.seed + 1)
+        students[name] = own, Mixture(sources, shares, steps * run.batch, run.seed + 1,
+                                      reorder=not run.targets)  # stored for the files' order
     return students
 
 
