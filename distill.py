@@ -15,19 +15,20 @@ a small preset runs on the teacher that ships in tests/teacher. The run writes i
     run.json, results.json, log.jsonl     settings, the final table, the losses
 
 With --experts, stage II runs once per --data file from the same seed and the experts are merged
-(Eq. 14). One process, one device. Not here: the mathematics (model.py), merging (merge.py),
-scoring (evaluate.py).
+(Eq. 14). Under torchrun the batch is dealt out and stage II sharded (FSDP2). Not here: the
+mathematics (model.py), merging (merge.py), scoring (evaluate.py).
 
 Run:
     python distill.py                                             # shipped teacher, minutes on CPU
-    python distill.py --teacher DIR --data a.jsonl b.txt --out RUN        # your own
-    python distill.py --teacher DIR --data a.jsonl=2 b.txt=1 --out RUN    # two thirds from a.jsonl
-    python distill.py --teacher DIR --data a.jsonl --out RUN --resume     # go on after a stop
-    python distill.py --mixer swa --out RUN                      # an ablation: window, sinks only
-    python distill.py --experts                                  # branch, merge, score
+    python distill.py --teacher DIR --data a.jsonl=2 b.txt=1 --out RUN     # two thirds from a.jsonl
+    python distill.py --teacher DIR --data a.jsonl=2 b.txt=1 --out RUN --resume      # after a stop
+    torchrun --nproc-per-node 8 distill.py --teacher DIR --data a.jsonl --out RUN
+    python distill.py --teacher DIR --train mixer --plan          # the memory it would take
+    python distill.py --mixer swa --out RUN                       # an ablation: windows alone
+    python distill.py --experts                                   # branch, merge, score
 
-Contents: 1 data · 2 losses · 3 held-out comparison · 4 optimiser and checkpoints · 5 stage I ·
-6 stage II · 7 report · 8 experts · 9 command
+Contents: 1 data · 2 losses · 3 processes · 4 targets on disk · 5 held-out comparison · 6 optimiser
+and checkpoints · 7 stage I · 8 stage II · 9 memory, progress, report · 10 students · 11 command
 """
 
 import argparse
@@ -128,9 +129,9 @@ def read_documents(path, tokenizer, start=0, stop=None):
     Each is (kind, [(text, in_loss), ...]). .jsonl: one JSON object a line with `text`, or with
     `messages` ([{"role", "content"}, ...]; kind "chat"), rendered in the teacher's chat format with
     only the assistant's parts in the loss, or `sequences` (members of one "family": homologues,
-    molecules), or `dna` (a text whose reverse complement is another document). .txt: one long text, cut at line ends into about fifty
-    documents or more (kind "piece") so that some can be held out. Ranges that meet hold every
-    document once. Raises ValueError naming file and line.
+    molecules), or `dna` (a text whose reverse complement is another document). .txt: one long
+    text, cut at line ends into about fifty documents or more (kind "piece") so that some can be
+    held out. Ranges that meet hold every document once. Raises ValueError naming file and line.
     """
     for offset, piece in read_pieces(path, start, stop):
         try:
@@ -1428,7 +1429,7 @@ def log(run, bar, stage, step, **metrics):
         f.write(json.dumps({"stage": stage, "step": step + 1, **metrics}) + "\n")
 
 
-def where(mixture, run, step):
+def rows_of_step(mixture, run, step):
     """The rows of a step in words: "a 5, 17; b 3"."""
     found = {}
     for s, j in map(mixture.locate, range(step * run.batch, (step + 1) * run.batch)):
@@ -1442,7 +1443,7 @@ def check_finite(run, mixture, stage, step, *values):
         raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
                          f"made. The last good state is in {run.checkpoints}; lower the learning "
                          "rate in a new --out, or look at what this step read: rows of "
-                         f"{run.context} tokens, {where(mixture, run, step)}")
+                         f"{run.context} tokens, {rows_of_step(mixture, run, step)}")
 
 
 def report(results):
@@ -1650,8 +1651,9 @@ def plan_students(run, sources, weights):
         own = argparse.Namespace(**vars(run) | {
             "out": out, "checkpoints": out / "checkpoints", "distil_steps": steps})
         # Another seed than stage I's, or both stages would begin with the same rows.
-        students[name] = own, Mixture(sources, shares, steps * run.batch, run.seed + 1,
-                                      reorder=not run.targets)  # stored for the files' order
+        mixture = Mixture(sources, shares, steps * run.batch, run.seed + 1,
+                          reorder=not run.targets)  # stored targets are of one order
+        students[name] = own, mixture
     return students
 
 
@@ -1740,8 +1742,7 @@ def parse_arguments(argv):
     g.add_argument("--train", choices=("new", "mixer", "all"), default="all",
                    help="new parameters; and attention projections; and everything")
     g.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True,
-                   help="keep only the blocks' inputs and compute the rest again in the backward: "
-                   "a quarter slower, a tenth of the memory")
+                   help="keep only the blocks' inputs and run each block again in the backward")
     g.add_argument("--gamma", type=float, default=0.9, help="weight of next-token CE")
     g.add_argument("--beta", type=float, default=0.1, help="weight of KL to the teacher")
     g.add_argument("--topk", type=int, default=256, help="teacher tokens in the KL")
@@ -1758,12 +1759,7 @@ def parse_arguments(argv):
     run, _ = p.parse_known_args(argv)
     if run.teacher is None:
         p.set_defaults(**SMALL | (SMALL_EXPERTS if run.experts else {}))
-    run = p.parse_args(argv)
-    run.checkpoints = run.out and run.out / "checkpoints"
-    run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
-    run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
-    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
-    return run
+    return p.parse_args(argv)
 
 
 def check_arguments(run):
@@ -1861,6 +1857,10 @@ def main(argv=None):
     start_processes(run)
     if run.plan:
         return show_plan(run)
+    run.checkpoints = run.out / "checkpoints"
+    run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
+    run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
+    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
     results = open_run(run)
     teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device)
     teacher.requires_grad_(False)

@@ -236,7 +236,7 @@ def _check_row(row):
         case {"dna": dna}:
             reverse_complement(dna)
             labels = row.get("labels", dna)
-            need |= {f"{len(dna)} bases, {len(labels)} labels: expected one a base, and one or more":
+            need |= {f"{len(dna)} bases, {len(labels)} labels: expected one a base, at least one":
                      1 <= len(dna) == len(labels)}
         case {"type": "molecule", "temperature": temperature}:
             need |= {f"temperature = {temperature} is below 0": temperature >= 0}
@@ -1179,7 +1179,8 @@ def time_once(model, tokens, new_tokens, seconds):
             h = model.hidden(new[:, None], cache=cache)
     return {"prefill_s": prefill if done == T else None,
             "first_token_s": times[0] - started if done == T else None,
-            "steps_s": np.diff(times).tolist(), "cache_bytes": sum(x.nbytes for x in cache.tensors()),
+            "steps_s": np.diff(times).tolist(),
+            "cache_bytes": sum(x.nbytes for x in cache.tensors()),
             "peak_bytes": torch.cuda.max_memory_allocated(device) - before if on_gpu else None}
 
 

@@ -84,6 +84,7 @@ def load(x, row, n, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.co
 @triton.jit
 def store(x, value, row, n, head, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
           cols):
+    """Write a tile back, where tokens exist."""
     seen = (tl.arange(0, BLOCK) < n)[:, None]
     value = value.to(x.dtype.element_ty)
     tl.store(rows(x, row, head, HEADS, WIDTH, BLOCK, cols), value, mask=seen)
@@ -104,6 +105,7 @@ def first_seen(start, row, n, t0, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_vector(x, value, row, n, head, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write such a vector back."""
     t = tl.arange(0, BLOCK)
     tl.store(x + row.to(tl.int64) * HEADS + head + t * HEADS, value, mask=t < n)
 
@@ -458,7 +460,7 @@ def run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0, L, BD, BE):
 
 @operator("mlstm", lambda q, k, v, log_i, log_f, start, S0, z0, m0: (
     q.new_empty(*q.shape[:3], v.shape[3]), *likes(log_i, S0, z0, m0)))
-def mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, start: Tensor,
+def _mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, start: Tensor,
              S0: Tensor, z0: Tensor, m0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, D), K, E = q.shape, k.shape[2], v.shape[3]
     h, lse = v.new_empty(B, T, H, E), torch.empty_like(log_i)
@@ -473,7 +475,7 @@ def mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, star
 
 @operator("mlstm_backward", lambda dh, dS, dz, q, k, v, log_i, log_f, start, S0, z0, *_: likes(
     q, k, v, log_i, log_f, S0, z0))
-def mlstm_backward_op(
+def _mlstm_backward_op(
         dh: Tensor, dS: Tensor, dz: Tensor, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor,
         log_f: Tensor, start: Tensor, S0: Tensor, z0: Tensor, m0: Tensor, h: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -503,7 +505,7 @@ def mlstm_backward_op(
     return dq, dk, dv, di, df, dS0, dz0
 
 
-def mlstm_setup(ctx, inputs, output):
+def _mlstm_setup(ctx, inputs, output):
     h, lse, S, z, m = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
@@ -518,7 +520,7 @@ def mlstm_autograd(ctx, dh, _, dS, dz, dm):
     dh = torch.zeros_like(h) if dh is None else dh.contiguous()
     dS = torch.zeros_like(S) if dS is None else dS.contiguous()
     dz = torch.zeros_like(z) if dz is None else dz.contiguous()
-    dq, dk, dv, di, df, dS0, dz0 = mlstm_backward_op(dh, dS, dz, *inputs, h, lse)
+    dq, dk, dv, di, df, dS0, dz0 = _mlstm_backward_op(dh, dS, dz, *inputs, h, lse)
     dm0 = (dS0 * S0).sum((-1, -2)) + (dz0 * z0).sum(-1)
     if state_used:
         # S and z are divided by e^m and m is the largest exponent of all tokens of the last
@@ -537,7 +539,7 @@ def mlstm_autograd(ctx, dh, _, dS, dz, dm):
     return dq, dk, dv, di, df, None, dS0, dz0, dm0
 
 
-mlstm_op.register_autograd(mlstm_autograd, setup_context=mlstm_setup)
+_mlstm_op.register_autograd(mlstm_autograd, setup_context=_mlstm_setup)
 
 
 def document_starts(document_ids, x):
@@ -598,7 +600,7 @@ def mlstm(q, k, v, log_i, log_f, *, state=None, document_ids=None):
         state = (q.new_zeros(B, H, D, v.shape[-1], dtype=torch.float32),
                  q.new_zeros(B, H, D, dtype=torch.float32),
                  q.new_full((B, H), EMPTY, dtype=torch.float32))
-    h, _, S, z, m = mlstm_op(
+    h, _, S, z, m = _mlstm_op(
         *token_major(q.to(v.dtype), k.to(v.dtype), v, log_i.float(), log_f.float()),
         document_starts(document_ids, q), *(x.float().contiguous() for x in state))
     return h.transpose(1, 2), (S, z, m)
@@ -748,16 +750,16 @@ def window_dkv(q, k, v, start, stop, dh, delta, lse,  # inputs
 
 def window_sizes(q, k, window, sinks):
     """Arguments that all three kernels share. SCALE: 1 / sqrt(D), for powers of 2."""
-    (B, T, H, D), K = q.shape, k.shape[2]
+    (_, T, H, D), K = q.shape, k.shape[2]
     return dict(T=T, H=H, K=K, D=D, SCALE=D**-0.5 * math.log2(math.e), WINDOW=window, SINKS=sinks,
                 MM=matmul_type(q.dtype))
 
 
 @operator("window", lambda q, k, v, *_: (
     torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
-def window_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: int
+def _window_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: int
               ) -> tuple[Tensor, Tensor]:
-    (B, T, H, D), wide = q.shape, q.dtype == torch.bfloat16
+    (B, T, H, _), wide = q.shape, q.dtype == torch.bfloat16
     h, lse = torch.empty_like(q), q.new_empty(B, T, H, dtype=torch.float32)
     BQ, BK = (128, 64) if wide else (64, 32)
     with torch.cuda.device_of(q):
@@ -768,9 +770,9 @@ def window_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks
 
 
 @operator("window_backward", lambda dh, q, k, v, *_: likes(q, k, v))
-def window_backward_op(dh: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor, h: Tensor,
+def _window_backward_op(dh: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tensor, h: Tensor,
                        lse: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
-    (B, T, H, D), K, wide = q.shape, k.shape[2], q.dtype == torch.bfloat16
+    (B, T, H, _), K, wide = q.shape, k.shape[2], q.dtype == torch.bfloat16
     dq, dk, dv = likes(q, k, v)
     sizes, block = window_sizes(q, k, window, sinks), 64 if wide else 32
     index = torch.arange(T, device=q.device, dtype=torch.int32)
@@ -787,18 +789,18 @@ def window_backward_op(dh: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tenso
     return dq, dk, dv
 
 
-def window_setup(ctx, inputs, output):
+def _window_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
     ctx.window, ctx.sinks = inputs[4:]
     ctx.save_for_backward(*inputs[:4], *output)
 
 
-def window_autograd(ctx, dh, _):
-    grads = window_backward_op(dh.contiguous(), *ctx.saved_tensors, ctx.window, ctx.sinks)
+def _window_autograd(ctx, dh, _):
+    grads = _window_backward_op(dh.contiguous(), *ctx.saved_tensors, ctx.window, ctx.sinks)
     return *grads, None, None, None
 
 
-window_op.register_autograd(window_autograd, setup_context=window_setup)
+_window_op.register_autograd(_window_autograd, setup_context=_window_setup)
 
 
 def window_attention(q, k, v, *, window, sinks, document_ids=None):
@@ -816,7 +818,7 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
         raise ValueError(f"kernels.window_attention: window {window} must be at least 1 and sinks "
                          f"{sinks} at least 0")
     start = document_starts(document_ids, q).clamp_min(0)
-    return window_op(*token_major(q, k, v), start, window, sinks)[0].transpose(1, 2)
+    return _window_op(*token_major(q, k, v), start, window, sinks)[0].transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -859,7 +861,7 @@ SPAN = 1024  # tokens a program: dW's partial sums stay small beside x, the GPU 
 
 
 @operator("feature_map", lambda x, weight: torch.empty_like(x))
-def feature_map_op(x: Tensor, weight: Tensor) -> Tensor:
+def _feature_map_op(x: Tensor, weight: Tensor) -> Tensor:
     (B, T, H, D), phi = x.shape, torch.empty_like(x)
     with torch.cuda.device_of(x):
         feature_fwd[(triton.cdiv(T, SPAN), B * H)](
@@ -868,7 +870,7 @@ def feature_map_op(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @operator("feature_map_backward", lambda dphi, x, weight, phi: likes(x, weight))
-def feature_map_backward_op(dphi: Tensor, x: Tensor, weight: Tensor, phi: Tensor
+def _feature_map_backward_op(dphi: Tensor, x: Tensor, weight: Tensor, phi: Tensor
                             ) -> tuple[Tensor, Tensor]:
     (B, T, H, D), spans = x.shape, triton.cdiv(x.shape[1], SPAN)
     dx, dW = torch.empty_like(x), x.new_empty(B, spans, H, D, D, dtype=torch.float32)
@@ -879,12 +881,12 @@ def feature_map_backward_op(dphi: Tensor, x: Tensor, weight: Tensor, phi: Tensor
     return dx, dW.sum((0, 1)).to(weight.dtype)
 
 
-def feature_map_autograd(ctx, dphi):
-    return feature_map_backward_op(dphi.contiguous(), *ctx.saved_tensors)
+def _feature_map_autograd(ctx, dphi):
+    return _feature_map_backward_op(dphi.contiguous(), *ctx.saved_tensors)
 
 
-feature_map_op.register_autograd(
-    feature_map_autograd,
+_feature_map_op.register_autograd(
+    _feature_map_autograd,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output))
 
 
@@ -900,7 +902,7 @@ def feature_map(x, weight):
     if weight.shape != (x.shape[1], x.shape[3], x.shape[3]) or weight.device != x.device:
         raise ValueError(f"kernels.feature_map: weight {tuple(weight.shape)} on {weight.device} "
                          f"does not fit x {tuple(x.shape)} on {x.device}")
-    return feature_map_op(*token_major(x), weight.contiguous()).transpose(1, 2)
+    return _feature_map_op(*token_major(x), weight.contiguous()).transpose(1, 2)
 
 
 @triton.jit
@@ -916,6 +918,7 @@ def mix_fwd(o, a, b, out, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def mix_bwd(dout, o, a, b, do, da, db, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of mix_fwd, from dout (rows, WIDTH)."""
     row, d = tl.program_id(0) * BLOCK, tl.arange(0, WIDTH)
     n = n_rows - row
     gate = vector(o, row, n, 0, 1, BLOCK)[:, None]
@@ -928,7 +931,7 @@ def mix_bwd(dout, o, a, b, do, da, db, n_rows, WIDTH: tl.constexpr, BLOCK: tl.co
 
 
 @operator("gate_mix", lambda o, a, b: torch.empty_like(a))
-def gate_mix_op(o: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _gate_mix_op(o: Tensor, a: Tensor, b: Tensor) -> Tensor:
     out = torch.empty_like(a)
     with torch.cuda.device_of(a):
         mix_fwd[(triton.cdiv(o.numel(), 32),)](o, a, b, out, o.numel(), a.shape[-1], 32)
@@ -936,7 +939,7 @@ def gate_mix_op(o: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 @operator("gate_mix_backward", lambda dout, o, a, b: likes(o, a, b))
-def gate_mix_backward_op(dout: Tensor, o: Tensor, a: Tensor, b: Tensor
+def _gate_mix_backward_op(dout: Tensor, o: Tensor, a: Tensor, b: Tensor
                          ) -> tuple[Tensor, Tensor, Tensor]:
     do, da, db = likes(o, a, b)
     with torch.cuda.device_of(a):
@@ -945,8 +948,8 @@ def gate_mix_backward_op(dout: Tensor, o: Tensor, a: Tensor, b: Tensor
     return do, da, db
 
 
-gate_mix_op.register_autograd(
-    lambda ctx, dout: gate_mix_backward_op(dout.contiguous(), *ctx.saved_tensors),
+_gate_mix_op.register_autograd(
+    lambda ctx, dout: _gate_mix_backward_op(dout.contiguous(), *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
@@ -960,7 +963,7 @@ def gate_mix(o, mlstm_h, window_h):
     if o.shape != mlstm_h.shape[:3] or mlstm_h.shape != window_h.shape:
         raise ValueError(f"kernels.gate_mix: o {tuple(o.shape)} does not fit "
                          f"{tuple(mlstm_h.shape)} and {tuple(window_h.shape)}")
-    out = gate_mix_op(*token_major(o.float(), mlstm_h, window_h.to(mlstm_h.dtype)))
+    out = _gate_mix_op(*token_major(o.float(), mlstm_h, window_h.to(mlstm_h.dtype)))
     return out.transpose(1, 2)
 
 
@@ -1119,6 +1122,7 @@ def print_table(rows):
 
 
 def main():
+    """Self-check, benchmark table, JSON; exit status 2 without a GPU."""
     if not torch.cuda.is_available():
         print("kernels.py needs a CUDA GPU, and PyTorch sees none here; without one, "
               "`pytest tests/test_kernels.py` runs the kernels in Triton's interpreter")

@@ -506,8 +506,7 @@ def test_after_a_little_stage_one_the_state_carries_a_family(tmp_path):
     for step in range(40):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, 40, 5, 3e-2, 3e-5)
-        rows = [mixture.row(2 * step), mixture.row(2 * step + 1)]
-        tokens, ids, _ = collate(rows, torch.device("cpu"))
+        tokens, ids, _ = collate(map(mixture.row, (2 * step, 2 * step + 1)), "cpu")
         alignment_losses(student, tokens, ids, 1.0)
         optimizer.step()
         optimizer.zero_grad()
