@@ -1,5 +1,6 @@
 """Sequences: tokenizers, positions of families, both strands of DNA, molecules, the bio teacher."""
 
+import argparse
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import torch
 
 import make_bio
 from distill import (Mixture, Source, alignment_losses, collate, learning_rate, make_optimizer,
-                     select_trainable, tokenise)
+                     plan_students, select_trainable, tokenise)
 from evaluate import (Scorer, base_embeddings, evaluate_rows, family_nats, molecule_shares,
                       ridge_probe, sample_sequences, smiles_error, strand_scores)
 from make_teacher import is_held_out
@@ -297,8 +298,11 @@ def test_a_mixture_shuffles_by_seed_and_step_alone(tmp_path, folder, families):
     plain = source.row(whole.locate(0)[1])
     assert np.array_equal(plain[1], rows[0][1])  # packing does not move
     assert not np.array_equal(plain[0], rows[0][0])
-    stored = Mixture([source], [1.0], 5, seed=3, reorder=False)
-    assert np.array_equal(stored.row(0)[0], plain[0])
+    run = argparse.Namespace(experts=False, batch=2, distil_steps=10, out=tmp_path, seed=2,
+                             targets=tmp_path)  # stored for the files' order
+    (_, stored), = plan_students(run, [source], [1.0]).values()
+    for i in range(20):
+        assert np.array_equal(stored.row(i)[0], source.row(stored.locate(i)[1])[0])
 
 
 def test_the_split_sees_neither_order_nor_strand(tmp_path, folder, families):
