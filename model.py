@@ -619,15 +619,22 @@ def _chunk(x, n, L, dtype):
     return x.flatten(0, 1).flatten(1, -2)
 
 
-def _chunk_weights(coarse, fine, r, first, out):
+def _chunk_weights(coarse, fine, r, limit, out):
     """W of a chunk into out (B, H, L, L): e^(c_s - r_t) where row t sees s, else exactly 0."""
-    s = torch.arange(out.shape[-1], device=out.device)
-    seen = s <= s[:, None]
-    if first is not None:
-        seen = seen & (s >= first[..., None])
     torch.sub(coarse[..., None, :], r[..., None], out=out).add_(fine[..., None, :])
-    limit = torch.where(seen, 0.0, -math.inf).to(out.dtype)  # what is seen is never above 0
     return _exp(torch.minimum(out, limit, out=out))
+
+
+def _chunk_limits(starts, N, L, like):
+    """For each chunk (L, L) or (B, 1, L, L): 0 where row t sees token s, else -inf.
+
+    The exponent of what is seen is never above 0.
+    """
+    limit = like.new_full((L, L), -math.inf).triu_(1)
+    if starts is None:
+        return [limit] * N
+    first, s = _chunk_documents(starts, L)[0], torch.arange(L, device=like.device)
+    return (torch.where(s >= first[:, :, n, :, None], limit, -math.inf) for n in range(N))
 
 
 def _next_state(S, z, k, v, keep, write, out):
@@ -648,15 +655,15 @@ class _MLSTM(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         *gates, m_end = _chunk_gates(log_i, log_f, m, starts, L, wide)
         coarse, fine, r, carry, write, keep = gates
-        first, N = _chunk_documents(starts, L)[0], len(carry)
+        N = len(carry)
         state = [x.to(wide, copy=True).contiguous().flatten(0, 1) for x in (S, z)]
         W = q.new_empty(B, H, L, L, dtype=wide)
         P = q.new_empty(B * K, H // K * L, L, dtype=wide)
         h, dens = q.new_empty(B, H, T, E, dtype=wide), q.new_empty(N, B * H, L, 1, dtype=wide)
         q_groups = q.unflatten(1, (K, H // K))
-        for n in range(N):
+        for n, limit in enumerate(_chunk_limits(starts, N, L, W)):
             qn, kn, vn = (_chunk(x, n, L, wide) for x in (q_groups, k, v))
-            _chunk_weights(coarse[n], fine[n], r[n], None if first is None else first[:, :, n], W)
+            _chunk_weights(coarse[n], fine[n], r[n], limit, W)
             torch.bmm(qn, kn.transpose(1, 2), out=P).mul_(W.view_as(P))
             qn = qn.view(B * H, L, D) * carry[n].view(-1, L, 1)
             hn = torch.bmm(P, vn).view(-1, L, E).baddbmm_(qn, state[0])
@@ -681,7 +688,6 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     """Gradients of h and the last state -> of q, k, v (or None), log_i, log_f, S, z, m."""
     q, k, v, log_i, log_f, S, z, m, starts, h, dens, coarse, fine, r, carry, write, keep = saved
     (B, H, T, _), K, (N, _, L, _), wide = q.shape, k.shape[1], dens.shape, dens.dtype
-    first = _chunk_documents(starts, L)[0]
 
     # The states that enter the chunks again: storing them would cost as much memory as q and k.
     Ss, zs = (x.new_empty(N + 1, B * H, *x.shape[2:], dtype=wide) for x in (S, z))
@@ -702,9 +708,10 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     W = q.new_empty(B, H, L, L, dtype=wide)
     buffers = q.new_empty(3, B * K, H // K * L, L, dtype=wide)
     d_gates = []
+    limits = list(_chunk_limits(starts, N, L, W))
     for n in reversed(range(N)):
         rows = slice(n * L, min((n + 1) * L, T))
-        _chunk_weights(coarse[n], fine[n], r[n], None if first is None else first[:, :, n], W)
+        _chunk_weights(coarse[n], fine[n], r[n], limits[n], W)
         inputs = [_chunk(x, n, L, wide) for x in (q_groups, k, v, h, dh)]
         inputs[4] = inputs[4] / dens[n].view(B * K, -1, 1)
         *found, di, start, step = _chunk_gradients(*inputs, W, buffers, Ss[n], zs[n], dS, dz,
