@@ -644,7 +644,8 @@ class _SparseKD(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _ce, _kl):
-        return *(None if g is None else g.mul_(grad) for g in ctx.grads), *(None,) * 5
+        grads, ctx.grads = ctx.grads, None  # let go of them: else autograd must copy them
+        return *(None if g is None else g.mul_(grad) for g in grads), *(None,) * 5
 
 
 def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
