@@ -62,6 +62,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -742,7 +743,7 @@ def clip_gradients(trainable, largest):
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def shard(model):
+def shard(model, device):
     """FSDP2: every process keeps 1/world of each matrix; a block is gathered while it runs.
 
     On GPUs in bf16, with gradients summed in fp32 and the fp32 masters sharded. The new parameters
@@ -750,15 +751,16 @@ def shard(model):
     its half-life by 3 %. Micro-batches each sum their gradients: keeping them until the last one
     would need whole gradients on every GPU.
     """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    half = exact if not torch.cuda.is_available() else MixedPrecisionPolicy(
+    half = exact if device.type == "cpu" else MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.model["layers"]:
         new = [m for name, m in block.self_attn.named_children() if is_new(f".{name}.")]
         if new:
-            fully_shard(new, mp_policy=exact)
-        fully_shard(block, mp_policy=half)
-    fully_shard(model, mp_policy=half)
+            fully_shard(new, mesh=mesh, mp_policy=exact)
+        fully_shard(block, mesh=mesh, mp_policy=half)
+    fully_shard(model, mesh=mesh, mp_policy=half)
     # It warns that some modules return views, which nobody may change in place; nobody does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
 
@@ -1600,8 +1602,10 @@ def open_model(run, directory, train=None):
         exact = run.device.type == "cpu" or (train and TRAIN[train](name))
         return torch.float32 if exact else None
 
-    return load_pretrained(directory, device=run.device, dtype=dtype, kernels=run.kernels,
-                           prepare=shard if dist.is_initialized() else None).requires_grad_(False)
+    prepare = partial(shard, device=run.device) if dist.is_initialized() else None
+    model = load_pretrained(directory, device=run.device, dtype=dtype, kernels=run.kernels,
+                            prepare=prepare)
+    return model.requires_grad_(False)
 
 
 def train_student(run, seed, teacher, cache, mixture, heldout, stop):
@@ -1797,9 +1801,8 @@ def settings_of(run):
     settings = {k: v for k, v in vars(run).items() if k not in free}
     settings["targets"] = bool(run.targets)
     settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
-    settings["teacher_sha256"] = sha256(*sorted(run.teacher.glob("*.safetensors")),
-                                        run.teacher / "config.json")
-    settings["data_sha256"] = [sha256(parse_data(spec)[0]) for spec in run.data]
+    settings["teacher_sha256"] = teacher_sha256(run.teacher)
+    settings["data_sha256"] = [file_sha256(parse_data(spec)[0]) for spec in run.data]
     return settings
 
 
@@ -1840,10 +1843,12 @@ def new_student(run, teacher):
 
 def load_data(run, tokenizer, eos_ids):
     """--data -> `open_data`'s sources, weights and held-out sources, and say what they are."""
+    if run.rank > 0:
+        barrier()  # the first process tokenises, the others find it done
     eos_id = eos_ids[0] if eos_ids else None
-    arguments = run.data, tokenizer, eos_id, run.out / "data", run.context
-    once(run, run.out / "run.json", lambda: open_data(*arguments))  # one process tokenises
-    train, weights, heldout = open_data(*arguments)
+    train, weights, heldout = open_data(run.data, tokenizer, eos_id, run.out / "data", run.context)
+    if run.rank == 0:
+        barrier()
     for source, weight in zip(train, weights):
         print(f"data      {source.name}: {source.total:,} tokens to train on, the longest document "
               f"{source.lengths.max():,}; {weight / sum(weights):.0%} of every batch")
