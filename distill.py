@@ -60,7 +60,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -72,7 +71,8 @@ import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Tokenizer, Transformer, assign, generate, is_new,
                    load_pretrained, load_with_tokenizer, local_rows, read_json, reverse_complement,
-                   save_pretrained, sha256, student_config, student_from_teacher, write_json)
+                   save_pretrained, save_tensors, sha256, student_config, student_from_teacher,
+                   write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -1070,13 +1070,10 @@ def save_checkpoint(run, stage, step, trainable, optimizer):
     sharded = any(hasattr(p, "to_local") for p in trainable.values())
     if sharded or run.rank == 0:
         for state in STATE:
-            file = tmp / f"{state}-{run.rank:04d}.safetensors"
             tensors = {name: p.detach() if state == "weight" else optimizer.state[p][state]
                        for name, p in trainable.items()}
-            save_file({name: local_rows(x)[0].cpu().contiguous() for name, x in tensors.items()},
-                      file)
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
+            save_tensors({name: local_rows(x)[0] for name, x in tensors.items()},
+                         tmp / f"{state}-{run.rank:04d}.safetensors")
     barrier()
     if run.rank == 0:
         write_json(tmp / "manifest.json", {"stage": stage, "step": step, "world": run.world,

@@ -1627,6 +1627,18 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     os.replace(tmp, directory)
 
 
+def save_tensors(tensors, path):
+    """Tensors by name -> one synced *.safetensors; OSError if the disk is full or fails."""
+    try:
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path,
+                  metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error}): free some space; what was saved before "
+                      "is whole") from None
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def _write_tensors(tensors, folder, max_shard_bytes):
     """Tensors by name -> model.safetensors, or numbered shards and their index."""
     shards, size = [{}], 0
@@ -1639,8 +1651,7 @@ def _write_tensors(tensors, folder, max_shard_bytes):
     files = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards):  # one shard at a time leaves the accelerator
-        save_file({name: p.detach().cpu().contiguous() for name, p in shard.items()},
-                  folder / file, metadata={"format": "pt"})
+        save_tensors(shard, folder / file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
                  "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}}

@@ -798,6 +798,25 @@ def test_a_stop_is_saved_and_other_settings_are_refused(tmp_path, corpus):
         assert "seed was 0, now 3" in changed.stderr and "beta was 0.1, now 0.2" in changed.stderr
 
 
+FULL_DISK = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))  # no file above 3 MB
+sys.path.insert(0, "")
+runpy.run_path("distill.py", run_name="__main__")
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, corpus):
+    flags = list(map(str, tiny(tmp_path / "run", corpus)))
+    full = subprocess.run([sys.executable, "-c", FULL_DISK, *flags], capture_output=True,
+                          text=True, cwd=ROOT, env=ONE_THREAD)
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    assert "cannot be written" in full.stderr.splitlines()[-1]
+    assert not (tmp_path / "run/seed").exists()
+    resumed = command(*flags, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+
+
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, corpus):
     out = tmp_path / "run"
     process = start(tiny(out, corpus, "--save-every", 2))
