@@ -806,7 +806,7 @@ runpy.run_path("distill.py", run_name="__main__")
 """
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, corpus):
+def test_a_disk_that_fills_while_saving_is_one_sentence(tmp_path, corpus):
     flags = list(map(str, tiny(tmp_path / "run", corpus)))
     full = subprocess.run([sys.executable, "-c", FULL_DISK, *flags], capture_output=True,
                           text=True, cwd=ROOT, env=ONE_THREAD)
