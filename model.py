@@ -32,6 +32,7 @@ Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -509,7 +510,7 @@ def mlstm_step(q, k, v, log_i, log_f, state):
     return ((q[:, :, None] @ S) / den[..., None]).to(dtype)
 
 
-def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chunk_size=64):
+def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chunk_size=None):
     """The same function as `mlstm_recurrent`, a chunk of L tokens at a time.
 
     Inside a chunk: attention with the decay matrix W_ts = exp(log_i_s + sum of log_f after s up
@@ -523,7 +524,7 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
     starts = None if document_ids is None else document_starts(document_ids)
     S, z, m = state or empty_state(B, H, D, E, q.device)
     with torch.autocast(q.device.type, enabled=False):
-        h, *state = _MLSTM.apply(q, k, v, log_i, log_f, S, z, m, starts, min(chunk_size, T))
+        h, *state = _MLSTM.apply(q, k, v, log_i, log_f, S, z, m, starts, min(chunk_size or max(32, D), T))
     return h, tuple(state)
 
 
@@ -612,42 +613,63 @@ def _chunk_gates(log_i, log_f, m, starts, L, dtype):
     return coarse, fine, r, *map(_exp, (carry, write, keep)), ms[-1].to(dtype)
 
 
-def _chunk(x, n, L, dtype):
-    """Chunk n of x (B, K, (G,) T, D), padded with zeros: (B K, (G) L, D)."""
-    x = x[..., n * L:(n + 1) * L, :].to(dtype)
-    x = F.pad(x, (0, 0, 0, L - x.shape[-2])) if x.shape[-2] < L else x
-    return x.flatten(0, 1).flatten(1, -2)
+def _cut(x, K, L):
+    """x (B, H, T, D) in N chunks of L tokens, heads in K groups: a view (N, B, K, H / K, L, D).
+
+    Where L does not divide T it is a view of a copy that ends in zeros.
+    """
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % L)) if x.shape[2] % L else x
+    return x.unflatten(2, (-1, L)).unflatten(1, (K, -1)).movedim(3, 0)
 
 
-def _chunk_weights(coarse, fine, r, limit, out):
-    """W of a chunk into out (B, H, L, L): e^(c_s - r_t) where row t sees s, else exactly 0."""
-    torch.sub(coarse[..., None, :], r[..., None], out=out).add_(fine[..., None, :])
-    return _exp(torch.minimum(out, limit, out=out))
+def _rows(x, dtype):
+    """Some chunks of `_cut` (n, B, K, G, L, D) as one batch of matrices (n B K, G L, D)."""
+    return x.flatten(3, 4).flatten(0, 2).to(dtype)
 
 
-def _chunk_limits(starts, N, L, like):
-    """For each chunk (L, L) or (B, 1, L, L): 0 where row t sees token s, else -inf.
+def _blocks(N, numbers, device):
+    """Slices of range(N): as many chunks at once, of so many `numbers` each, as fit a cache.
+
+    Larger operations cost less each and divide better between cores.
+    """
+    n = max(1, (1 << 19 if device.type == "cpu" else 1 << 24) // numbers)
+    return [slice(a, min(a + n, N)) for a in range(0, N, n)]
+
+
+def _chunk_limits(starts, L, like):
+    """A function of chunks (slice) -> (L, L) or (n, B, 1, L, L): 0 where t sees s, else -inf.
 
     The exponent of what is seen is never above 0.
     """
-    limit = like.new_full((L, L), -math.inf).triu_(1)
+    causal = like.new_full((L, L), -math.inf).triu_(1)
     if starts is None:
-        return [limit] * N
-    first, s = _chunk_documents(starts, L)[0], torch.arange(L, device=like.device)
-    return (torch.where(s >= first[:, :, n, :, None], limit, -math.inf) for n in range(N))
+        return lambda now: causal
+    first = _chunk_documents(starts, L)[0].movedim(2, 0)[..., None]  # (N, B, 1, L, 1)
+    s = torch.arange(L, device=like.device)
+    return lambda now: torch.where(s >= first[now], causal, -math.inf)
 
 
-def _next_state(S, z, k, v, keep, write, out):
-    """The state after a chunk, into out = (S (N, D, E), z (N, D)), which may be S and z."""
-    (R, L, D), G = k.shape, len(S) // len(k)
-    k = k[:, :, None] * write.view(R, G, L).transpose(1, 2)[..., None]  # (R, L, G, D)
-    S = torch.mul(S, keep.view(-1, 1, 1), out=out[0]).view(R, G * D, -1)
-    S.baddbmm_(k.flatten(2).transpose(1, 2), v)
-    torch.mul(z, keep.view(-1, 1), out=out[1]).add_(k.sum(1).view(-1, D))
+def _chunk_weights(coarse, fine, r, limit, out):
+    """W of n chunks into out[:n] (n, B, H, L, L): e^(c_s - r_t) where t sees s, else exactly 0."""
+    out = torch.sub(coarse[..., None, :], r[..., None], out=out[:len(r)]).add_(fine[..., None, :])
+    return _exp(torch.minimum(out, limit, out=out))
+
+
+def _fill_states(states, k, v, keep, write):
+    """states (n + 1, B H, D, E): from the first, those that leave each of n chunks.
+
+    k (n B K, L, D), v (n B K, L, E); keep (n, B, H), write (n, B, H, L).
+    """
+    (R, L, D), n = k.shape, len(keep)
+    write = write.view(R, -1, L).transpose(1, 2).contiguous()  # or the product is laid out as it is
+    k = k[:, :, None] * write[..., None]  # (R, L, G, D)
+    torch.bmm(k.flatten(2).transpose(1, 2), v, out=states[1:n + 1].view(R, -1, v.shape[2]))
+    for i in range(n):
+        states[i + 1].addcmul_(states[i], keep[i].view(-1, 1, 1))
 
 
 class _MLSTM(torch.autograd.Function):
-    """R = B K rows of keys and values; the G heads that share them lie along the query axis."""
+    """z rides along as one more column of S: that of a v of 1. So does den, a column of h."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_i, log_f, S, z, m, starts, L):
@@ -655,26 +677,33 @@ class _MLSTM(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         *gates, m_end = _chunk_gates(log_i, log_f, m, starts, L, wide)
         coarse, fine, r, carry, write, keep = gates
-        N = len(carry)
-        state = [x.to(wide, copy=True).contiguous().flatten(0, 1) for x in (S, z)]
-        W = q.new_empty(B, H, L, L, dtype=wide)
-        P = q.new_empty(B * K, H // K * L, L, dtype=wide)
-        h, dens = q.new_empty(B, H, T, E, dtype=wide), q.new_empty(N, B * H, L, 1, dtype=wide)
-        q_groups = q.unflatten(1, (K, H // K))
-        for n, limit in enumerate(_chunk_limits(starts, N, L, W)):
-            qn, kn, vn = (_chunk(x, n, L, wide) for x in (q_groups, k, v))
-            _chunk_weights(coarse[n], fine[n], r[n], limit, W)
-            torch.bmm(qn, kn.transpose(1, 2), out=P).mul_(W.view_as(P))
-            qn = qn.view(B * H, L, D) * carry[n].view(-1, L, 1)
-            hn = torch.bmm(P, vn).view(-1, L, E).baddbmm_(qn, state[0])
-            den = P.view(-1, L, L).sum(-1, keepdim=True).baddbmm_(qn, state[1][..., None])
-            dens[n] = den.clamp_min_(1e-30)  # only against 0 / 0, as in padded rows
-            h[:, :, n * L:(n + 1) * L] = hn.div_(den).view(B, H, L, E)[:, :, :T - n * L]
-            _next_state(*state, kn, vn, keep[n], write[n], out=state)
+        N, limit = len(keep), _chunk_limits(starts, L, carry)
+        blocks = _blocks(N, 2 * B * H * L * L, q.device)
+        h, dens = carry.new_empty(B, H, N * L, E), carry.new_empty(N, B * H, L, 1)
+        W = carry.new_empty(blocks[0].stop, B, H, L, L)
+        P = carry.new_empty(blocks[0].stop * B * K, H // K * L, L)
+        states = carry.new_empty(blocks[0].stop + 1, B * H, D, E + 1)
+        states[0] = torch.cat((S, z[..., None]), dim=-1).flatten(0, 1)
+        q_cut, k_cut, v_cut, h_cut = (_cut(x, K, L) for x in (q, k, v, h))
+        for now in blocks:
+            n = now.stop - now.start
+            qn, kn, vn = (_rows(x[now], wide) for x in (q_cut, k_cut, v_cut))
+            vn = F.pad(vn, (0, 1), value=1.0)
+            Pn = torch.bmm(qn, kn.transpose(1, 2), out=P[:n * B * K])
+            Pn.mul_(_chunk_weights(coarse[now], fine[now], r[now], limit(now), W).view_as(Pn))
+            _fill_states(states, kn, vn, keep[now], write[now])
+            qn = qn.view(-1, L, D) * carry[now].view(-1, L, 1)
+            hn = torch.bmm(Pn, vn).view(-1, L, E + 1).baddbmm_(qn, states[:n].flatten(0, 1))
+            den = hn[..., E:].clamp_min_(1e-30)  # only against 0 / 0, as in padded rows
+            torch.div(hn[..., :E].view_as(h_cut[now]), den.view(*h_cut[now].shape[:-1], 1),
+                      out=h_cut[now])
+            dens[now] = den.view_as(dens[now])
+            states[0] = states[n]
         # h in full precision: if v is bf16, a rounded one would bias delta.
         ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens, *gates)
         ctx.set_materialize_grads(False)
-        return h.to(dtype), state[0].view(B, H, D, E), state[1].view(B, H, D), m_end
+        S, z = states[0].clone().view(B, H, D, E + 1).split((E, 1), dim=-1)
+        return h[:, :, :T].to(dtype), S, z.squeeze(-1), m_end
 
     @staticmethod
     @once_differentiable
@@ -687,85 +716,95 @@ class _MLSTM(torch.autograd.Function):
 def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     """Gradients of h and the last state -> of q, k, v (or None), log_i, log_f, S, z, m."""
     q, k, v, log_i, log_f, S, z, m, starts, h, dens, coarse, fine, r, carry, write, keep = saved
-    (B, H, T, _), K, (N, _, L, _), wide = q.shape, k.shape[1], dens.shape, dens.dtype
+    (B, H, T, D), (K, E), (N, _, L, _) = q.shape, (v.shape[1], v.shape[3]), dens.shape
+    wide, G, limit = dens.dtype, H // K, _chunk_limits(starts, L, dens)
+    blocks = _blocks(N, 2 * B * H * L * L, q.device)
+    cut_k, cut_v = (_cut(x, K, L) for x in (k, v))
+
+    def keys_and_values(now):
+        return _rows(cut_k[now], wide), F.pad(_rows(cut_v[now], wide), (0, 1), value=1.0)
 
     # The states that enter the chunks again: storing them would cost as much memory as q and k.
-    Ss, zs = (x.new_empty(N + 1, B * H, *x.shape[2:], dtype=wide) for x in (S, z))
-    Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)
-    for n in range(N):
-        _next_state(Ss[n], zs[n], _chunk(k, n, L, wide), _chunk(v, n, L, wide), keep[n], write[n],
-                    out=(Ss[n + 1], zs[n + 1]))
-    uses_state = any(x is not None for x in (dS, dz, dm))
-    dS, dz = (torch.zeros_like(x[0]) if dx is None else x[0].clone().copy_(dx.flatten(0, 1))
-              for x, dx in ((Ss, dS), (zs, dz)))
-    if uses_state:  # S and z are divided by e^m
-        dm = (0 if dm is None else dm) - _dot(Ss[N], zs[N], dS, dz).view(B, H)
+    states = dens.new_empty(N + 1, B * H, D, E + 1)
+    states[0] = torch.cat((S, z[..., None]), dim=-1).flatten(0, 1)
+    for now in blocks:
+        _fill_states(states[now.start:now.stop + 1], *keys_and_values(now), keep[now], write[now])
 
-    q_groups, h, dh = (torch.zeros_like(h).unflatten(1, (K, -1)) if x is None else
-                       x.unflatten(1, (K, -1)) for x in (q, h, dh))
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dv = dv if needs_dv else None
-    W = q.new_empty(B, H, L, L, dtype=wide)
-    buffers = q.new_empty(3, B * K, H // K * L, L, dtype=wide)
+    d_states = dens.new_zeros(blocks[0].stop + 1, B * H, D, E + 1)
+    d_last = d_states[0].view(B, H, D, E + 1)
+    if any(x is not None for x in (dS, dz, dm)):  # S and z are divided by e^m
+        d_last[..., :E] += 0 if dS is None else dS
+        d_last[..., E] += 0 if dz is None else dz
+        dm = (0 if dm is None else dm) - _dot(states[N], d_states[0]).view(B, H)
+
+    dh = torch.zeros_like(h) if dh is None else dh
+    grads = [x.new_empty(*x.shape[:2], N * L, x.shape[3]) for x in (q, k, v)]
+    cut_q, cut_h, cut_dh, *cut_grads = (_cut(x, K, L) for x in (q, h, dh, *grads))
+    buffers = dens.new_empty(4, blocks[0].stop, B, H, L, L)
     d_gates = []
-    limits = list(_chunk_limits(starts, N, L, W))
-    for n in reversed(range(N)):
-        rows = slice(n * L, min((n + 1) * L, T))
-        _chunk_weights(coarse[n], fine[n], r[n], limits[n], W)
-        inputs = [_chunk(x, n, L, wide) for x in (q_groups, k, v, h, dh)]
-        inputs[4] = inputs[4] / dens[n].view(B * K, -1, 1)
-        *found, di, start, step = _chunk_gradients(*inputs, W, buffers, Ss[n], zs[n], dS, dz,
-                                                   carry[n], write[n], keep[n], needs_dv)
-        for x, xn in zip((dq, dk, dv), found):
-            if x is not None:
-                x[:, :, rows] = xn.view(*x.shape[:2], L, -1)[:, :, :T - n * L]
+    for now in reversed(blocks):
+        n = now.stop - now.start
+        qn, hn, dhn = (_rows(x[now], wide) for x in (cut_q, cut_h, cut_dh))
+        dhn = dhn / dens[now].view(n * B * K, -1, 1)
+        dhn = torch.cat((dhn, -(dhn * hn).sum(-1, keepdim=True)), dim=-1)
+        W = _chunk_weights(coarse[now], fine[now], r[now], limit(now), buffers[0])
+        d_states[n] = d_states[0]
+        *found, di, start, step = _chunk_gradients(
+            qn, *keys_and_values(now), dhn, W, buffers[1:, :n], states[now], d_states[:n + 1],
+            carry[now], write[now], keep[now], needs_dv)
+        for x, xn in zip(cut_grads, found):
+            if xn is not None:
+                x[now] = xn.view_as(x[now])
         d_gates.append((di, start, step))
-    di, start, step = (torch.stack(x[::-1], 1).unflatten(0, (B, H)) for x in zip(*d_gates))
-    dm0 = _dot(Ss[0], zs[0], dS, dz).view(B, H)
+    di, start, step = (torch.cat(x[::-1]).movedim(0, 1).unflatten(0, (B, H)) for x in zip(*d_gates))
+    dm0 = _dot(states[0], d_states[0]).view(B, H)
     di, df, dm0 = _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts)
-    return dq, dk, dv, di, df, dS.view_as(S), dz.view_as(z), dm0
+    dq, dk, dv = (x[:, :, :T] for x in grads)
+    dS, dz = d_states[0].view(B, H, D, E + 1).split((E, 1), dim=-1)
+    return dq, dk, dv if needs_dv else None, di, df, dS, dz.squeeze(-1), dm0
 
 
-def _dot(S, z, dS, dz):
-    """What a gradient of the state (S, z) is worth to the logarithm of its scale: (N,) float64."""
-    return ((S * dS).sum((1, 2)) + (z * dz).sum(1)).double()
+def _dot(S, dS):
+    """What a gradient of states (..., D, E) is worth to the logarithm of their scale: float64."""
+    return (S * dS).sum((-2, -1)).double()
 
 
-def _chunk_gradients(q, k, v, h, dh, W, buffers, S, z, dS, dz, carry, write, keep, needs_dv):
-    """One chunk's dq, dk, dv, and for the gates di, start, step (`_gate_gradients`), float64.
+def _chunk_gradients(q, k, v, dh, W, buffers, S, dS, carry, write, keep, needs_dv):
+    """dq, dk, dv of n chunks, and for the gates di, start, step (`_gate_gradients`), float64.
 
-    S, z: the state that enters the chunk. dS, dz: gradients of the one that leaves it; on return,
-    of the one that enters. dh is divided by den.
+    S (n, B H, D, E): the states that enter the chunks. dS (n + 1, B H, D, E): the gradient of the
+    state that leaves the last comes in as the last, those of the entering ones go out before it.
+    v has its column of 1; dh is divided by den and has -delta there.
     """
-    (R, L, D), N, (P, dP, X) = k.shape, len(S), buffers
-    G, W, per_head, carry = N // R, W.view_as(P), (N, L, -1), carry.view(N, L, 1)
-    write = write.view(R, G, L).transpose(1, 2)[..., None]  # (R, L, G, 1)
-    dS_group = dS.view(R, G * D, -1)
-    delta = (dh * h).sum(-1, keepdim=True)
+    (R, L, D), (n, N, _, E) = k.shape, S.shape  # N = B H heads, R = n B K matrices
+    G, W = n * N // R, W.view(R, -1, L)
+    P, dP, X = (x.view_as(W) for x in buffers)
+    carry, per_head = carry.view(n * N, L, 1), (n * N, L, -1)
+    write = write.view(R, G, L).transpose(1, 2).contiguous()[..., None]  # (R, L, G, 1)
     torch.bmm(q, k.transpose(1, 2), out=P)
-    torch.bmm(dh, v.transpose(1, 2), out=dP).sub_(delta).mul_(W)
-    X = torch.mul(P, dP, out=X).view(N, L, L)
+    torch.bmm(dh, v.transpose(1, 2), out=dP).mul_(W)
+    X = torch.mul(P, dP, out=X).view(n * N, L, L)
 
-    dh_head, delta_head = dh.view(per_head), delta.view(per_head)
-    dq = torch.bmm(dh_head, S.transpose(1, 2)).baddbmm_(delta_head, z[:, None], alpha=-1)
-    d_carry = (dq.mul_(carry) * q.view(per_head)).sum(-1).double()
+    torch.bmm((q.view(per_head) * carry).transpose(1, 2), dh.view(per_head),
+              out=dS[:n].view(n * N, D, E))
+    for i in reversed(range(n)):
+        dS[i].addcmul_(dS[i + 1], keep[i].view(N, 1, 1))
+    dS_after = dS[1:].view(R, G * D, E)
+
+    dq = torch.bmm(dh.view(per_head), S.view(n * N, D, E).transpose(1, 2)).mul_(carry)
+    d_carry = (dq * q.view(per_head)).sum(-1).double()
     dq = dq.view_as(q).baddbmm_(dP, k)
-    dkw = torch.baddbmm(dz.view(R, 1, G * D), v, dS_group.transpose(1, 2)).view(R, L, G, D)
-    d_write = (dkw.mul_(write) * k[:, :, None]).sum(-1).transpose(1, 2).reshape(N, L).double()
+    dkw = torch.bmm(v, dS_after.transpose(1, 2)).view(R, L, G, D).mul_(write)
+    d_write = (dkw * k[:, :, None]).sum(-1).transpose(1, 2).reshape(n * N, L).double()
     dk = dkw.sum(2).baddbmm_(dP.transpose(1, 2), q)
-    dv = torch.bmm(P.mul_(W).transpose(1, 2), dh).baddbmm_(
-        (k[:, :, None] * write).flatten(2), dS_group) if needs_dv else None
+    dv = torch.bmm(P.mul_(W).transpose(1, 2), dh[..., :-1]).baddbmm_(
+        (k[:, :, None] * write).flatten(2), dS_after[..., :-1]) if needs_dv else None
 
-    q = q.view(per_head) * carry
-    dS.mul_(keep.view(N, 1, 1))
-    dz.mul_(keep.view(N, 1))
-    start = _dot(S, z, dS, dz) + d_carry.sum(-1)
-    dS.baddbmm_(q.transpose(1, 2), dh_head)
-    dz.sub_((q * delta_head).sum(1))
+    start = _dot(S, dS[1:]) * keep.view(n, N) + d_carry.sum(-1).view(n, N)
     di = X.sum(1).double() + d_write
     X.tril_(-1)
     step = X.sum(1).double() - X.sum(2).double() + d_write - d_carry
-    return dq, dk, dv, di, start, step
+    return dq, dk, dv, di.view(n, N, L), start, step.view(n, N, L)
 
 
 def _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts):
@@ -807,47 +846,66 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
     q (B, H, T, D), k and v (B, K, T, D), rotated; document_ids (B, T) or None. The current token
     counts as one of the window; a sink inside the window counts once. Returns (B, H, T, D).
 
-    Queries go in blocks of L, whose keys are the L + W - 1 that end with the block and the sinks:
-    no (T, T) mask exists. The backward pass forms the weights again, so only q, k, v, h are kept.
+    Queries go in blocks of L, whose keys are the sinks and the band of L + W - 1 tokens that ends
+    with the block: no (T, T) mask exists. Blocks are small, so that weights stay in the cache; the
+    backward pass forms them again, so that only q, k, v and h are kept.
     """
     starts = torch.zeros_like(q[:1, 0, :, 0], dtype=torch.long) if document_ids is None else (
         document_starts(document_ids))
-    return _Window.apply(q, k, v, starts, window, sinks)
+    with torch.autocast(q.device.type, enabled=False):
+        return _Window.apply(q, k, v, starts, min(window, q.shape[2]), sinks)
 
 
-def _window_block(starts, a, L, window, sinks):
-    """Keys of the queries a ... a + L - 1 and who sees whom: band (a slice), sink (B, S), visible.
+def _window_blocks(heads, starts, L, window, sinks):
+    """Blocks of queries, some at a time, and who sees whom. Yields now, low, sink, limit:
 
-    Of tokens before the band only the sinks of the document of the first query count: documents
-    that start later have theirs inside the band. visible (B, L, S + band): the sinks come first.
+    now: a slice of blocks, n of them. low: how many columns of their band lie before token 0 in
+    all of them. sink (B, n S): their sinks. visible (n, B, L, S + band - low): whether a query sees
+    a key. Of tokens before the band only the sinks of the first query's document count: documents
+    that start later have theirs inside the band.
     """
-    T, device = starts.shape[1], starts.device
-    b, low = min(a + L, T), max(0, a - window + 1)
-    t, s = torch.arange(a, b, device=device)[:, None], torch.arange(low, b, device=device)
-    own = starts[:, a:b, None]  # where the query's document starts
-    sink = starts[:, a:a + 1] + torch.arange(sinks, device=device)
-    see_sink = (sink[:, None] >= own) & (sink[:, None] < low)  # unless it is in the band already
-    see_band = (s <= t) & (s >= own) & ((s > t - window) | (s < own + sinks))
-    return slice(low, b), sink.clamp(max=T - 1), torch.cat((see_sink, see_band), dim=-1)
+    (B, T), band = starts.shape, L + window - 1
+    N, index = -(-T // L), functools.partial(torch.arange, device=starts.device)
+    starts = _pad_starts(starts, N * L).unflatten(1, (N, L)).movedim(1, 0)[..., None]
+    for now in _blocks(N, heads * L * (band + sinks), starts.device):
+        low = max(0, window - 1 - (now.stop - 1) * L)
+        first = index(now.start, now.stop).view(-1, 1, 1, 1) * L
+        begin, t, start = first - window + 1, first + index(L)[:, None], starts[now]
+        s, sink = begin + index(low, band), start[:, :, :1] + index(sinks)
+        see_sink = (sink >= start) & (sink < begin)  # unless it is in the band already
+        see_band = (s <= t) & (s >= start) & ((s > t - window) | (s < start + sinks))
+        sink = sink.clamp(max=T - 1).transpose(0, 1).flatten(1)
+        yield now, low, sink, torch.cat((see_sink, see_band), dim=-1)
 
 
 def _spread(sink, x):
-    """Positions (1 or B, S) as an index for gather and scatter along x (B, K, T, D)."""
-    return sink[:, None, :, None].expand(*x.shape[:2], -1, x.shape[-1])
+    """Positions (1 or B, n S) as an index for gather and scatter along x (..., B, K, T, D)."""
+    return sink[:, None, :, None].expand(*x.shape[:-2], -1, x.shape[-1])
 
 
-def _block_keys(x, band, sink):
-    return torch.cat((x.gather(2, _spread(sink, x)), x[:, :, band]), dim=2)
+def _window_keys(x, now, low, sink, L, window):
+    """Keys or values of some blocks: x (B, K, T, D) -> (n, B, K, S + band - low, D)."""
+    n, a, b = now.stop - now.start, now.start * L - window + 1, now.stop * L
+    sinks = x.gather(2, _spread(sink, x)).unflatten(2, (n, sink.shape[1] // n))
+    bands = x[:, :, max(a, 0):b]
+    if a < 0 or b > x.shape[2]:
+        bands = F.pad(bands, (0, 0, max(-a, 0), max(b - x.shape[2], 0)))
+    bands = bands.unfold(2, L + window - 1, L)[..., low:].transpose(-1, -2)
+    return torch.cat((sinks, bands), dim=3).movedim(2, 0)
 
 
 class _Window(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, starts, window, sinks):
-        h, L = torch.empty_like(q), max(64, window // 2)
-        for a in range(0, q.shape[2], L):
-            band, sink, visible = _window_block(starts, a, L, window, sinks)
-            kn, vn = (_block_keys(x, band, sink) for x in (k, v))
-            h[:, :, a:a + L] = _grouped_attention(q[:, :, a:a + L], kn, vn, visible)
+        (B, H, T, D), L = q.shape, max(32, window // 2)
+        h = q.new_empty(B, H, T + -T % L, D)
+        q_cut, h_cut = (_cut(x, 1, L) for x in (q, h))  # (N, B, 1, H, L, D)
+        for now, low, sink, visible in _window_blocks(B * H, starts, L, window, sinks):
+            kn, vn = (_window_keys(x, now, low, sink, L, window) for x in (k, v))
+            hn = _grouped_attention(*(x.flatten(0, 1) for x in (q_cut[now, :, 0], kn, vn)),
+                                    visible.expand(-1, B, -1, -1).flatten(0, 1))
+            h_cut[now] = hn.view_as(h_cut[now])
+        h = h[:, :, :T]
         ctx.save_for_backward(q, k, v, starts, h)
         ctx.sizes = window, sinks
         return h
@@ -865,27 +923,31 @@ def _window_backward(q, k, v, starts, h, dh, window, sinks):
 
     The sums over a group's heads are part of the products, as its queries are rows of one matrix.
     """
-    (B, H, T, D), K, L = q.shape, k.shape[1], 64  # small blocks: P stays in the cache
-    wide, scale = torch.promote_types(q.dtype, torch.float32), D ** -0.5
-    dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
-    q, h, dh = (x.unflatten(1, (K, H // K)) for x in (q, h, dh))
-    for a in range(0, T, L):
-        band, sink, visible = _window_block(starts, a, L, window, sinks)
-        kn, vn = (_block_keys(x, band, sink).to(wide).flatten(0, 1) for x in (k, v))
-        qn, hn, dhn = (x[:, :, :, a:a + L].to(wide).flatten(0, 1).flatten(1, 2)
-                       for x in (q, h, dh))  # (B K, G L, D)
+    (B, H, T, D), K, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    L, scale = max(32, min(64, window)), D ** -0.5  # small blocks: P stays in the cache
+    dq, dkv = q.new_empty(B, H, T + -T % L, D), q.new_zeros(2, *k.shape, dtype=wide)
+    q_cut, h_cut, dh_cut, dq_cut = (_cut(x, K, L) for x in (q, h, dh, dq))
+    for now, low, sink, visible in _window_blocks(B * H, starts, L, window, sinks):
+        kn, vn = (_window_keys(x, now, low, sink, L, window).flatten(0, 2).to(wide)
+                  for x in (k, v))
+        qn, hn, dhn = (_rows(x[now], wide) for x in (q_cut, h_cut, dh_cut))
         qn = qn * scale
         P = torch.bmm(qn, kn.transpose(1, 2))
-        limit = torch.where(visible, 0.0, -math.inf).to(wide)[:, None, None]
-        P = P.view(B, K, -1, *visible.shape[1:]).add_(limit).softmax(-1).view_as(P)
+        limit = torch.where(visible, 0.0, -math.inf).to(wide)[:, :, None, None]
+        P = P.view(*q_cut[now].shape[:-1], -1).add_(limit).softmax(-1).view_as(P)
         dP = torch.bmm(dhn, vn.transpose(1, 2)).sub_((dhn * hn).sum(-1, keepdim=True)).mul_(P)
-        dq[:, :, a:a + L] = torch.bmm(dP, kn).mul_(scale).view(B, H, -1, D)
-        for x, dx in ((dk, torch.bmm(dP.transpose(1, 2), qn)),
-                      (dv, torch.bmm(P.transpose(1, 2), dhn))):
-            dx = dx.view(B, K, *dx.shape[1:])
-            x[:, :, band] += dx[:, :, sinks:]
-            x.scatter_add_(2, _spread(sink, x), dx[:, :, :sinks])
-    return dq, dk, dv
+        dq_cut[now] = torch.bmm(dP, kn).mul_(scale).view_as(dq_cut[now])
+        dn = kn.new_empty(2, *kn.shape)
+        torch.bmm(dP.transpose(1, 2), qn, out=dn[0])
+        torch.bmm(P.transpose(1, 2), dhn, out=dn[1])
+        dn = dn.view(2, -1, B, K, *kn.shape[1:])
+        for i in range(dn.shape[1]):
+            begin = (now.start + i) * L - window + 1 + low
+            a, b = max(begin, 0), min((now.start + i + 1) * L, T)
+            dkv[:, :, :, a:b] += dn[:, i, :, :, sinks + a - begin:sinks + b - begin]
+        dkv.scatter_add_(3, _spread(sink, dkv), dn[..., :sinks, :].movedim(1, 3).flatten(3, 4))
+    dk, dv = dkv.to(k.dtype)
+    return dq[:, :, :T], dk, dv
 
 
 # ----------------------------------------------------------------------------------------------
