@@ -288,10 +288,30 @@ class RMSNorm(nn.Module):
         self.eps, self.round_last = eps, round_last
 
     def forward(self, x):
-        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.round_last:  # Olmo: multiply in fp32, round once
-            return (self.weight * normed).to(x.dtype)
-        return self.weight * normed.to(x.dtype)  # Llama, Qwen, Mistral: round, then multiply
+        return _RMSNorm.apply(x, self.weight, self.eps, self.round_last)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number a row; autograd would keep x in fp32 and its normed form too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, round_last):
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        if round_last:  # Olmo: multiply in fp32, round once
+            return (weight * (wide * scale)).to(x.dtype)
+        return weight * (wide * scale).to(x.dtype)  # Llama, Qwen, Mistral: round, then multiply
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, scale = ctx.saved_tensors
+        normed, dy = x.float() * scale, dy.float()
+        dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        dy = dy * weight
+        share = (dy * normed).mean(-1, keepdim=True)
+        return dy.sub_(normed.mul_(share)).mul_(scale).to(x.dtype), dweight, None, None
 
 
 def rope_frequencies(rope, head_dim):
@@ -318,17 +338,19 @@ def rope_frequencies(rope, head_dim):
 
 
 def rope_tables(rope, positions, head_dim):
-    """cos and sin of every position's angles: positions (B, T) -> two (B, 1, T, D) fp32."""
+    """cos and +-sin of every position's angles: positions (B, T) -> two (B, 1, T, D) fp32.
+
+    The halves of D are the pairs (x1, x2), and sin is negative in the first: see `rotate`.
+    """
     f = rope_frequencies(rope, head_dim).to(positions.device)
-    angle = positions[:, None, :, None].float() * torch.cat((f, f))
+    angle = positions[:, None, :, None].float() * torch.cat((-f, f))
     return angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor
 
 
 def rotate(x, tables, in_fp32):
-    """Rotate x (B, H, T, D) by its positions. The halves of D are the pairs (x1, x2)."""
+    """Rotate x (B, H, T, D) by its positions: (x1, x2) cos + (-x2, x1) sin."""
     cos, sin = tables if in_fp32 else (table.to(x.dtype) for table in tables)
-    x1, x2 = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 def document_starts(document_ids):
@@ -552,8 +574,8 @@ def _chunk_documents(starts, L):
     if starts is None:
         return None, None, None
     T = starts.shape[1]
-    starts = _pad_starts(starts, T + -T % L).view(len(starts), 1, -1, L)
-    begin = torch.arange(0, T, L, device=starts.device)[:, None]
+    starts = _pad_starts(starts, T + -T % L).int().view(len(starts), 1, -1, L)
+    begin = torch.arange(0, T, L, dtype=torch.int32, device=starts.device)[:, None]
     return ((starts - begin).clamp_min(0), starts <= (begin - 1).clamp_min(0),
             starts == starts[..., -1:])
 
@@ -645,7 +667,7 @@ def _chunk_limits(starts, L, like):
     if starts is None:
         return lambda now: causal
     first = _chunk_documents(starts, L)[0].movedim(2, 0)[..., None]  # (N, B, 1, L, 1)
-    s = torch.arange(L, device=like.device)
+    s = torch.arange(L, dtype=torch.int32, device=like.device)
     return lambda now: torch.where(s >= first[now], causal, -math.inf)
 
 
@@ -717,7 +739,7 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     """Gradients of h and the last state -> of q, k, v (or None), log_i, log_f, S, z, m."""
     q, k, v, log_i, log_f, S, z, m, starts, h, dens, coarse, fine, r, carry, write, keep = saved
     (B, H, T, D), (K, E), (N, _, L, _) = q.shape, (v.shape[1], v.shape[3]), dens.shape
-    wide, G, limit = dens.dtype, H // K, _chunk_limits(starts, L, dens)
+    wide, limit = dens.dtype, _chunk_limits(starts, L, dens)
     blocks = _blocks(N, 2 * B * H * L * L, q.device)
     cut_k, cut_v = (_cut(x, K, L) for x in (k, v))
 
@@ -801,10 +823,11 @@ def _chunk_gradients(q, k, v, dh, W, buffers, S, dS, carry, write, keep, needs_d
         (k[:, :, None] * write).flatten(2), dS_after[..., :-1]) if needs_dv else None
 
     start = _dot(S, dS[1:]) * keep.view(n, N) + d_carry.sum(-1).view(n, N)
-    di = X.sum(1).double() + d_write
-    X.tril_(-1)
-    step = X.sum(1).double() - X.sum(2).double() + d_write - d_carry
-    return dq, dk, dv, di.view(n, N, L), start, step.view(n, N, L)
+    own = X.diagonal(dim1=1, dim2=2).clone()  # of no forget gate; the rest is small beside it
+    X.diagonal(dim1=1, dim2=2).zero_()
+    begins = X.sum(1).double() + d_write
+    step = begins - X.sum(2).double() - d_carry
+    return dq, dk, dv, (begins + own).view(n, N, L), start, step.view(n, N, L)
 
 
 def _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts):
@@ -818,7 +841,7 @@ def _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts):
     df = step.cumsum(-1) - step
     first, continues, _ = _chunk_documents(starts, L)
     if first is not None:
-        df = df - df.gather(-1, first.expand_as(df))
+        df = df - df.gather(-1, first.long().expand_as(df))
         start = torch.where(continues, start[..., None], 0)
     df = df + start.view(*start.shape[:3], -1)
     di, df = di.flatten(2)[..., :T], df.flatten(2)[..., :T]
@@ -865,8 +888,9 @@ def _window_blocks(heads, starts, L, window, sinks):
     that start later have theirs inside the band.
     """
     (B, T), band = starts.shape, L + window - 1
-    N, index = -(-T // L), functools.partial(torch.arange, device=starts.device)
-    starts = _pad_starts(starts, N * L).unflatten(1, (N, L)).movedim(1, 0)[..., None]
+    N = -(-T // L)
+    index = functools.partial(torch.arange, dtype=torch.int32, device=starts.device)
+    starts = _pad_starts(starts, N * L).int().unflatten(1, (N, L)).movedim(1, 0)[..., None]
     for now in _blocks(N, heads * L * (band + sinks), starts.device):
         low = max(0, window - 1 - (now.stop - 1) * L)
         first = index(now.start, now.stop).view(-1, 1, 1, 1) * L
@@ -874,7 +898,7 @@ def _window_blocks(heads, starts, L, window, sinks):
         s, sink = begin + index(low, band), start[:, :, :1] + index(sinks)
         see_sink = (sink >= start) & (sink < begin)  # unless it is in the band already
         see_band = (s <= t) & (s >= start) & ((s > t - window) | (s < start + sinks))
-        sink = sink.clamp(max=T - 1).transpose(0, 1).flatten(1)
+        sink = sink.clamp(max=T - 1).transpose(0, 1).flatten(1).long()
         yield now, low, sink, torch.cat((see_sink, see_band), dim=-1)
 
 
@@ -1118,8 +1142,7 @@ class HybridAttention(MLSTMAttention):
         swa = self.window_branch(q, k, v, document_ids, cache)
         if self.kernels == "triton" and q.shape[2] > 1:
             return _kernels().gate_mix(o, mlstm, swa)
-        o = o[..., None].to(v.dtype)
-        return o * mlstm + (1 - o) * swa  # Eq. 11
+        return torch.lerp(swa, mlstm, o[..., None].to(v.dtype))  # Eq. 11: o mlstm + (1 - o) swa
 
 
 MIXERS = {"hybrid": HybridAttention, "mlstm+swa": HybridAttention, "mlstm": MLSTMAttention,
