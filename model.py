@@ -536,17 +536,19 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
     """The same function as `mlstm_recurrent`, a chunk of L tokens at a time.
 
     Inside a chunk: attention with the decay matrix W_ts = exp(log_i_s + sum of log_f after s up
-    to t). Between chunks: the state. One loop over T / L chunks whose working set stays in the
-    processor's cache; no (T, T) matrix; any T; differentiable in all inputs and both states.
+    to t). Between chunks: the state. One loop over a few chunks at a time, whose working set stays
+    in the processor's cache; no (T, T) matrix; any T; differentiable in all inputs and both states.
 
     Shapes as in `mlstm_recurrent`. document_ids (B, T): the state restarts where they change; a
-    given `state` belongs to the first document, the returned one to the last.
+    given `state` belongs to the first document, the returned one to the last. chunk_size None: L
+    is the heads' width within 32 and 64 (measured), where weights cost what states do.
     """
     (B, H, T, D), E = q.shape, v.shape[-1]
+    L = min(chunk_size or max(32, min(64, D)), T)
     starts = None if document_ids is None else document_starts(document_ids)
     S, z, m = state or empty_state(B, H, D, E, q.device)
     with torch.autocast(q.device.type, enabled=False):
-        h, *state = _MLSTM.apply(q, k, v, log_i, log_f, S, z, m, starts, min(chunk_size or max(32, D), T))
+        h, *state = _MLSTM.apply(q, k, v, log_i, log_f, S, z, m, starts, L)
     return h, tuple(state)
 
 
@@ -620,10 +622,11 @@ def _chunk_gates(log_i, log_f, m, starts, L, dtype):
     top = c.cummax(-1).values if first is None else _running(torch.maximum, c, first, -math.inf)
     survives, total = None if first is None else continues[..., -1], sums[..., -1]
     ms = [m.double()]
-    for n in range(c.shape[2]):
-        old = _only(None if first is None else survives[..., n], ms[n])
+    lost = None if first is None else _only(survives, torch.zeros_like(total)).unbind(-1)
+    for n, (top_n, total_n) in enumerate(zip(top[..., -1].unbind(-1), total.unbind(-1))):
+        old = ms[n] if lost is None else ms[n] + lost[n]
         # Rounded as it will be stored, and only then used: S and z are divided by this very e^m.
-        ms.append((torch.maximum(old, top[:, :, n, -1]) + total[:, :, n]).to(dtype).double())
+        ms.append((torch.maximum(old, top_n) + total_n).to(dtype).double())
     m, m_next = torch.stack(ms[:-1], -1), torch.stack(ms[1:], -1)  # (B, H, N)
     r = (torch.maximum(top, _only(continues, m[..., None])) * 64).ceil() / 64
     coarse = (c * 64).round() / 64
@@ -654,7 +657,7 @@ def _blocks(N, numbers, device):
 
     Larger operations cost less each and divide better between cores.
     """
-    n = max(1, (1 << 19 if device.type == "cpu" else 1 << 24) // numbers)
+    n = max(1, (1 << 20 if device.type == "cpu" else 1 << 24) // numbers)
     return [slice(a, min(a + n, N)) for a in range(0, N, n)]
 
 
@@ -677,21 +680,19 @@ def _chunk_weights(coarse, fine, r, limit, out):
     return _exp(torch.minimum(out, limit, out=out))
 
 
-def _fill_states(states, k, v, keep, write):
-    """states (n + 1, B H, D, E): from the first, those that leave each of n chunks.
+def _by_token(write, R):
+    """write (n, B, H, L) -> (R, L, H / K, 1): a row for each k. Contiguous, as products follow it."""
+    return write.view(R, -1, write.shape[-1]).transpose(1, 2).contiguous()[..., None]
 
-    k (n B K, L, D), v (n B K, L, E); keep (n, B, H), write (n, B, H, L).
-    """
-    (R, L, D), n = k.shape, len(keep)
-    write = write.view(R, -1, L).transpose(1, 2).contiguous()  # or the product is laid out as it is
-    k = k[:, :, None] * write[..., None]  # (R, L, G, D)
-    torch.bmm(k.flatten(2).transpose(1, 2), v, out=states[1:n + 1].view(R, -1, v.shape[2]))
-    for i in range(n):
-        states[i + 1].addcmul_(states[i], keep[i].view(-1, 1, 1))
+
+def _next_state(S, z, U, u, keep, S_next, z_next):
+    """keep S + U and keep z + u of one chunk, into S_next and z_next, which may be S and z."""
+    torch.addcmul(U, S, keep.view(-1, 1, 1), out=S_next)
+    torch.addcmul(u, z, keep.view(-1, 1), out=z_next)
 
 
 class _MLSTM(torch.autograd.Function):
-    """z rides along as one more column of S: that of a v of 1. So does den, a column of h."""
+    """R = n B K matrices: the heads that share keys and values lie along the query axis."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_i, log_f, S, z, m, starts, L):
@@ -700,32 +701,36 @@ class _MLSTM(torch.autograd.Function):
         *gates, m_end = _chunk_gates(log_i, log_f, m, starts, L, wide)
         coarse, fine, r, carry, write, keep = gates
         N, limit = len(keep), _chunk_limits(starts, L, carry)
-        blocks = _blocks(N, 2 * B * H * L * L, q.device)
+        blocks = _blocks(N, B * H * (2 * L * L + D * E), q.device)
+        size = blocks[0].stop
         h, dens = carry.new_empty(B, H, N * L, E), carry.new_empty(N, B * H, L, 1)
-        W = carry.new_empty(blocks[0].stop, B, H, L, L)
-        P = carry.new_empty(blocks[0].stop * B * K, H // K * L, L)
-        states = carry.new_empty(blocks[0].stop + 1, B * H, D, E + 1)
-        states[0] = torch.cat((S, z[..., None]), dim=-1).flatten(0, 1)
+        W, P = carry.new_empty(size, B, H, L, L), carry.new_empty(size * B * K, H // K * L, L)
+        Ss, zs = carry.new_empty(size, B * H, D, E), carry.new_empty(size, B * H, D)
+        Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)  # the states that enter a block's chunks
+        U = torch.empty_like(Ss)
         q_cut, k_cut, v_cut, h_cut = (_cut(x, K, L) for x in (q, k, v, h))
         for now in blocks:
             n = now.stop - now.start
             qn, kn, vn = (_rows(x[now], wide) for x in (q_cut, k_cut, v_cut))
-            vn = F.pad(vn, (0, 1), value=1.0)
             Pn = torch.bmm(qn, kn.transpose(1, 2), out=P[:n * B * K])
             Pn.mul_(_chunk_weights(coarse[now], fine[now], r[now], limit(now), W).view_as(Pn))
-            _fill_states(states, kn, vn, keep[now], write[now])
+            kn = (kn[:, :, None] * _by_token(write[now], len(kn))).flatten(2)
+            torch.bmm(kn.transpose(1, 2), vn, out=U[:n].view(len(kn), -1, E))
+            steps = list(zip(U, kn.sum(1).view(n, B * H, D), keep[now]))
+            for i in range(n - 1):
+                _next_state(Ss[i], zs[i], *steps[i], Ss[i + 1], zs[i + 1])
             qn = qn.view(-1, L, D) * carry[now].view(-1, L, 1)
-            hn = torch.bmm(Pn, vn).view(-1, L, E + 1).baddbmm_(qn, states[:n].flatten(0, 1))
-            den = hn[..., E:].clamp_min_(1e-30)  # only against 0 / 0, as in padded rows
-            torch.div(hn[..., :E].view_as(h_cut[now]), den.view(*h_cut[now].shape[:-1], 1),
-                      out=h_cut[now])
-            dens[now] = den.view_as(dens[now])
-            states[0] = states[n]
+            hn = torch.bmm(qn, Ss[:n].view(-1, D, E)).view(len(Pn), -1, E).baddbmm_(Pn, vn)
+            den = torch.bmm(qn, zs[:n].view(-1, D, 1))
+            den.add_(Pn.view(-1, L, L).sum(-1, keepdim=True))
+            dens[now] = den.clamp_min_(1e-30).view_as(dens[now])  # only against 0 / 0, as in padding
+            torch.div(hn.view_as(h_cut[now]), den.view(*h_cut[now].shape[:-1], 1), out=h_cut[now])
+            _next_state(Ss[n - 1], zs[n - 1], *steps[n - 1], Ss[0], zs[0])
         # h in full precision: if v is bf16, a rounded one would bias delta.
         ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens, *gates)
         ctx.set_materialize_grads(False)
-        S, z = states[0].clone().view(B, H, D, E + 1).split((E, 1), dim=-1)
-        return h[:, :, :T].to(dtype), S, z.squeeze(-1), m_end
+        S, z = Ss[0].clone().view(B, H, D, E), zs[0].clone().view(B, H, D)
+        return h[:, :, :T].to(dtype), S, z, m_end
 
     @staticmethod
     @once_differentiable
@@ -740,89 +745,92 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     q, k, v, log_i, log_f, S, z, m, starts, h, dens, coarse, fine, r, carry, write, keep = saved
     (B, H, T, D), (K, E), (N, _, L, _) = q.shape, (v.shape[1], v.shape[3]), dens.shape
     wide, limit = dens.dtype, _chunk_limits(starts, L, dens)
-    blocks = _blocks(N, 2 * B * H * L * L, q.device)
-    cut_k, cut_v = (_cut(x, K, L) for x in (k, v))
-
-    def keys_and_values(now):
-        return _rows(cut_k[now], wide), F.pad(_rows(cut_v[now], wide), (0, 1), value=1.0)
-
-    # The states that enter the chunks again: storing them would cost as much memory as q and k.
-    states = dens.new_empty(N + 1, B * H, D, E + 1)
-    states[0] = torch.cat((S, z[..., None]), dim=-1).flatten(0, 1)
-    for now in blocks:
-        _fill_states(states[now.start:now.stop + 1], *keys_and_values(now), keep[now], write[now])
-
-    d_states = dens.new_zeros(blocks[0].stop + 1, B * H, D, E + 1)
-    d_last = d_states[0].view(B, H, D, E + 1)
-    if any(x is not None for x in (dS, dz, dm)):  # S and z are divided by e^m
-        d_last[..., :E] += 0 if dS is None else dS
-        d_last[..., E] += 0 if dz is None else dz
-        dm = (0 if dm is None else dm) - _dot(states[N], d_states[0]).view(B, H)
-
     dh = torch.zeros_like(h) if dh is None else dh
     grads = [x.new_empty(*x.shape[:2], N * L, x.shape[3]) for x in (q, k, v)]
-    cut_q, cut_h, cut_dh, *cut_grads = (_cut(x, K, L) for x in (q, h, dh, *grads))
-    buffers = dens.new_empty(4, blocks[0].stop, B, H, L, L)
-    d_gates = []
+    cut = [_cut(x, K, L) for x in (q, k, v, h, dh)]
+    blocks = _blocks(N, B * H * (2 * L * L + D * E), q.device)
+
+    # The states that enter the chunks again: storing them would cost as much memory as q and k.
+    Ss, zs = dens.new_empty(N + 1, B * H, D, E), dens.new_empty(N + 1, B * H, D)
+    Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)
+    U = dens.new_empty(blocks[0].stop, B * H, D, E)
+    for now in blocks:
+        kn, vn = (_rows(x[now], wide) for x in cut[1:3])
+        kn = (kn[:, :, None] * _by_token(write[now], len(kn))).flatten(2)
+        torch.bmm(kn.transpose(1, 2), vn, out=U[:len(write[now])].view(len(kn), -1, E))
+        for i, step in enumerate(zip(U, kn.sum(1).view(-1, B * H, D), keep[now]), now.start):
+            _next_state(Ss[i], zs[i], *step, Ss[i + 1], zs[i + 1])
+
+    # Gradients of the states that leave a block's chunks: the last is that of the last state.
+    dSs, dzs = (dens.new_zeros(blocks[0].stop, *x.shape[1:]) for x in (Ss, zs))
+    for x, dx in ((dSs, dS), (dzs, dz)):
+        if dx is not None:
+            x[-1] = dx.flatten(0, 1)
+    if any(x is not None for x in (dS, dz, dm)):  # S and z are divided by e^m
+        dm = (0 if dm is None else dm) - _dot(Ss[N], zs[N], dSs[-1], dzs[-1]).view(B, H)
+    buffers, d_gates = dens.new_empty(4, blocks[0].stop, B, H, L, L), []
     for now in reversed(blocks):
         n = now.stop - now.start
-        qn, hn, dhn = (_rows(x[now], wide) for x in (cut_q, cut_h, cut_dh))
-        dhn = dhn / dens[now].view(n * B * K, -1, 1)
-        dhn = torch.cat((dhn, -(dhn * hn).sum(-1, keepdim=True)), dim=-1)
+        qn, kn, vn, hn, dhn = (_rows(x[now], wide) for x in cut)
         W = _chunk_weights(coarse[now], fine[now], r[now], limit(now), buffers[0])
-        d_states[n] = d_states[0]
         *found, di, start, step = _chunk_gradients(
-            qn, *keys_and_values(now), dhn, W, buffers[1:, :n], states[now], d_states[:n + 1],
-            carry[now], write[now], keep[now], needs_dv)
-        for x, xn in zip(cut_grads, found):
+            qn, kn, vn, hn, dhn / dens[now].view(n * B * K, -1, 1), W, buffers[1:, :n], U[:n],
+            Ss[now], zs[now], dSs[-n:], dzs[-n:], carry[now], write[now], keep[now], needs_dv)
+        for x, xn in zip(grads, found):
             if xn is not None:
-                x[now] = xn.view_as(x[now])
+                x = _cut(x, K, L)[now]
+                x.copy_(xn.view_as(x))
         d_gates.append((di, start, step))
     di, start, step = (torch.cat(x[::-1]).movedim(0, 1).unflatten(0, (B, H)) for x in zip(*d_gates))
-    dm0 = _dot(states[0], d_states[0]).view(B, H)
+    dS, dz = dSs[-1], dzs[-1]
+    dm0 = _dot(Ss[0], zs[0], dS, dz).view(B, H)
     di, df, dm0 = _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts)
     dq, dk, dv = (x[:, :, :T] for x in grads)
-    dS, dz = d_states[0].view(B, H, D, E + 1).split((E, 1), dim=-1)
-    return dq, dk, dv if needs_dv else None, di, df, dS, dz.squeeze(-1), dm0
+    return dq, dk, dv if needs_dv else None, di, df, dS.view_as(S), dz.view_as(z), dm0
 
 
-def _dot(S, dS):
-    """What a gradient of states (..., D, E) is worth to the logarithm of their scale: float64."""
-    return (S * dS).sum((-2, -1)).double()
+def _dot(S, z, dS, dz):
+    """What a gradient of states (.., D, E), (.., D) is worth to the log of their scale: float64."""
+    return ((S * dS).sum((-2, -1)) + (z * dz).sum(-1)).double()
 
 
-def _chunk_gradients(q, k, v, dh, W, buffers, S, dS, carry, write, keep, needs_dv):
+def _chunk_gradients(q, k, v, h, dh, W, buffers, U, S, z, dS, dz, carry, write, keep, needs_dv):
     """dq, dk, dv of n chunks, and for the gates di, start, step (`_gate_gradients`), float64.
 
-    S (n, B H, D, E): the states that enter the chunks. dS (n + 1, B H, D, E): the gradient of the
-    state that leaves the last comes in as the last, those of the entering ones go out before it.
-    v has its column of 1; dh is divided by den and has -delta there.
+    S (n, B H, D, E), z: the states that enter the chunks. dS, dz: gradients of those that leave
+    them; the last is given, and on return that of the state that enters the first is there. dh is
+    divided by den.
     """
     (R, L, D), (n, N, _, E) = k.shape, S.shape  # N = B H heads, R = n B K matrices
-    G, W = n * N // R, W.view(R, -1, L)
+    G, W, carry, per_head = n * N // R, W.view(R, -1, L), carry.view(-1, L, 1), (n * N, L, -1)
     P, dP, X = (x.view_as(W) for x in buffers)
-    carry, per_head = carry.view(n * N, L, 1), (n * N, L, -1)
-    write = write.view(R, G, L).transpose(1, 2).contiguous()[..., None]  # (R, L, G, 1)
+    delta = (dh * h).sum(-1, keepdim=True)
     torch.bmm(q, k.transpose(1, 2), out=P)
-    torch.bmm(dh, v.transpose(1, 2), out=dP).mul_(W)
+    torch.bmm(dh, v.transpose(1, 2), out=dP).sub_(delta).mul_(W)
     X = torch.mul(P, dP, out=X).view(n * N, L, L)
 
-    torch.bmm((q.view(per_head) * carry).transpose(1, 2), dh.view(per_head),
-              out=dS[:n].view(n * N, D, E))
-    for i in reversed(range(n)):
-        dS[i].addcmul_(dS[i + 1], keep[i].view(N, 1, 1))
-    dS_after = dS[1:].view(R, G * D, E)
+    dh_head, delta_head = dh.view(per_head), delta.view(per_head)
+    qc = q.view(per_head) * carry
+    torch.bmm(qc.transpose(1, 2), dh_head, out=U.view(-1, D, E))
+    steps = list(zip(U, (qc * -delta_head).sum(1).view(n, N, D), keep))
+    for i in range(n - 1, 0, -1):
+        _next_state(dS[i], dz[i], *steps[i], dS[i - 1], dz[i - 1])
+    start = _dot(S, z, dS, dz) * keep.view(n, N)
 
-    dq = torch.bmm(dh.view(per_head), S.view(n * N, D, E).transpose(1, 2)).mul_(carry)
+    dq = torch.bmm(dh_head, S.view(-1, D, E).transpose(1, 2))
+    dq.baddbmm_(delta_head, z.view(-1, 1, D), alpha=-1).mul_(carry)
     d_carry = (dq * q.view(per_head)).sum(-1).double()
     dq = dq.view_as(q).baddbmm_(dP, k)
-    dkw = torch.bmm(v, dS_after.transpose(1, 2)).view(R, L, G, D).mul_(write)
-    d_write = (dkw * k[:, :, None]).sum(-1).transpose(1, 2).reshape(n * N, L).double()
-    dk = dkw.sum(2).baddbmm_(dP.transpose(1, 2), q)
-    dv = torch.bmm(P.mul_(W).transpose(1, 2), dh[..., :-1]).baddbmm_(
-        (k[:, :, None] * write).flatten(2), dS_after[..., :-1]) if needs_dv else None
+    write = _by_token(write, R)
+    kw, dS_group = k[:, :, None] * write, dS.view(R, G * D, E)
+    dkw = torch.baddbmm(dz.view(R, 1, G * D), v, dS_group.transpose(1, 2)).view_as(kw)
+    d_write = (dkw * kw).sum(-1).transpose(1, 2).reshape(n * N, L).double()
+    dk = dkw.mul_(write).sum(2).baddbmm_(dP.transpose(1, 2), q)
+    dv = torch.bmm(P.mul_(W).transpose(1, 2), dh).baddbmm_(kw.flatten(2), dS_group) if (
+        needs_dv) else None
+    _next_state(dS[0], dz[0], *steps[0], dS[-1], dz[-1])
 
-    start = _dot(S, dS[1:]) * keep.view(n, N) + d_carry.sum(-1).view(n, N)
+    start = start + d_carry.sum(-1).view(n, N)
     own = X.diagonal(dim1=1, dim2=2).clone()  # of no forget gate; the rest is small beside it
     X.diagonal(dim1=1, dim2=2).zero_()
     begins = X.sum(1).double() + d_write
@@ -891,7 +899,7 @@ def _window_blocks(heads, starts, L, window, sinks):
     N = -(-T // L)
     index = functools.partial(torch.arange, dtype=torch.int32, device=starts.device)
     starts = _pad_starts(starts, N * L).int().unflatten(1, (N, L)).movedim(1, 0)[..., None]
-    for now in _blocks(N, heads * L * (band + sinks), starts.device):
+    for now in _blocks(N, 2 * heads * L * (band + sinks), starts.device):
         low = max(0, window - 1 - (now.stop - 1) * L)
         first = index(now.start, now.stop).view(-1, 1, 1, 1) * L
         begin, t, start = first - window + 1, first + index(L)[:, None], starts[now]
