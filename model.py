@@ -647,9 +647,14 @@ def _cut(x, K, L):
     return x.unflatten(2, (-1, L)).unflatten(1, (K, -1)).movedim(3, 0)
 
 
-def _rows(x, dtype):
-    """Some chunks of `_cut` (n, B, K, G, L, D) as one batch of matrices (n B K, G L, D)."""
-    return x.flatten(3, 4).flatten(0, 2).to(dtype)
+def _reader(x, K, L, blocks, dtype):
+    """A function of a block -> x (B, H, T, D) there, as matrices (R = n B K, H / K L, D) in dtype.
+
+    They lie in one buffer each time: fresh memory comes a page at a time and costs more than they.
+    """
+    x = _cut(x, K, L)
+    buffer = x.new_empty(blocks[0].stop, *x.shape[1:], dtype=dtype)
+    return lambda now: buffer[:now.stop - now.start].copy_(x[now]).flatten(3, 4).flatten(0, 2)
 
 
 def _blocks(N, numbers, device):
@@ -681,8 +686,15 @@ def _chunk_weights(coarse, fine, r, limit, out):
 
 
 def _by_token(write, R):
-    """write (n, B, H, L) -> (R, L, H / K, 1): a row for each k. Contiguous, as products follow it."""
+    """write (n, B, H, L) -> (R, L, H / K, 1): a row for each k. Contiguous: products are so then."""
     return write.view(R, -1, write.shape[-1]).transpose(1, 2).contiguous()[..., None]
+
+
+def _state_updates(k, v, write, keep, U):
+    """What `_next_state` needs of n chunks. U (n, B H, D, E) is filled; u: the same for v = 1."""
+    k = (k[:, :, None] * _by_token(write, len(k))).flatten(2)  # (R, L, H / K D)
+    torch.bmm(k.transpose(1, 2), v, out=U.view(len(k), -1, U.shape[-1]))
+    return list(zip(U, k.sum(1).view(U.shape[:-1]), keep))
 
 
 def _next_state(S, z, U, u, keep, S_next, z_next):
@@ -708,24 +720,24 @@ class _MLSTM(torch.autograd.Function):
         Ss, zs = carry.new_empty(size, B * H, D, E), carry.new_empty(size, B * H, D)
         Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)  # the states that enter a block's chunks
         U = torch.empty_like(Ss)
-        q_cut, k_cut, v_cut, h_cut = (_cut(x, K, L) for x in (q, k, v, h))
+        qc, hn = carry.new_empty(size * B * H, L, D), carry.new_empty(size * B * K, H // K * L, E)
+        readers, h_cut = [_reader(x, K, L, blocks, wide) for x in (q, k, v)], _cut(h, K, L)
         for now in blocks:
             n = now.stop - now.start
-            qn, kn, vn = (_rows(x[now], wide) for x in (q_cut, k_cut, v_cut))
-            Pn = torch.bmm(qn, kn.transpose(1, 2), out=P[:n * B * K])
+            qn, kn, vn = (read(now) for read in readers)
+            Pn, Sn, zn, qc, hn = P[:len(kn)], Ss[:n], zs[:n], qc[:n * B * H], hn[:len(kn)]
+            torch.bmm(qn, kn.transpose(1, 2), out=Pn)
             Pn.mul_(_chunk_weights(coarse[now], fine[now], r[now], limit(now), W).view_as(Pn))
-            kn = (kn[:, :, None] * _by_token(write[now], len(kn))).flatten(2)
-            torch.bmm(kn.transpose(1, 2), vn, out=U[:n].view(len(kn), -1, E))
-            steps = list(zip(U, kn.sum(1).view(n, B * H, D), keep[now]))
+            updates = _state_updates(kn, vn, write[now], keep[now], U[:n])
             for i in range(n - 1):
-                _next_state(Ss[i], zs[i], *steps[i], Ss[i + 1], zs[i + 1])
-            qn = qn.view(-1, L, D) * carry[now].view(-1, L, 1)
-            hn = torch.bmm(qn, Ss[:n].view(-1, D, E)).view(len(Pn), -1, E).baddbmm_(Pn, vn)
-            den = torch.bmm(qn, zs[:n].view(-1, D, 1))
-            den.add_(Pn.view(-1, L, L).sum(-1, keepdim=True))
-            dens[now] = den.clamp_min_(1e-30).view_as(dens[now])  # only against 0 / 0, as in padding
-            torch.div(hn.view_as(h_cut[now]), den.view(*h_cut[now].shape[:-1], 1), out=h_cut[now])
-            _next_state(Ss[n - 1], zs[n - 1], *steps[n - 1], Ss[0], zs[0])
+                _next_state(Sn[i], zn[i], *updates[i], Sn[i + 1], zn[i + 1])
+            torch.mul(qn.view_as(qc), carry[now].view(-1, L, 1), out=qc)
+            torch.bmm(qc, Sn.view(-1, D, E), out=hn.view(-1, L, E))
+            den = torch.bmm(qc, zn.view(-1, D, 1)).add_(Pn.view(-1, L, L).sum(-1, keepdim=True))
+            dens[now] = den.clamp_min_(1e-30).view_as(dens[now])  # only against 0 / 0: padding
+            torch.div(hn.baddbmm_(Pn, vn).view_as(h_cut[now]),
+                      den.view(*h_cut[now].shape[:-1], 1), out=h_cut[now])
+            _next_state(Sn[n - 1], zn[n - 1], *updates[n - 1], Ss[0], zs[0])
         # h in full precision: if v is bf16, a rounded one would bias delta.
         ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens, *gates)
         ctx.set_materialize_grads(False)
@@ -747,19 +759,18 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     wide, limit = dens.dtype, _chunk_limits(starts, L, dens)
     dh = torch.zeros_like(h) if dh is None else dh
     grads = [x.new_empty(*x.shape[:2], N * L, x.shape[3]) for x in (q, k, v)]
-    cut = [_cut(x, K, L) for x in (q, k, v, h, dh)]
     blocks = _blocks(N, B * H * (2 * L * L + D * E), q.device)
+    readers = [_reader(x, K, L, blocks, wide) for x in (q, k, v, h, dh)]
 
     # The states that enter the chunks again: storing them would cost as much memory as q and k.
     Ss, zs = dens.new_empty(N + 1, B * H, D, E), dens.new_empty(N + 1, B * H, D)
     Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)
     U = dens.new_empty(blocks[0].stop, B * H, D, E)
     for now in blocks:
-        kn, vn = (_rows(x[now], wide) for x in cut[1:3])
-        kn = (kn[:, :, None] * _by_token(write[now], len(kn))).flatten(2)
-        torch.bmm(kn.transpose(1, 2), vn, out=U[:len(write[now])].view(len(kn), -1, E))
-        for i, step in enumerate(zip(U, kn.sum(1).view(-1, B * H, D), keep[now]), now.start):
-            _next_state(Ss[i], zs[i], *step, Ss[i + 1], zs[i + 1])
+        kn, vn = (read(now) for read in readers[1:3])
+        updates = _state_updates(kn, vn, write[now], keep[now], U[:now.stop - now.start])
+        for i, update in enumerate(updates, now.start):
+            _next_state(Ss[i], zs[i], *update, Ss[i + 1], zs[i + 1])
 
     # Gradients of the states that leave a block's chunks: the last is that of the last state.
     dSs, dzs = (dens.new_zeros(blocks[0].stop, *x.shape[1:]) for x in (Ss, zs))
@@ -771,10 +782,10 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     buffers, d_gates = dens.new_empty(4, blocks[0].stop, B, H, L, L), []
     for now in reversed(blocks):
         n = now.stop - now.start
-        qn, kn, vn, hn, dhn = (_rows(x[now], wide) for x in cut)
+        qn, kn, vn, hn, dhn = (read(now) for read in readers)
         W = _chunk_weights(coarse[now], fine[now], r[now], limit(now), buffers[0])
         *found, di, start, step = _chunk_gradients(
-            qn, kn, vn, hn, dhn / dens[now].view(n * B * K, -1, 1), W, buffers[1:, :n], U[:n],
+            qn, kn, vn, hn, dhn.div_(dens[now].view(len(kn), -1, 1)), W, buffers[1:, :n], U[:n],
             Ss[now], zs[now], dSs[-n:], dzs[-n:], carry[now], write[now], keep[now], needs_dv)
         for x, xn in zip(grads, found):
             if xn is not None:
@@ -812,9 +823,9 @@ def _chunk_gradients(q, k, v, h, dh, W, buffers, U, S, z, dS, dz, carry, write, 
     dh_head, delta_head = dh.view(per_head), delta.view(per_head)
     qc = q.view(per_head) * carry
     torch.bmm(qc.transpose(1, 2), dh_head, out=U.view(-1, D, E))
-    steps = list(zip(U, (qc * -delta_head).sum(1).view(n, N, D), keep))
+    updates = list(zip(U, (qc * -delta_head).sum(1).view(n, N, D), keep))
     for i in range(n - 1, 0, -1):
-        _next_state(dS[i], dz[i], *steps[i], dS[i - 1], dz[i - 1])
+        _next_state(dS[i], dz[i], *updates[i], dS[i - 1], dz[i - 1])
     start = _dot(S, z, dS, dz) * keep.view(n, N)
 
     dq = torch.bmm(dh_head, S.view(-1, D, E).transpose(1, 2))
@@ -828,7 +839,7 @@ def _chunk_gradients(q, k, v, h, dh, W, buffers, U, S, z, dS, dz, carry, write, 
     dk = dkw.mul_(write).sum(2).baddbmm_(dP.transpose(1, 2), q)
     dv = torch.bmm(P.mul_(W).transpose(1, 2), dh).baddbmm_(kw.flatten(2), dS_group) if (
         needs_dv) else None
-    _next_state(dS[0], dz[0], *steps[0], dS[-1], dz[-1])
+    _next_state(dS[0], dz[0], *updates[0], dS[-1], dz[-1])
 
     start = start + d_carry.sum(-1).view(n, N)
     own = X.diagonal(dim1=1, dim2=2).clone()  # of no forget gate; the rest is small beside it
@@ -895,7 +906,7 @@ def _window_blocks(heads, starts, L, window, sinks):
     a key. Of tokens before the band only the sinks of the first query's document count: documents
     that start later have theirs inside the band.
     """
-    (B, T), band = starts.shape, L + window - 1
+    T, band = starts.shape[1], L + window - 1
     N = -(-T // L)
     index = functools.partial(torch.arange, dtype=torch.int32, device=starts.device)
     starts = _pad_starts(starts, N * L).int().unflatten(1, (N, L)).movedim(1, 0)[..., None]
@@ -962,7 +973,7 @@ def _window_backward(q, k, v, starts, h, dh, window, sinks):
     for now, low, sink, visible in _window_blocks(B * H, starts, L, window, sinks):
         kn, vn = (_window_keys(x, now, low, sink, L, window).flatten(0, 2).to(wide)
                   for x in (k, v))
-        qn, hn, dhn = (_rows(x[now], wide) for x in (q_cut, h_cut, dh_cut))
+        qn, hn, dhn = (x[now].flatten(3, 4).flatten(0, 2).to(wide) for x in (q_cut, h_cut, dh_cut))
         qn = qn * scale
         P = torch.bmm(qn, kn.transpose(1, 2))
         limit = torch.where(visible, 0.0, -math.inf).to(wide)[:, :, None, None]
