@@ -552,7 +552,7 @@ def _chunks(count, width):
 
 @torch.no_grad()
 def teacher_topk(hidden, lm_head_weight, k):
-    """The teacher's k most likely tokens, in no order: hidden (..., hidden) -> ids, logprobs (N, k).
+    """The k most likely tokens, in no order: hidden (..., hidden) -> ids, logprobs (N, k).
 
     fp32. Log-probabilities are over the full vocabulary: the mass outside the top k stays known.
     """

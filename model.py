@@ -686,7 +686,7 @@ def _chunk_weights(coarse, fine, r, limit, out):
 
 
 def _by_token(write, R):
-    """write (n, B, H, L) -> (R, L, H / K, 1): a row for each k. Contiguous: products are so then."""
+    """write (n, B, H, L) -> (R, L, H / K, 1): a row for each k; contiguous, so products are too."""
     return write.view(R, -1, write.shape[-1]).transpose(1, 2).contiguous()[..., None]
 
 
