@@ -1861,7 +1861,7 @@ def keep_freed_memory():
     """Have glibc keep the memory of freed tensors below 64 MB for the next ones.
 
     By default it returns large blocks to the kernel, which hands them out again a page at a time,
-    zeroed: 5 to 20 % of the small teacher's steps on a CPU.
+    zeroed: about a tenth of the small teacher's stage I on two CPU cores, less of stage II.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

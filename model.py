@@ -308,7 +308,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, scale = ctx.saved_tensors
         normed, dy = x.float() * scale, dy.float()
-        dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype) if (
+            ctx.needs_input_grad[1]) else None  # not of a frozen norm
         dy = dy * weight
         share = (dy * normed).mean(-1, keepdim=True)
         return dy.sub_(normed.mul_(share)).mul_(scale).to(x.dtype), dweight, None, None
@@ -647,6 +648,11 @@ def _cut(x, K, L):
     return x.unflatten(2, (-1, L)).unflatten(1, (K, -1)).movedim(3, 0)
 
 
+def _matrices(x):
+    """Some chunks of `_cut` (n, B, K, G, L, D) as one batch of matrices (R = n B K, G L, D)."""
+    return x.flatten(3, 4).flatten(0, 2)
+
+
 def _reader(x, K, L, blocks, dtype):
     """A function of a block -> x (B, H, T, D) there, as matrices (R = n B K, H / K L, D) in dtype.
 
@@ -654,7 +660,7 @@ def _reader(x, K, L, blocks, dtype):
     """
     x = _cut(x, K, L)
     buffer = x.new_empty(blocks[0].stop, *x.shape[1:], dtype=dtype)
-    return lambda now: buffer[:now.stop - now.start].copy_(x[now]).flatten(3, 4).flatten(0, 2)
+    return lambda now: _matrices(buffer[:now.stop - now.start].copy_(x[now]))
 
 
 def _blocks(N, numbers, device):
@@ -761,6 +767,7 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     grads = [x.new_empty(*x.shape[:2], N * L, x.shape[3]) for x in (q, k, v)]
     blocks = _blocks(N, B * H * (2 * L * L + D * E), q.device)
     readers = [_reader(x, K, L, blocks, wide) for x in (q, k, v, h, dh)]
+    cut_grads = [_cut(x, K, L) for x in grads]
 
     # The states that enter the chunks again: storing them would cost as much memory as q and k.
     Ss, zs = dens.new_empty(N + 1, B * H, D, E), dens.new_empty(N + 1, B * H, D)
@@ -787,10 +794,9 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
         *found, di, start, step = _chunk_gradients(
             qn, kn, vn, hn, dhn.div_(dens[now].view(len(kn), -1, 1)), W, buffers[1:, :n], U[:n],
             Ss[now], zs[now], dSs[-n:], dzs[-n:], carry[now], write[now], keep[now], needs_dv)
-        for x, xn in zip(grads, found):
+        for x, xn in zip(cut_grads, found):
             if xn is not None:
-                x = _cut(x, K, L)[now]
-                x.copy_(xn.view_as(x))
+                x[now] = xn.view_as(x[now])
         d_gates.append((di, start, step))
     di, start, step = (torch.cat(x[::-1]).movedim(0, 1).unflatten(0, (B, H)) for x in zip(*d_gates))
     dS, dz = dSs[-1], dzs[-1]
@@ -899,7 +905,7 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
 
 
 def _window_blocks(heads, starts, L, window, sinks):
-    """Blocks of queries, some at a time, and who sees whom. Yields now, low, sink, limit:
+    """Blocks of queries, some at a time, and who sees whom. Yields now, low, sink, visible:
 
     now: a slice of blocks, n of them. low: how many columns of their band lie before token 0 in
     all of them. sink (B, n S): their sinks. visible (n, B, L, S + band - low): whether a query sees
@@ -973,7 +979,7 @@ def _window_backward(q, k, v, starts, h, dh, window, sinks):
     for now, low, sink, visible in _window_blocks(B * H, starts, L, window, sinks):
         kn, vn = (_window_keys(x, now, low, sink, L, window).flatten(0, 2).to(wide)
                   for x in (k, v))
-        qn, hn, dhn = (x[now].flatten(3, 4).flatten(0, 2).to(wide) for x in (q_cut, h_cut, dh_cut))
+        qn, hn, dhn = (_matrices(x[now]).to(wide) for x in (q_cut, h_cut, dh_cut))
         qn = qn * scale
         P = torch.bmm(qn, kn.transpose(1, 2))
         limit = torch.where(visible, 0.0, -math.inf).to(wide)[:, :, None, None]
