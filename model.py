@@ -571,26 +571,16 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
 def _chunk_documents(starts, L):
     """Where each chunk's documents start: starts (B, T) or None -> three tensors (or Nones).
 
-    first (B, 1, N, L): index in the chunk of the first token of t's document; continues (same):
+    first (N, B, 1, L): index in the chunk of the first token of t's document; continues (same):
     that document was open before the chunk; is_last: it is open at the chunk's end.
     """
     if starts is None:
         return None, None, None
-    T = starts.shape[1]
-    starts = _pad_starts(starts, T + -T % L).int().view(len(starts), 1, -1, L)
-    begin = torch.arange(0, T, L, dtype=torch.int32, device=starts.device)[:, None]
+    B, T = starts.shape
+    starts = _pad_starts(starts, T + -T % L).int().view(B, -1, 1, L).transpose(0, 1)
+    begin = torch.arange(0, T, L, dtype=torch.int32, device=starts.device).view(-1, 1, 1, 1)
     return ((starts - begin).clamp_min(0), starts <= (begin - 1).clamp_min(0),
             starts == starts[..., -1:])
-
-
-def _running(combine, x, first, neutral):
-    """Cumulative `combine` over the last axis of x, at t of the entries from first_t on."""
-    at, step = torch.arange(x.shape[-1], device=x.device), 1
-    while step < x.shape[-1]:  # each pass doubles how far an entry has looked back
-        earlier = F.pad(x[..., :-step], (step, 0), value=neutral)
-        x = combine(x, torch.where(at - step >= first, earlier, neutral))
-        step *= 2
-    return x
 
 
 def _only(seen, x):
@@ -604,7 +594,7 @@ def _exp(x):
     return F.threshold_(x.clamp_min_(-87.0).exp_(), 2e-38, 0.0)
 
 
-def _chunk_gates(log_i, log_f, m, starts, L, dtype):
+def _chunk_gates(log_i, log_f, m, documents, L, dtype):
     """What the gates give every chunk: c, r, carry, write (N, B, H, L), keep (N, B, H), and m'.
 
     In float64, for (B, H, T) numbers are nothing beside k and v: c reaches thousands where forget
@@ -613,30 +603,38 @@ def _chunk_gates(log_i, log_f, m, starts, L, dtype):
     Numbers of a document come from its own gates alone, to the last bit.
     """
     def chunks(x, value):
-        return F.pad(x.double(), (0, -x.shape[-1] % L), value=value).unflatten(-1, (-1, L))
+        x = F.pad(x.double(), (0, -x.shape[-1] % L), value=value)
+        return x.unflatten(-1, (-1, L)).movedim(2, 0).contiguous()
 
+    first, continues, is_last = documents
     c = chunks(log_i, EMPTY)  # padding writes nothing
     f = chunks(log_f.clamp_min(-2.0 ** 18 / L), 0.0)  # sums fit fp32's multiples of 1/64
-    first, continues, is_last = _chunk_documents(starts, L)
-    sums = f.cumsum(-1) if first is None else _running(torch.add, f, first, 0.0)
-    c = c - sums
-    top = c.cummax(-1).values if first is None else _running(torch.maximum, c, first, -math.inf)
-    survives, total = None if first is None else continues[..., -1], sums[..., -1]
+    if first is None:
+        sums = f.cumsum(-1)
+    else:  # less what comes before the document; exact, as all are multiples of 2^-34 below 2^18
+        f = (f * 2.0 ** 34).round() * 2.0 ** -34
+        sums = f.cumsum(-1)
+        sums = sums - (sums - f).gather(-1, first.long().expand_as(f))
+    c, total = c - sums, sums[..., -1]
+    tops, survives = _only(is_last, c).amax(-1), None if first is None else continues[..., -1]
+    add = _only(survives, F.pad(total[:-1], (0, 0, 0, 0, 1, 0)))
     ms = [m.double()]
-    lost = None if first is None else _only(survives, torch.zeros_like(total)).unbind(-1)
-    for n, (top_n, total_n) in enumerate(zip(top[..., -1].unbind(-1), total.unbind(-1))):
-        old = ms[n] if lost is None else ms[n] + lost[n]
-        # Rounded as it will be stored, and only then used: S and z are divided by this very e^m.
-        ms.append((torch.maximum(old, top_n) + total_n).to(dtype).double())
-    m, m_next = torch.stack(ms[:-1], -1), torch.stack(ms[1:], -1)  # (B, H, N)
-    r = (torch.maximum(top, _only(continues, m[..., None])) * 64).ceil() / 64
+    for add_n, top in zip(add, tops):  # two operations a chunk: all else is done for all at once
+        ms.append(torch.maximum(ms[-1] + add_n, top))
+    # Rounded as it will be stored, and only then used: S and z are divided by this very e^m.
+    m_next = (torch.stack(ms[1:]) + total).to(dtype)
+    m = torch.cat((m[None].double(), m_next[:-1].double()))[..., None]  # (N, B, H, 1)
+    # r, in units of 1/64. The shift lifts every document above all earlier ones, and is exact.
+    shift = 0.0 if first is None else first.double() * 2.0 ** 42
+    top = (c * 64).ceil().clamp(-2.0 ** 40, 2.0 ** 40).add(shift).cummax(-1).values - shift
+    r = torch.maximum(top, _only(continues, m * 64)).ceil() / 64
     coarse = (c * 64).round() / 64
-    carry = _only(continues, m[..., None] - r)
+    carry = _only(continues, m - r)
     write = _only(is_last, c + (total - m_next)[..., None])
-    keep = _only(survives, m + total - m_next)
-    coarse, fine, r, carry, write, keep = (
-        x.movedim(2, 0).to(dtype).contiguous() for x in (coarse, c - coarse, r, carry, write, keep))
-    return coarse, fine, r, *map(_exp, (carry, write, keep)), ms[-1].to(dtype)
+    keep = _exp(_only(survives, m[..., 0] + total - m_next).to(dtype).contiguous())
+    gates = torch.stack((coarse, c - coarse, r, carry, write)).to(dtype)
+    _exp(gates[3:])
+    return *gates, keep, m_next[-1]
 
 
 def _cut(x, K, L):
@@ -672,17 +670,16 @@ def _blocks(N, numbers, device):
     return [slice(a, min(a + n, N)) for a in range(0, N, n)]
 
 
-def _chunk_limits(starts, L, like):
+def _chunk_limits(first, L, like):
     """A function of chunks (slice) -> (L, L) or (n, B, 1, L, L): 0 where t sees s, else -inf.
 
     The exponent of what is seen is never above 0.
     """
     causal = like.new_full((L, L), -math.inf).triu_(1)
-    if starts is None:
+    if first is None:
         return lambda now: causal
-    first = _chunk_documents(starts, L)[0].movedim(2, 0)[..., None]  # (N, B, 1, L, 1)
     s = torch.arange(L, dtype=torch.int32, device=like.device)
-    return lambda now: torch.where(s >= first[now], causal, -math.inf)
+    return lambda now: torch.where(s >= first[now, ..., None], causal, -math.inf)
 
 
 def _chunk_weights(coarse, fine, r, limit, out):
@@ -716,9 +713,10 @@ class _MLSTM(torch.autograd.Function):
     def forward(ctx, q, k, v, log_i, log_f, S, z, m, starts, L):
         (B, H, T, D), (K, E), dtype = q.shape, (v.shape[1], v.shape[3]), v.dtype
         wide = torch.promote_types(q.dtype, torch.float32)
-        *gates, m_end = _chunk_gates(log_i, log_f, m, starts, L, wide)
+        documents = _chunk_documents(starts, L)
+        *gates, m_end = _chunk_gates(log_i, log_f, m, documents, L, wide)
         coarse, fine, r, carry, write, keep = gates
-        N, limit = len(keep), _chunk_limits(starts, L, carry)
+        N, limit = len(keep), _chunk_limits(documents[0], L, carry)
         blocks = _blocks(N, B * H * (2 * L * L + D * E), q.device)
         size = blocks[0].stop
         h, dens = carry.new_empty(B, H, N * L, E), carry.new_empty(N, B * H, L, 1)
@@ -745,7 +743,7 @@ class _MLSTM(torch.autograd.Function):
                       den.view(*h_cut[now].shape[:-1], 1), out=h_cut[now])
             _next_state(Sn[n - 1], zn[n - 1], *updates[n - 1], Ss[0], zs[0])
         # h in full precision: if v is bf16, a rounded one would bias delta.
-        ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens, *gates)
+        ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens, *documents, *gates)
         ctx.set_materialize_grads(False)
         S, z = Ss[0].clone().view(B, H, D, E), zs[0].clone().view(B, H, D)
         return h[:, :, :T].to(dtype), S, z, m_end
@@ -760,9 +758,10 @@ class _MLSTM(torch.autograd.Function):
 
 def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     """Gradients of h and the last state -> of q, k, v (or None), log_i, log_f, S, z, m."""
-    q, k, v, log_i, log_f, S, z, m, starts, h, dens, coarse, fine, r, carry, write, keep = saved
+    q, k, v, log_i, log_f, S, z, m, starts, h, dens, *documents = saved[:-6]
+    coarse, fine, r, carry, write, keep = saved[-6:]
     (B, H, T, D), (K, E), (N, _, L, _) = q.shape, (v.shape[1], v.shape[3]), dens.shape
-    wide, limit = dens.dtype, _chunk_limits(starts, L, dens)
+    wide, limit = dens.dtype, _chunk_limits(documents[0], L, dens)
     dh = torch.zeros_like(h) if dh is None else dh
     grads = [x.new_empty(*x.shape[:2], N * L, x.shape[3]) for x in (q, k, v)]
     blocks = _blocks(N, B * H * (2 * L * L + D * E), q.device)
@@ -798,10 +797,10 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
             if xn is not None:
                 x[now] = xn.view_as(x[now])
         d_gates.append((di, start, step))
-    di, start, step = (torch.cat(x[::-1]).movedim(0, 1).unflatten(0, (B, H)) for x in zip(*d_gates))
+    di, start, step = (torch.cat(x[::-1]).unflatten(1, (B, H)) for x in zip(*d_gates))
     dS, dz = dSs[-1], dzs[-1]
     dm0 = _dot(Ss[0], zs[0], dS, dz).view(B, H)
-    di, df, dm0 = _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts)
+    di, df, dm0 = _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts, documents)
     dq, dk, dv = (x[:, :, :T] for x in grads)
     return dq, dk, dv if needs_dv else None, di, df, dS.view_as(S), dz.view_as(z), dm0
 
@@ -855,21 +854,19 @@ def _chunk_gradients(q, k, v, h, dh, W, buffers, U, S, z, dS, dz, carry, write, 
     return dq, dk, dv, (begins + own).view(n, N, L), start, step.view(n, N, L)
 
 
-def _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts):
+def _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts, documents):
     """Gradients of log_i, log_f (B, H, T) and of the first m (B, H).
 
-    di, step (B, H, N, L), start (B, H, N): what reaches over u is what came into the chunk
+    di, step (N, B, H, L), start (N, B, H): what reaches over u is what came into the chunk
     (`start`), less what ends before u, plus what begins before u (`step`). A sum over all s <= t
     alone would be simpler and lose small gradients beside the large ones of X's diagonal.
     """
     T, L = log_i.shape[-1], di.shape[-1]
-    df = step.cumsum(-1) - step
-    first, continues, _ = _chunk_documents(starts, L)
+    df, start, (first, continues, _) = step.cumsum(-1) - step, start[..., None], documents
     if first is not None:
         df = df - df.gather(-1, first.long().expand_as(df))
-        start = torch.where(continues, start[..., None], 0)
-    df = df + start.view(*start.shape[:3], -1)
-    di, df = di.flatten(2)[..., :T], df.flatten(2)[..., :T]
+        start = torch.where(continues, start, 0)
+    di, df = (x.movedim(0, 2).flatten(2)[..., :T] for x in (di, df + start))
     if dm is None:
         return di, df, dm0
     # The last m is the largest log-weight of the last document: a token's (at), or the first m.
