@@ -1043,7 +1043,7 @@ class FeatureMap(nn.Module):
     def forward(self, x, kernels="torch"):
         if kernels == "triton":
             return _kernels().feature_map(x, self.weight)
-        features = torch.einsum("bhtd,hde->bhte", x, self.weight.to(x.dtype))
+        features = x @ self.weight.to(x.dtype)
         return features.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -1057,12 +1057,13 @@ class OutputGate(nn.Module):
 
     def forward(self, x, raw):
         """raw: projections q (B, T, H D), k and v (B, T, K D) -> logits (B, H, T) fp32."""
-        D, logits = self.weight.shape[-1], self.bias.float()
+        (H, _, D), logits = self.weight.shape, self.bias.float()
         with torch.autocast(x.device.type, enabled=False):
             for flat, w in zip(raw, self.weight.float().unbind(1)):
-                per_head = flat.float().unflatten(-1, (-1, D))  # (B, T, H or K, D)
-                w = w.view(per_head.shape[2], -1, D)  # (K, G, D): a group's heads share k and v
-                logits = logits + torch.einsum("btkd,kgd->btkg", per_head, w).flatten(2)
+                heads = flat.shape[-1] // D  # H or K: a group's heads share k and v
+                own = torch.eye(heads, device=x.device).repeat_interleave(H // heads, dim=0)
+                w = (own[..., None] * w[:, None]).flatten(1)  # (H, heads D), 0 for other heads
+                logits = logits + F.linear(flat.float(), w)  # one large product beats H small ones
         return logits.transpose(1, 2)
 
 
