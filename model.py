@@ -717,7 +717,7 @@ class _MLSTM(torch.autograd.Function):
         *gates, m_end = _chunk_gates(log_i, log_f, m, documents, L, wide)
         coarse, fine, r, carry, write, keep = gates
         N, limit = len(keep), _chunk_limits(documents[0], L, carry)
-        blocks = _blocks(N, B * H * (2 * L * L + D * E), q.device)
+        blocks = _blocks(N, 2 * B * H * (L * L + D * E), q.device)
         size = blocks[0].stop
         h, dens = carry.new_empty(B, H, N * L, E), carry.new_empty(N, B * H, L, 1)
         W, P = carry.new_empty(size, B, H, L, L), carry.new_empty(size * B * K, H // K * L, L)
@@ -764,7 +764,7 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     wide, limit = dens.dtype, _chunk_limits(documents[0], L, dens)
     dh = torch.zeros_like(h) if dh is None else dh
     grads = [x.new_empty(*x.shape[:2], N * L, x.shape[3]) for x in (q, k, v)]
-    blocks = _blocks(N, B * H * (2 * L * L + D * E), q.device)
+    blocks = _blocks(N, 2 * B * H * (L * L + D * E), q.device)
     readers = [_reader(x, K, L, blocks, wide) for x in (q, k, v, h, dh)]
     cut_grads = [_cut(x, K, L) for x in grads]
 

@@ -1,0 +1,154 @@
+"""Time the plain PyTorch forms on a CPU, beside others: README, "Speed without a GPU".
+
+    python tests/time_cpu.py [--threads 2]      # the mLSTM, the window, a decoding step; 4 minutes
+    pip install --no-deps mlstm_kernels einops  # a rival; like transformers', timed where installed
+    git worktree add ../before 6927858          # whole runs, this checkout and another in turns:
+    python tests/time_cpu.py --against ../before --threads 2
+
+Contenders take turns, so that a noisy machine slows all of them; printed are medians. What runs
+first in a process gets fresh memory, which costs page faults: every case warms up with one round.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import model  # noqa: E402
+
+
+def rivals():
+    """Other chunkwise mLSTMs in PyTorch that are installed: {name: f(q, k, v, i, f)}."""
+    found = {}
+    with contextlib.suppress(ImportError):
+        from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_autograd as native
+        found["mlstm_kernels native"] = lambda q, k, v, i, f: native(
+            q, k, v, i, F.logsigmoid(f), chunk_size=64)
+    with contextlib.suppress(ImportError):
+        from transformers.models.xlstm.modeling_xlstm import mlstm_chunkwise_native_autograd as hf
+        found["transformers xlstm"] = lambda q, k, v, i, f: hf(
+            q, k, v, i, f, chunk_size=64, return_last_states=False)
+    return found
+
+
+def inputs(H, T, D):
+    """q, k as feature maps give them, v, logits of input and forget gate: leaves with gradients."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, H, T, D).softmax(-1) for _ in range(2))
+    gates = torch.randn(1, H, T), torch.randn(1, H, T) + 3
+    return [x.requires_grad_() for x in (q, k, torch.randn(1, H, T, D), *gates)]
+
+
+def ours(q, k, v, i, f):
+    return model.mlstm_chunkwise(q, k, v, i, F.logsigmoid(f))[0]
+
+
+def in_turns(contenders, rounds):
+    """{name: function} -> {name: median seconds} of `rounds` rounds after one to warm up."""
+    times = {name: [] for name in contenders}
+    for _ in range(rounds + 1):
+        for name, function in contenders.items():
+            started = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - started)
+    return {name: sorted(x[1:])[rounds // 2] for name, x in times.items()}
+
+
+def compare(title, contenders, rounds):
+    """Print forward, and forward and backward, of {name: function that returns a tensor}."""
+    passes = {"forward": {n: torch.no_grad()(f) for n, f in contenders.items()},
+              "and backward": {n: lambda f=f: f().sum().backward() for n, f in contenders.items()}}
+    print(f"\n{title}: milliseconds, times the first")
+    for label, functions in passes.items():
+        seconds = in_turns(functions, rounds)
+        first = next(iter(seconds.values()))
+        print(f"  {label:<14}" + "   ".join(f"{name} {s * 1e3:.1f} ({s / first:.2f})"
+                                            for name, s in seconds.items()), flush=True)
+
+
+def decoding_step(lengths, H=32, K=8, D=128):
+    """One token through the mixers of a student's and a teacher's layer, at several contexts."""
+    rope = model.Rope(1e4)
+    config = model.ModelConfig(
+        family="llama", vocab_size=64, hidden_size=H * D, intermediate_size=64, num_layers=1,
+        num_heads=H, num_kv_heads=K, head_dim=D, norm_eps=1e-5, tied=True, qkv_bias=False,
+        o_bias=False, mlp_bias=False, rope=rope, sliding_rope=rope, layer_windows=(None,),
+        max_positions=max(lengths) + 1, eos_ids=())
+    student = model.HybridAttention(dataclasses.replace(config, hybrid=model.Hybrid()), 0)
+    model.initialise_mixer(student)
+    x, q, kv = torch.randn(1, 1, H * D), torch.randn(1, H, 1, D), torch.randn(2, 1, K, 1, D)
+    raw = [torch.randn(1, 1, heads * D) for heads in (H, K, K)]
+    print(f"\none token, a layer's mixer ({H} heads of {D}, {K} key/value heads), milliseconds")
+    for name, mixer in (("student", student), ("teacher", model.Attention(config, 0))):
+        steps = {}  # not student and teacher in turns: the teacher's 0.5 GB would empty the caches
+        for length in lengths:
+            cache = mixer.new_cache(1, length + 200, x)
+            if name == "teacher":  # untouched memory is one page of zeros, read over and over
+                cache.k.normal_(), cache.v.normal_()
+            cache.length.fill_(length)
+            steps[length] = torch.no_grad()(partial(mixer.mix, x, raw, q, *kv, cache=cache))
+        seconds = in_turns(steps, 30)
+        print(f"  {name}  " + "   ".join(f"{s * 1e3:.2f} at {length:,} tokens"
+                                         for length, s in seconds.items()))
+
+
+def whole_runs(against, rounds, threads):
+    """`python distill.py` on the shipped teacher in both checkouts: tokens/s by its own bars."""
+    for _ in range(rounds):
+        for checkout in (against, ROOT):
+            with tempfile.TemporaryDirectory() as out:
+                run = subprocess.run(
+                    [sys.executable, "distill.py", "--out", f"{out}/run", "--align-tokens", "2e5",
+                     "--tokens", "2e5"], cwd=checkout, capture_output=True, text=True, check=True,
+                    env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+            speeds = []
+            for stage in ("align", "distil"):
+                bar = re.findall(rf"{stage}: 100%.*?\[(\d+):(\d+)<", run.stderr)[-1]
+                speeds.append(2e5 / (60 * int(bar[0]) + int(bar[1])) / 1e3)
+            print(f"  {str(checkout):<40} thousand tokens/s: stage I {speeds[0]:.1f}, "
+                  f"stage II {speeds[1]:.1f}", flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--rounds", type=int, default=11)
+    p.add_argument("--against", type=Path, metavar="CHECKOUT", help="time whole runs instead")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} thread(s)")
+    if args.against:
+        return whole_runs(args.against.resolve(), 3, args.threads)
+    for H, D, rounds in ((8, 64, args.rounds), (32, 128, 1)):  # the others take 10 s a round
+        x = inputs(H, 4096, D)
+        compare(f"mLSTM, {H} heads of {D}, 4096 tokens",
+                {"ours": lambda: ours(*x)} | {n: lambda f=f: f(*x) for n, f in rivals().items()},
+                rounds)
+    x = inputs(8, 16384, 64)
+    causal = {"SDPA": lambda: F.scaled_dot_product_attention(*x[:3], is_causal=True)}
+    compare("mLSTM, 8 heads of 64, 16k tokens", {"ours": lambda: ours(*x)} | causal, 1)
+    compare("window 512 + 4 sinks, 8 heads of 64, 16k tokens", {
+        "ours": lambda: model.window_attention(*x[:3], window=512, sinks=4)} | causal, 1)
+    print("\nmLSTM, 8 heads of 64: microseconds a token, forward and with backward")
+    many = {T: inputs(8, T, 64) for T in (4096, 16384, 65536)}
+    forward = in_turns({T: torch.no_grad()(lambda x=x: ours(*x)) for T, x in many.items()}, 3)
+    both = in_turns({T: lambda x=x: ours(*x).sum().backward() for T, x in many.items()}, 3)
+    for T in many:
+        print(f"  {T:>6,} tokens  {forward[T] / T * 1e6:.2f}   {both[T] / T * 1e6:.2f}")
+    decoding_step((1024, 8192, 65536))
+
+
+if __name__ == "__main__":
+    main()
