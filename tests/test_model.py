@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import time_cpu
 from model import (MIXERS, Cache, ModelConfig, Transformer, choose_kernels, decode_step,
                    fold_output_gate, generate, load_pretrained, mlstm_chunkwise, mlstm_recurrent,
                    mlstm_step, save_pretrained, student_from_teacher, window_attention)
@@ -918,3 +919,12 @@ def test_loading_and_building_a_student_peaks_at_its_own_size(tmp_path):
                             capture_output=True, text=True, check=True,
                             cwd=Path(__file__).parent.parent)
     assert float(result.stdout) < 1.1  # of 0.45 GB
+
+
+def test_the_script_behind_the_readmes_times_runs(capsys):
+    x = time_cpu.inputs(2, 64, 16)
+    time_cpu.compare("tiny", {"ours": lambda: time_cpu.ours(*x), "again": lambda: x[0] + 1}, 1)
+    time_cpu.decoding_step((32, 64), H=4, K=2, D=16)
+    printed = capsys.readouterr().out
+    for words in ("forward ", "and backward ", "ours", "(1.00)", "student ", "at 64 tokens"):
+        assert words in printed
