@@ -616,22 +616,27 @@ def _chunk_gates(log_i, log_f, m, documents, L, dtype):
         sums = f.cumsum(-1)
         sums = sums - (sums - f).gather(-1, first.long().expand_as(f))
     c, total = c - sums, sums[..., -1]
-    tops, survives = _only(is_last, c).amax(-1), None if first is None else continues[..., -1]
-    add = _only(survives, F.pad(total[:-1], (0, 0, 0, 0, 1, 0)))
+
+    # m: two operations a chunk, everything else for all chunks at once. What a chunk brings on top
+    # of the m before: the total of the chunk before, or the end of that document.
+    survives = None if first is None else continues[..., -1]
+    before = _only(survives, F.pad(total[:-1], (0, 0, 0, 0, 1, 0)))
     ms = [m.double()]
-    for add_n, top in zip(add, tops):  # two operations a chunk: all else is done for all at once
-        ms.append(torch.maximum(ms[-1] + add_n, top))
+    for change, largest in zip(before, _only(is_last, c).amax(-1)):
+        ms.append(torch.maximum(ms[-1] + change, largest))
     # Rounded as it will be stored, and only then used: S and z are divided by this very e^m.
     m_next = (torch.stack(ms[1:]) + total).to(dtype)
-    m = torch.cat((m[None].double(), m_next[:-1].double()))[..., None]  # (N, B, H, 1)
-    # r, in units of 1/64. The shift lifts every document above all earlier ones, and is exact.
+    m = torch.cat((m[None].double(), m_next[:-1].double()))  # (N, B, H)
+
+    # r in units of 1/64: the running maximum of c in each document, or m. The shift lifts every
+    # document above all earlier ones, and is exact.
     shift = 0.0 if first is None else first.double() * 2.0 ** 42
-    top = (c * 64).ceil().clamp(-2.0 ** 40, 2.0 ** 40).add(shift).cummax(-1).values - shift
-    r = torch.maximum(top, _only(continues, m * 64)).ceil() / 64
+    running = ((c * 64).ceil().clamp(-2.0 ** 40, 2.0 ** 40) + shift).cummax(-1).values - shift
+    r = torch.maximum(running, _only(continues, m[..., None] * 64)).ceil() / 64
     coarse = (c * 64).round() / 64
-    carry = _only(continues, m - r)
+    carry = _only(continues, m[..., None] - r)
     write = _only(is_last, c + (total - m_next)[..., None])
-    keep = _exp(_only(survives, m[..., 0] + total - m_next).to(dtype).contiguous())
+    keep = _exp(_only(survives, m + total - m_next).to(dtype).contiguous())
     gates = torch.stack((coarse, c - coarse, r, carry, write)).to(dtype)
     _exp(gates[3:])
     return *gates, keep, m_next[-1]
