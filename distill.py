@@ -668,7 +668,7 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
         positions = student.positions(tokens, document_ids=document_ids)
     losses = []
     with torch.no_grad():
-        x = student.model["embed_tokens"](tokens)
+        x = student.embed(tokens)
         for block, tables in zip(student.model["layers"], student.rope_tables(positions)):
             attention, a = block.self_attn, block.attention_input(x)
             raw = attention.project(a)
@@ -694,8 +694,9 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
 
 
 def start_processes(run):
-    """Join torchrun's processes, if it started this one; set run.device, run.rank and run.world."""
+    """Join torchrun's processes, if it started this one; set run.device, .dtype, .rank, .world."""
     run.device, run.rank, run.world = torch.device(run.device), 0, 1
+    run.dtype = choose_dtype(run.dtype, run.device)
     if "RANK" not in os.environ:
         return
     if run.device.type == "cuda":
@@ -748,18 +749,18 @@ def clip_gradients(trainable, largest):
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def shard(model, device):
+def shard(model, device, dtype):
     """FSDP2: every process keeps 1/world of each matrix; a block is gathered while it runs.
 
-    On GPUs in bf16, with gradients summed in fp32 and the fp32 masters sharded. The new parameters
+    In `dtype`, with gradients summed in fp32 and the fp32 masters sharded. The new parameters
     (gates, feature maps) are gathered in fp32: rounding a forget gate's bias of 6.9 to bf16 moves
     its half-life by 3 %. Micro-batches each sum their gradients: keeping them until the last one
     would need whole gradients on every GPU.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    half = exact if device.type == "cpu" else MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                cast_forward_inputs=False)
     for block in model.model["layers"]:
         new = [m for name, m in block.self_attn.named_children() if is_new(f".{name}.")]
         if new:
@@ -951,7 +952,8 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
 
         for x in mine:
             try:
-                cache.write(*x, teacher, run.micro_batch, run.device, after)
+                with autocast(run):
+                    cache.write(*x, teacher, run.micro_batch, run.device, after)
             except OSError as error:
                 raise OSError(f"--targets {cache.shard(*x)[0]}: {error}. The files before it are "
                               "whole, and the same command goes on behind them") from None
@@ -963,9 +965,25 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
 # ----------------------------------------------------------------------------------------------
 
 
-def autocast(device):
-    """bf16 matrix products on a GPU; fp32 on a CPU, where bf16 is slower on most machines."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def choose_dtype(wanted, device):
+    """What --dtype means: "auto" is bf16 where products of it are fast, else fp32.
+
+    That is on GPUs and on CPUs with AMX, Intel's matrix unit (four to six times fp32, measured).
+    """
+    if wanted == "auto":
+        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16")
+        wanted = "bfloat16" if fast else "float32"
+    return getattr(torch, wanted)
+
+
+def frozen_dtype(run):
+    """What weights that do not train are kept in: fp32 for --dtype float32, else None: as stored."""
+    return torch.float32 if run.dtype == torch.float32 else None
+
+
+def autocast(run):
+    """Matrix products in run.dtype."""
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
 @torch.no_grad()
@@ -986,7 +1004,7 @@ def compare(run, student, teacher, sources):
             rows = [source.row(i) for i in range(a, min(a + run.micro_batch, n))]
             tokens, ids, labels = collate(rows or [source.row(0)], run.device)
             labels = labels if rows else torch.full_like(labels, -100)
-            with autocast(run.device):
+            with autocast(run):
                 sums += teacher(tokens, document_ids=ids, head=lambda h_t, w_t: (
                     _agreement(h_t, w_t, h_t, w_t, labels) if student is teacher else
                     student(tokens, document_ids=ids, head=lambda h_s, w_s: (
@@ -1200,7 +1218,7 @@ def align(run, student, mixture, stop):
             losses = 0.0
             for part in my_micro_batches(run, step):
                 tokens, ids, _ = collate(map(mixture.row, part), run.device)
-                with autocast(run.device):
+                with autocast(run):
                     scale = len(part) / run.batch
                     losses = losses + scale * alignment_losses(student, tokens, ids, scale)
             sum_gradients(trainable)
@@ -1248,10 +1266,10 @@ def distil(run, student, teacher, cache, mixture, heldout, stop):
                 if cache:
                     targets = cache.rows([mixture.locate(i) for i in part], run.device)
                 else:
-                    with torch.no_grad():
+                    with torch.no_grad(), autocast(run):
                         targets = teacher(tokens, document_ids=ids,
                                           head=partial(teacher_topk, k=run.topk))
-                with autocast(run.device):
+                with autocast(run):
                     loss, terms = student(tokens, document_ids=ids, head=lambda h, w: (
                         sparse_kd_loss(h, w, labels, *targets, gamma=run.gamma, beta=run.beta)))
                 share = (labels != -100).sum() / valid  # of all processes' tokens in this step
@@ -1314,7 +1332,6 @@ def working_bytes(run, config, stage, layers):
     """
     config = dataclasses.replace(config, num_layers=layers,
                                  layer_windows=config.layer_windows[:layers])
-    dtype = torch.float32 if run.device.type == "cpu" else torch.bfloat16
     with torch.device("meta"):
         student = Transformer(config)
         teacher = Transformer(dataclasses.replace(config, hybrid=None))
@@ -1322,7 +1339,7 @@ def working_bytes(run, config, stage, layers):
         for model in (student, teacher):
             for name, p in list(model.named_parameters()):
                 assign(model, name, nn.Parameter(torch.empty(
-                    p.shape, dtype=torch.float32 if is_new(name) else dtype)))
+                    p.shape, dtype=torch.float32 if is_new(name) else run.dtype)))
         teacher.requires_grad_(False)
         for block in student.model["layers"]:
             block.recompute = run.recompute
@@ -1348,12 +1365,13 @@ def working_bytes(run, config, stage, layers):
 def plan_memory(run, config, stage):
     """Bytes that a step of `stage` ("align", "distil") needs on one process, by kind.
 
-    config: the student's. Weights: bf16 on a GPU, fp32 on a CPU; fp32 where they train. Under
+    config: the student's. Weights: fp32 where they train, else run.dtype, which for bf16 means
+    stored in 2 bytes as most are. Under
     torchrun stage II's are sharded, and the block at work, the next one and the embeddings whole.
     "at work": activations, the loss chunk and temporary gradients (`working_bytes`).
     """
-    cpu, sharded = run.device.type == "cpu", stage == "distil" and "RANK" in os.environ
-    half, share = 4 if cpu else 2, run.world if sharded else 1
+    sharded, half = stage == "distil" and "RANK" in os.environ, run.dtype.itemsize
+    share = run.world if sharded else 1
     with torch.device("meta"):
         student = Transformer(config)
     sizes = {name: p.numel() for name, p in student.named_parameters()}
@@ -1367,7 +1385,7 @@ def plan_memory(run, config, stage):
     blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
     if sharded:
         needs["gathered"] = half * (2 * (sum(sizes.values()) - sum(blocks)) + 4 * max(blocks))
-    elif not cpu and stage == "distil":
+    elif half == 2 and stage == "distil":
         needs["bf16 copies"] = 2 * train  # autocast's
     # By running a few layers. Stage I lets go of a layer before the next. Of each more in stage II
     # stays its input, or without --recompute what a third adds to two (the first is special).
@@ -1490,13 +1508,13 @@ def align_parts(run, student, teacher, mixture):
     while True:
         tokens, ids, _ = collate(map(mixture.row, range(run.micro_batch)), run.device)
         yield "data"
-        with torch.no_grad(), autocast(run.device):
+        with torch.no_grad(), autocast(run):
             teacher.hidden(tokens, document_ids=ids)
         yield "teacher forward"  # the next two are nested: they walk the layers once more
-        with autocast(run.device):
+        with autocast(run):
             alignment_losses(student, tokens, ids)
         yield "student forward"
-        with autocast(run.device):
+        with autocast(run):
             alignment_losses(student, tokens, ids, 1.0)
         yield "backward"
         clip_gradients(trainable, run.clip)
@@ -1519,15 +1537,16 @@ def distil_parts(run, student, teacher, mixture):
     while True:
         tokens, ids, labels = collate(map(mixture.row, range(run.micro_batch)), run.device)
         yield "data"
-        with torch.no_grad():
+        with torch.no_grad(), autocast(run):
             hidden = teacher.hidden(tokens, document_ids=ids)
         yield "teacher forward"
-        targets = teacher_topk(hidden, teacher.lm_head_weight, run.topk)
+        with autocast(run):
+            targets = teacher_topk(hidden, teacher.lm_head_weight, run.topk)
         yield "teacher's top k"
-        with autocast(run.device):
+        with autocast(run):
             hidden = student.hidden(tokens, document_ids=ids)
         yield "student forward"
-        with autocast(run.device):
+        with autocast(run):
             loss, _ = sparse_kd_loss(hidden, student.lm_head_weight, labels, *targets,
                                      gamma=run.gamma, beta=run.beta)
         yield "loss and its gradient"
@@ -1585,7 +1604,7 @@ def report_speed(run, student, teacher, mixture):
             print(f"    {part:<22}{s / step:7.1%}{s:10.3g} s")
     write_json(run.out / "speed.json", {
         "device": str(run.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "teacher": str(run.teacher), "context": run.context, "batch": run.batch,
+        "dtype": str(run.dtype)[6:], "teacher": str(run.teacher), "context": run.context, "batch": run.batch,
         "micro_batch": run.micro_batch, "recompute": run.recompute, "train": run.train,
         "stages": found})
     print(f"\nreport: {run.out / 'speed.json'}; nothing was trained")
@@ -1597,14 +1616,13 @@ def report_speed(run, student, teacher, mixture):
 
 
 def open_model(run, directory, train=None):
-    """A model as stage II uses it: fp32 on a CPU, as stored on a GPU, what trains in fp32 anyway
-    (bf16 weights would lose an AdamW step of 1e-5); sharded over torchrun's processes.
+    """A model as stage II uses it: as `frozen_dtype`, what trains in fp32 (bf16 weights would lose an
+    AdamW step of 1e-5); sharded over torchrun's processes.
     """
     def dtype(name):
-        exact = run.device.type == "cpu" or (train and TRAIN[train](name))
-        return torch.float32 if exact else None
+        return torch.float32 if train and TRAIN[train](name) else frozen_dtype(run)
 
-    prepare = partial(shard, device=run.device) if dist.is_initialized() else None
+    prepare = partial(shard, device=run.device, dtype=run.dtype) if dist.is_initialized() else None
     model = load_pretrained(directory, device=run.device, dtype=dtype, kernels=run.kernels,
                             prepare=prepare)
     return model.requires_grad_(False)
@@ -1719,6 +1737,8 @@ def parse_arguments(argv):
     p.add_argument("--plan", action="store_true", help="print the memory that a step needs, stop")
     p.add_argument("--speed", action="store_true", help="time both stages' parts and stop")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX")
     p.add_argument("--kernels", choices=("auto", "torch", "triton"), default="auto",
                    help="what computes mLSTM and window; auto: Triton on a GPU")
     p.add_argument("--seed", type=int, default=0)
@@ -1799,7 +1819,7 @@ def settings_of(run):
     """What must not change between a run and its resumption, as JSON."""
     free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan", "speed",
             "targets_only", "micro_batch", "recompute", "rank", "world",
-            "kernels")
+            "kernels", "dtype")
     settings = {k: v for k, v in vars(run).items() if k not in free}
     settings["targets"] = bool(run.targets)
     settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
@@ -1839,7 +1859,7 @@ def new_student(run, teacher):
     if hybrid is None:
         raise ValueError(f"--start {run.start} is a teacher, not a student")
     print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks; on "
-          f"{run.device}, kernels: {student.kernels}")
+          f"{run.device} in {str(run.dtype)[6:]}, kernels: {student.kernels}")
     return student
 
 
@@ -1885,7 +1905,7 @@ def main(argv=None):
     run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
     run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
     results = open_run(run)
-    teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device)
+    teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device, dtype=frozen_dtype(run))
     teacher.requires_grad_(False)
     print(f"teacher   {run.teacher} ({teacher.config.family}, "
           f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")

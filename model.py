@@ -301,7 +301,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scale)
         if round_last:  # Olmo: multiply in fp32, round once
             return (weight * (wide * scale)).to(x.dtype)
-        return weight * (wide * scale).to(x.dtype)  # Llama, Qwen, Mistral: round, then multiply
+        return weight.to(x.dtype) * (wide * scale).to(x.dtype)  # Llama, Qwen, Mistral: round first
 
     @staticmethod
     @once_differentiable
@@ -1333,6 +1333,13 @@ class Transformer(nn.Module):
             start = torch.where(tokens == separator, index, start).cummax(dim=1).values
         return index - start
 
+    def embed(self, tokens):
+        """tokens (B, T) -> (B, T, hidden): what enters the first layer."""
+        x = self.model["embed_tokens"](tokens)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
     def hidden(self, tokens, *, document_ids=None, positions=None, cache=None):
         """tokens (B, T) int64 -> the final norm's output (B, T, hidden); arguments as `forward`.
 
@@ -1345,9 +1352,7 @@ class Transformer(nn.Module):
         elif positions.dim() != 2 or positions.shape[1] != tokens.shape[1]:
             raise ValueError(f"positions {tuple(positions.shape)} must be (B or 1, T) as tokens "
                              f"{tuple(tokens.shape)}")
-        x = self.model["embed_tokens"](tokens)
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.embed(tokens)
         layers = zip(self.model["layers"], self.rope_tables(positions))
         for i, (block, tables) in enumerate(layers):
             layer_cache = None if cache is None else cache.layers[i]
@@ -2180,14 +2185,16 @@ def reverse_complement(bases):
     return bases.translate(_COMPLEMENT)[::-1]
 
 
-def load_with_tokenizer(directory, *, device="cpu"):
+def load_with_tokenizer(directory, *, device="cpu", dtype="auto"):
     """(model, tokenizer) of a folder, checked against each other.
 
-    On a CPU in fp32, elsewhere as stored: CPUs multiply bf16 slowly. Raises as `load_pretrained`
-    and `Tokenizer`, and ValueError if the tokenizer has more ids than the embedding has rows.
+    dtype: as `load_pretrained`; "auto": fp32 on a CPU, elsewhere as stored, because most CPUs
+    multiply bf16 slowly. Raises as `load_pretrained` and `Tokenizer`, and ValueError if the
+    tokenizer has more ids than the embedding has rows.
     """
-    on_cpu = torch.device(device).type == "cpu"
-    model = load_pretrained(directory, device=device, dtype=torch.float32 if on_cpu else None)
+    if dtype == "auto":
+        dtype = torch.float32 if torch.device(device).type == "cpu" else None
+    model = load_pretrained(directory, device=device, dtype=dtype)
     tokenizer = Tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:  # fewer is fine: padding rows
         raise ValueError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, the "

@@ -427,7 +427,7 @@ def prepare(folder, tokenizer):
             write_rows(path, [words(rng, n) for n in range(1, 50, step)])
         sources.append(Source(name, tokenise(path, tokenizer, 1023, folder / "data"), "train", 64))
     run = Namespace(teacher=TEACHER, targets=folder / "targets", context=64, topk=16,
-                    micro_batch=3, device=torch.device("cpu"))
+                    micro_batch=3, device=torch.device("cpu"), dtype=torch.float32)
     return run, Mixture(sources, [1, 1], 2 * sources[0].num_rows + 6, seed=1)
 
 
@@ -647,7 +647,7 @@ def tiny(out, corpus, *more):
     return ("--teacher", TEACHER, "--data", corpus, "--out", out, "--context", 64, "--window", 8,
             "--batch", 4, "--micro-batch", 2, "--align-tokens", 64 * 4 * 12, "--tokens",
             64 * 4 * 12, "--warmup", 2, "--lr", 1e-3, "--save-every", 3, "--eval-every", 6,
-            "--eval-rows", 1, *more)
+            "--eval-rows", 1, "--dtype", "float32", *more)
 
 
 def logged(out):
@@ -849,8 +849,10 @@ def closeness(a, b):
                for at in a for key in ("loss", "ce", "kl") if key in a[at])
 
 
-@pytest.mark.parametrize("more", [["--recompute"], ["--train", "mixer", "--targets", "TMP/t"]])
-def test_two_processes_have_the_losses_of_one(tmp_path, corpus, more):
+@pytest.mark.parametrize("more, apart", [
+    (["--recompute"], 1e-5), (["--train", "mixer", "--targets", "TMP/t"], 1e-5),
+    (["--dtype", "bfloat16"], 1e-2)])  # one rounding of bf16: 4e-3
+def test_two_processes_have_the_losses_of_one(tmp_path, corpus, more, apart):
     flags = ("--micro-batch", 1, "--align-tokens", 64 * 4 * 20, "--tokens", 64 * 4 * 20,
              "--no-recompute", *(x.replace("TMP", str(tmp_path)) for x in more))
     two = subprocess.run(torchrun(*tiny(tmp_path / "two", corpus, *flags)), text=True, timeout=240,
@@ -858,15 +860,16 @@ def test_two_processes_have_the_losses_of_one(tmp_path, corpus, more):
     assert two.returncode == 0, two.stderr
     one = command(*tiny(tmp_path / "one", corpus, *flags))  # reads the targets that two have made
     assert one.returncode == 0, one.stderr
-    assert closeness(logged(tmp_path / "one"), logged(tmp_path / "two")) < 1e-5
+    assert closeness(logged(tmp_path / "one"), logged(tmp_path / "two")) < apart
     assert two.stdout.count("held-out, after stage II") == 1  # one process speaks
     results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two")]
     for name, r in results[0].items():
-        assert r["all"]["kl"] == pytest.approx(results[1][name]["all"]["kl"], rel=1e-3, abs=1e-6)
+        assert r["all"]["kl"] == pytest.approx(results[1][name]["all"]["kl"], rel=max(1e-3, apart))
 
 
 @pytest.mark.parametrize("flags", [["align"], ["distil", "--train", "mixer", "--micro-batch", 2],
-                                   ["distil", "--no-recompute"]])
+                                   ["distil", "--no-recompute"], ["distil", "--dtype", "bfloat16"],
+                                   ["align", "--dtype", "bfloat16", "--micro-batch", 4]])
 def test_the_planned_memory_is_what_a_step_takes(flags):
     """Peak of resident memory in a process of its own, over two steps, against plan_memory."""
     # Freed blocks go back at once: else the C library keeps some, at its own discretion.
@@ -887,8 +890,8 @@ def status(key):
     return next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith(key))
 
 stage, *flags = sys.argv[1:]
-run = distill.parse_arguments(["--teacher", "-", "--context", "1024", *flags])
-run.device, run.world = torch.device("cpu"), 1
+run = distill.parse_arguments(["--teacher", "-", "--context", "1024", "--dtype", "float32", *flags])
+run.device, run.world, run.dtype = torch.device("cpu"), 1, getattr(torch, run.dtype)
 import dataclasses
 small = ModelConfig.from_hf("tests/teacher")
 config = dataclasses.replace(small, vocab_size=16384, hidden_size=512, num_layers=6, num_heads=8,
@@ -897,7 +900,7 @@ config = dataclasses.replace(small, vocab_size=16384, hidden_size=512, num_layer
 student_c = student_config(config, 256, 4, "hybrid")
 planned = distill.plan_memory(run, student_c, stage)["in all"]
 base = status("VmRSS")
-teacher = Transformer(config).requires_grad_(False)
+teacher = Transformer(config).requires_grad_(False).to(run.dtype)
 if stage == "align":
     student = student_from_teacher(teacher, window=256)
 else:
@@ -911,14 +914,17 @@ open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 for micro_batch in range(4):
     tokens = torch.randint(0, 16384, (run.micro_batch, 1024))
     ids = torch.zeros_like(tokens)
-    if stage == "align":
-        distill.alignment_losses(student, tokens, ids, 1.0)
-    else:
-        with torch.no_grad():
-            targets = teacher(tokens, document_ids=ids,
-                              head=distill.partial(distill.teacher_topk, k=256))
-        student(tokens, document_ids=ids,
-                head=lambda h, w: distill.sparse_kd_loss(h, w, tokens, *targets))[0].backward()
+    with distill.autocast(run):
+        if stage == "align":
+            distill.alignment_losses(student, tokens, ids, 1.0)
+        else:
+            with torch.no_grad():
+                targets = teacher(tokens, document_ids=ids,
+                                  head=distill.partial(distill.teacher_topk, k=256))
+            loss, _ = student(tokens, document_ids=ids, head=lambda h, w: (
+                distill.sparse_kd_loss(h, w, tokens, *targets)))
+    if stage == "distil":
+        loss.backward()
     if micro_batch % 2:
         optimizer.step()
         optimizer.zero_grad()
