@@ -669,7 +669,7 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
     losses = []
     with torch.no_grad():
         x = student.embed(tokens)
-        for block, tables in zip(student.model["layers"], student.rope_tables(positions)):
+        for block, tables in zip(student.model["layers"], student.rope_tables(positions, x.dtype)):
             attention, a = block.self_attn, block.attention_input(x)
             raw = attention.project(a)
             qkv = attention.split(*raw, tables)
@@ -686,7 +686,7 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. Several processes (torchrun): batch rows are dealt out, stage II's weights are sharded
+# 3. Number format, and several processes (torchrun): rows are dealt out, stage II is sharded
 # ----------------------------------------------------------------------------------------------
 # Nothing here depends on how many there are: a step has --batch rows whatever their number, losses
 # and gradients are sums over all rows divided by the step's count. Without torchrun every function
@@ -712,6 +712,27 @@ def start_processes(run):
                          "evenly; make it a multiple")
     if run.rank > 0:  # one voice: errors still reach stderr from every process
         sys.stdout = open(os.devnull, "w")
+
+
+def choose_dtype(wanted, device):
+    """What --dtype means: "auto" is bf16 where products of it are fast, else fp32.
+
+    That is on GPUs and on CPUs with AMX, Intel's matrix unit (four to six times fp32, measured).
+    """
+    if wanted == "auto":
+        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16")
+        wanted = "bfloat16" if fast else "float32"
+    return getattr(torch, wanted)
+
+
+def frozen_dtype(run):
+    """What frozen weights are kept in: fp32 for --dtype float32, else None, which is as stored."""
+    return torch.float32 if run.dtype == torch.float32 else None
+
+
+def autocast(run):
+    """Matrix products in run.dtype."""
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
 def barrier():
@@ -963,27 +984,6 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
 # ----------------------------------------------------------------------------------------------
 # 5. Held-out comparison of student and teacher
 # ----------------------------------------------------------------------------------------------
-
-
-def choose_dtype(wanted, device):
-    """What --dtype means: "auto" is bf16 where products of it are fast, else fp32.
-
-    That is on GPUs and on CPUs with AMX, Intel's matrix unit (four to six times fp32, measured).
-    """
-    if wanted == "auto":
-        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16")
-        wanted = "bfloat16" if fast else "float32"
-    return getattr(torch, wanted)
-
-
-def frozen_dtype(run):
-    """What weights that do not train are kept in: fp32 for --dtype float32, else None: as stored."""
-    return torch.float32 if run.dtype == torch.float32 else None
-
-
-def autocast(run):
-    """Matrix products in run.dtype."""
-    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
 @torch.no_grad()
@@ -1604,9 +1604,9 @@ def report_speed(run, student, teacher, mixture):
             print(f"    {part:<22}{s / step:7.1%}{s:10.3g} s")
     write_json(run.out / "speed.json", {
         "device": str(run.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "dtype": str(run.dtype)[6:], "teacher": str(run.teacher), "context": run.context, "batch": run.batch,
-        "micro_batch": run.micro_batch, "recompute": run.recompute, "train": run.train,
-        "stages": found})
+        "dtype": str(run.dtype)[6:], "teacher": str(run.teacher), "context": run.context,
+        "batch": run.batch, "micro_batch": run.micro_batch, "recompute": run.recompute,
+        "train": run.train, "stages": found})
     print(f"\nreport: {run.out / 'speed.json'}; nothing was trained")
 
 
@@ -1616,8 +1616,8 @@ def report_speed(run, student, teacher, mixture):
 
 
 def open_model(run, directory, train=None):
-    """A model as stage II uses it: as `frozen_dtype`, what trains in fp32 (bf16 weights would lose an
-    AdamW step of 1e-5); sharded over torchrun's processes.
+    """A model as stage II uses it: what trains in fp32 (bf16 weights would lose an AdamW step of
+    1e-5), the rest as `frozen_dtype`; sharded over torchrun's processes.
     """
     def dtype(name):
         return torch.float32 if train and TRAIN[train](name) else frozen_dtype(run)
@@ -1905,7 +1905,8 @@ def main(argv=None):
     run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
     run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
     results = open_run(run)
-    teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device, dtype=frozen_dtype(run))
+    teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device,
+                                             dtype=frozen_dtype(run))
     teacher.requires_grad_(False)
     print(f"teacher   {run.teacher} ({teacher.config.family}, "
           f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")

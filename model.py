@@ -348,9 +348,9 @@ def rope_tables(rope, positions, head_dim):
     return angle.cos() * rope.attention_factor, angle.sin() * rope.attention_factor
 
 
-def rotate(x, tables, in_fp32):
+def rotate(x, tables):
     """Rotate x (B, H, T, D) by its positions: (x1, x2) cos + (-x2, x1) sin."""
-    cos, sin = tables if in_fp32 else (table.to(x.dtype) for table in tables)
+    cos, sin = tables
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
@@ -447,7 +447,7 @@ class Attention(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, D)).transpose(1, 2) for x in (q, k, v))
         if norm == "head":  # Qwen3
             q, k = self.q_norm(q), self.k_norm(k)
-        return (rotate(q, tables, self.config.is_olmo), rotate(k, tables, self.config.is_olmo), v)
+        return rotate(q, tables), rotate(k, tables), v
 
     def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
         """How heads look back: rotated q, k and v -> h (B, H, T, D).
@@ -1096,7 +1096,6 @@ class WindowAttention(Attention):
 
     def window_branch(self, q, k, v, document_ids, cache):
         attend = _kernels().window_attention if self.kernels == "triton" else window_attention
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves them in fp32 behind a norm
         if cache is not None:
             return cache.window_attention(q, k, v, attend)
         return attend(q, k, v, window=self.short_window, sinks=self.sinks,
@@ -1308,12 +1307,19 @@ class Transformer(nn.Module):
         """(V, hidden)."""
         return self.model["embed_tokens"].weight if self.config.tied else self.lm_head.weight
 
-    def rope_tables(self, positions):
-        """positions (B, T) -> one pair of tables a layer; layers of a kind share theirs."""
+    def rope_tables(self, positions, dtype):
+        """positions (B, T) -> one pair of tables a layer; layers of a kind share theirs.
+
+        In the residual stream's `dtype`; Olmo rotates in fp32.
+        """
         c = self.config
-        full = rope_tables(c.rope, positions, c.head_dim)
-        sliding = full if c.sliding_rope == c.rope else (
-            rope_tables(c.sliding_rope, positions, c.head_dim))
+
+        def tables(rope):
+            return [table if c.is_olmo else table.to(dtype)
+                    for table in rope_tables(rope, positions, c.head_dim)]
+
+        full = tables(c.rope)
+        sliding = full if c.sliding_rope == c.rope else tables(c.sliding_rope)
         return [full if window is None else sliding for window in c.layer_windows]
 
     def positions(self, tokens, *, document_ids=None, cache=None):
@@ -1353,7 +1359,7 @@ class Transformer(nn.Module):
             raise ValueError(f"positions {tuple(positions.shape)} must be (B or 1, T) as tokens "
                              f"{tuple(tokens.shape)}")
         x = self.embed(tokens)
-        layers = zip(self.model["layers"], self.rope_tables(positions))
+        layers = zip(self.model["layers"], self.rope_tables(positions, x.dtype))
         for i, (block, tables) in enumerate(layers):
             layer_cache = None if cache is None else cache.layers[i]
             x = block(x, tables, document_ids=document_ids, cache=layer_cache)

@@ -399,6 +399,15 @@ def test_both_losses_under_bf16_autocast_stay_near_fp32(teacher):
         assert (a - b).norm() < 0.05 * b.norm()
 
 
+@pytest.mark.parametrize("wanted, device, amx, dtype", [
+    ("auto", "cuda", False, torch.bfloat16), ("auto", "cpu", True, torch.bfloat16),
+    ("auto", "cpu", False, torch.float32), ("float32", "cuda", True, torch.float32),
+    ("bfloat16", "cpu", False, torch.bfloat16)])
+def test_dtype_is_bf16_where_products_of_it_are_fast(monkeypatch, wanted, device, amx, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx} if amx else {})
+    assert distill.choose_dtype(wanted, torch.device(device)) == dtype
+
+
 def test_schedule_warms_up_and_ends_where_it_should():
     rates = [learning_rate(i, 100, 10, 1.0, 0.1) for i in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
