@@ -688,30 +688,6 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
 # ----------------------------------------------------------------------------------------------
 # 3. Number format, and several processes (torchrun): rows are dealt out, stage II is sharded
 # ----------------------------------------------------------------------------------------------
-# Nothing here depends on how many there are: a step has --batch rows whatever their number, losses
-# and gradients are sums over all rows divided by the step's count. Without torchrun every function
-# below is the identity.
-
-
-def start_processes(run):
-    """Join torchrun's processes, if it started this one; set run.device, .dtype, .rank, .world."""
-    run.device, run.rank, run.world = torch.device(run.device), 0, 1
-    run.dtype = choose_dtype(run.dtype, run.device)
-    if "RANK" not in os.environ:
-        return
-    if run.device.type == "cuda":
-        run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(run.device)
-    # The others wait for the first one's slow work (tokenising, saving): longer than the default
-    # half hour. A process that dies is noticed by torchrun, which stops all.
-    dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(days=2))
-    run.rank, run.world = dist.get_rank(), dist.get_world_size()
-    if run.batch % run.world:
-        raise ValueError(f"--batch {run.batch} rows cannot be dealt out to {run.world} processes "
-                         "evenly; make it a multiple")
-    if run.rank > 0:  # one voice: errors still reach stderr from every process
-        sys.stdout = open(os.devnull, "w")
 
 
 def choose_dtype(wanted, device):
@@ -733,6 +709,32 @@ def frozen_dtype(run):
 def autocast(run):
     """Matrix products in run.dtype."""
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
+
+
+# Nothing below depends on how many there are: a step has --batch rows whatever their number, losses
+# and gradients are sums over all rows divided by the step's count. Without torchrun every function
+# from here to section 4 is the identity.
+
+
+def start_processes(run):
+    """Join torchrun's processes, if it started this one; set run.device, .dtype, .rank, .world."""
+    run.device, run.rank, run.world = torch.device(run.device), 0, 1
+    run.dtype = choose_dtype(run.dtype, run.device)
+    if "RANK" not in os.environ:
+        return
+    if run.device.type == "cuda":
+        run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(run.device)
+    # The others wait for the first one's slow work (tokenising, saving): longer than the default
+    # half hour. A process that dies is noticed by torchrun, which stops all.
+    dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(days=2))
+    run.rank, run.world = dist.get_rank(), dist.get_world_size()
+    if run.batch % run.world:
+        raise ValueError(f"--batch {run.batch} rows cannot be dealt out to {run.world} processes "
+                         "evenly; make it a multiple")
+    if run.rank > 0:  # one voice: errors still reach stderr from every process
+        sys.stdout = open(os.devnull, "w")
 
 
 def barrier():
@@ -1365,9 +1367,9 @@ def working_bytes(run, config, stage, layers):
 def plan_memory(run, config, stage):
     """Bytes that a step of `stage` ("align", "distil") needs on one process, by kind.
 
-    config: the student's. Weights: fp32 where they train, else run.dtype, which for bf16 means
-    stored in 2 bytes as most are. Under
-    torchrun stage II's are sharded, and the block at work, the next one and the embeddings whole.
+    config: the student's. Weights: fp32 where they train, else run.dtype (bf16 teachers are taken
+    to be stored so). Under torchrun stage II's are sharded, and the block at work, the next one
+    and the embeddings whole.
     "at work": activations, the loss chunk and temporary gradients (`working_bytes`).
     """
     sharded, half = stage == "distil" and "RANK" in os.environ, run.dtype.itemsize

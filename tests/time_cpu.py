@@ -107,17 +107,19 @@ def decoding_step(lengths, H=32, K=8, D=128):
 
 def whole_runs(against, rounds, threads):
     """`python distill.py` in both checkouts: tokens/s by its own bars, which give whole seconds."""
+    tokens = 819_200  # a stage, as the shipped teacher's preset has
     for _ in range(rounds):
         for checkout in (against, ROOT):
             with tempfile.TemporaryDirectory() as out:
                 run = subprocess.run(
-                    [sys.executable, "distill.py", "--out", f"{out}/run"], cwd=checkout, check=True,
+                    [sys.executable, "distill.py", "--out", f"{out}/run", "--align-tokens",
+                     str(tokens), "--tokens", str(tokens)], cwd=checkout, check=True,
                     capture_output=True, text=True,
                     env=os.environ | {"OMP_NUM_THREADS": str(threads)})
             speeds = []
             for stage in ("align", "distil"):
                 bar = re.findall(rf"{stage}: 100%.*?\[(\d+):(\d+)<", run.stderr)[-1]
-                speeds.append(819_200 / (60 * int(bar[0]) + int(bar[1])) / 1e3)
+                speeds.append(tokens / (60 * int(bar[0]) + int(bar[1])) / 1e3)
             print(f"  {str(checkout):<40} thousand tokens/s: stage I {speeds[0]:.1f}, "
                   f"stage II {speeds[1]:.1f}", flush=True)
 
