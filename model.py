@@ -698,17 +698,28 @@ def _by_token(write, R):
     return write.view(R, -1, write.shape[-1]).transpose(1, 2).contiguous()[..., None]
 
 
-def _state_updates(k, v, write, keep, U):
-    """What `_next_state` needs of n chunks. U (n, B H, D, E) is filled; u: the same for v = 1."""
-    k = (k[:, :, None] * _by_token(write, len(k))).flatten(2)  # (R, L, H / K D)
-    torch.bmm(k.transpose(1, 2), v, out=U.view(len(k), -1, U.shape[-1]))
-    return list(zip(U, k.sum(1).view(U.shape[:-1]), keep))
+def _view(scratch, *shape):
+    """The first numbers of a flat buffer, in a shape, for what only the next operations read.
+
+    One buffer for all such things, because every further one pushes others out of the cache.
+    """
+    return scratch[:math.prod(shape)].view(shape)
 
 
-def _next_state(S, z, U, u, keep, S_next, z_next):
-    """keep S + U and keep z + u of one chunk, into S_next and z_next, which may be S and z."""
-    torch.addcmul(U, S, keep.view(-1, 1, 1), out=S_next)
-    torch.addcmul(u, z, keep.view(-1, 1), out=z_next)
+def _scan(S, z, keep):
+    """In place S[i + 1] += keep[i] S[i], and z: lists of (B H, D, E), (B H, D) and (B H, 1)."""
+    for i, f in enumerate(keep):
+        S[i + 1].addcmul_(S[i], f[..., None])
+        z[i + 1].addcmul_(z[i], f)
+
+
+def _fill_states(k, v, write, keep, S, z, scratch):
+    """S (n + 1, B H, D, E), z: given the first, fill in those that n chunks leave."""
+    (R, L, D), write = k.shape, _by_token(write, len(k))
+    kw = torch.mul(k[:, :, None], write, out=_view(scratch, R, L, write.shape[2], D)).flatten(2)
+    torch.bmm(kw.transpose(1, 2), v, out=S[1:].view(R, -1, S.shape[-1]))
+    torch.sum(kw, 1, out=z[1:].view(R, -1))
+    _scan(S.unbind(), z.unbind(), keep.view(*z[1:].shape[:2], 1).unbind())
 
 
 class _MLSTM(torch.autograd.Function):
@@ -725,28 +736,27 @@ class _MLSTM(torch.autograd.Function):
         blocks = _blocks(N, 2 * B * H * (L * L + D * E), q.device)
         size = blocks[0].stop
         h, dens = carry.new_empty(B, H, N * L, E), carry.new_empty(N, B * H, L, 1)
-        W, P = carry.new_empty(size, B, H, L, L), carry.new_empty(size * B * K, H // K * L, L)
-        Ss, zs = carry.new_empty(size, B * H, D, E), carry.new_empty(size, B * H, D)
-        Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)  # the states that enter a block's chunks
-        U = torch.empty_like(Ss)
-        qc, hn = carry.new_empty(size * B * H, L, D), carry.new_empty(size * B * K, H // K * L, E)
+        P = carry.new_empty(size * B * K, H // K * L, L)
+        scratch = carry.new_empty(size * B * H * L * max(L, D, E))
+        Ss, zs = carry.new_empty(size + 1, B * H, D, E), carry.new_empty(size + 1, B * H, D)
+        Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)  # that before, then after each chunk
         readers, h_cut = [_reader(x, K, L, blocks, wide) for x in (q, k, v)], _cut(h, K, L)
         for now in blocks:
             n = now.stop - now.start
             qn, kn, vn = (read(now) for read in readers)
-            Pn, Sn, zn, qc, hn = P[:len(kn)], Ss[:n], zs[:n], qc[:n * B * H], hn[:len(kn)]
-            torch.bmm(qn, kn.transpose(1, 2), out=Pn)
-            Pn.mul_(_chunk_weights(coarse[now], fine[now], r[now], limit(now), W).view_as(Pn))
-            updates = _state_updates(kn, vn, write[now], keep[now], U[:n])
-            for i in range(n - 1):
-                _next_state(Sn[i], zn[i], *updates[i], Sn[i + 1], zn[i + 1])
-            torch.mul(qn.view_as(qc), carry[now].view(-1, L, 1), out=qc)
-            torch.bmm(qc, Sn.view(-1, D, E), out=hn.view(-1, L, E))
-            den = torch.bmm(qc, zn.view(-1, D, 1)).add_(Pn.view(-1, L, L).sum(-1, keepdim=True))
-            dens[now] = den.clamp_min_(1e-30).view_as(dens[now])  # only against 0 / 0: padding
-            torch.div(hn.baddbmm_(Pn, vn).view_as(h_cut[now]),
+            Pn, Sn, zn = P[:len(kn)], Ss[:n + 1], zs[:n + 1]
+            W = _chunk_weights(coarse[now], fine[now], r[now], limit(now),
+                               _view(scratch, n, B, H, L, L))
+            torch.bmm(qn, kn.transpose(1, 2), out=Pn).mul_(W.view_as(Pn))
+            _fill_states(kn, vn, write[now], keep[now], Sn, zn, scratch)
+            qc = qn.view(-1, L, D).mul_(carry[now].view(-1, L, 1))  # q is needed no more
+            hn = torch.bmm(qc, Sn[:n].view(-1, D, E), out=_view(scratch, len(qc), L, E))
+            den = torch.bmm(zn[:n].view(-1, 1, D), qc.transpose(1, 2))  # twice as fast as qc z
+            den.add_(Pn.sum(-1).view_as(den)).clamp_min_(1e-30)  # only against 0 / 0: padding
+            dens[now] = den.view_as(dens[now])
+            torch.div(hn.view(len(kn), -1, E).baddbmm_(Pn, vn).view_as(h_cut[now]),
                       den.view(*h_cut[now].shape[:-1], 1), out=h_cut[now])
-            _next_state(Sn[n - 1], zn[n - 1], *updates[n - 1], Ss[0], zs[0])
+            Ss[0], zs[0] = Sn[n], zn[n]
         # h in full precision: if v is bf16, a rounded one would bias delta.
         ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens, *documents, *gates)
         ctx.set_materialize_grads(False)
@@ -770,38 +780,42 @@ def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     dh = torch.zeros_like(h) if dh is None else dh
     grads = [x.new_empty(*x.shape[:2], N * L, x.shape[3]) for x in (q, k, v)]
     blocks = _blocks(N, 2 * B * H * (L * L + D * E), q.device)
-    readers = [_reader(x, K, L, blocks, wide) for x in (q, k, v, h, dh)]
-    cut_grads = [_cut(x, K, L) for x in grads]
+    size = blocks[0].stop
+    readers = [_reader(x, K, L, blocks, wide) for x in (q, k, v, dh)]
+    h, cut_grads = _cut(h, K, L), [_cut(x, K, L) for x in grads]
+    W, P, dP = dens.new_empty(3, size, B, H, L, L)
+    scratch = dens.new_empty(size * B * H * L * max(L, D, E))
 
     # The states that enter the chunks again: storing them would cost as much memory as q and k.
     Ss, zs = dens.new_empty(N + 1, B * H, D, E), dens.new_empty(N + 1, B * H, D)
     Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)
-    U = dens.new_empty(blocks[0].stop, B * H, D, E)
     for now in blocks:
         kn, vn = (read(now) for read in readers[1:3])
-        updates = _state_updates(kn, vn, write[now], keep[now], U[:now.stop - now.start])
-        for i, update in enumerate(updates, now.start):
-            _next_state(Ss[i], zs[i], *update, Ss[i + 1], zs[i + 1])
+        after = slice(now.start, now.stop + 1)
+        _fill_states(kn, vn, write[now], keep[now], Ss[after], zs[after], scratch)
 
-    # Gradients of the states that leave a block's chunks: the last is that of the last state.
-    dSs, dzs = (dens.new_zeros(blocks[0].stop, *x.shape[1:]) for x in (Ss, zs))
+    # Gradients of the states before the chunks of a block and, last, after them.
+    dSs, dzs = (dens.new_zeros(size + 1, *x.shape[1:]) for x in (Ss, zs))
     for x, dx in ((dSs, dS), (dzs, dz)):
         if dx is not None:
             x[-1] = dx.flatten(0, 1)
     if any(x is not None for x in (dS, dz, dm)):  # S and z are divided by e^m
         dm = (0 if dm is None else dm) - _dot(Ss[N], zs[N], dSs[-1], dzs[-1]).view(B, H)
-    buffers, d_gates = dens.new_empty(4, blocks[0].stop, B, H, L, L), []
+    d_gates = []
     for now in reversed(blocks):
         n = now.stop - now.start
-        qn, kn, vn, hn, dhn = (read(now) for read in readers)
-        W = _chunk_weights(coarse[now], fine[now], r[now], limit(now), buffers[0])
+        qn, kn, vn, dhn = (read(now) for read in readers)
+        dhn.div_(dens[now].view(len(kn), -1, 1))
+        delta = torch.mul(dhn.view_as(h[now]), h[now], out=_view(scratch, *h[now].shape)).sum(-1)
+        Wn = _chunk_weights(coarse[now], fine[now], r[now], limit(now), W)
         *found, di, start, step = _chunk_gradients(
-            qn, kn, vn, hn, dhn.div_(dens[now].view(len(kn), -1, 1)), W, buffers[1:, :n], U[:n],
-            Ss[now], zs[now], dSs[-n:], dzs[-n:], carry[now], write[now], keep[now], needs_dv)
+            qn, kn, vn, dhn, delta, Wn, P[:n], dP[:n], scratch, Ss[now], zs[now],
+            dSs[-n - 1:], dzs[-n - 1:], carry[now], write[now], keep[now], needs_dv)
         for x, xn in zip(cut_grads, found):
             if xn is not None:
                 x[now] = xn.view_as(x[now])
         d_gates.append((di, start, step))
+        dSs[-1], dzs[-1] = dSs[-n - 1], dzs[-n - 1]
     di, start, step = (torch.cat(x[::-1]).unflatten(1, (B, H)) for x in zip(*d_gates))
     dS, dz = dSs[-1], dzs[-1]
     dm0 = _dot(Ss[0], zs[0], dS, dz).view(B, H)
@@ -815,47 +829,45 @@ def _dot(S, z, dS, dz):
     return ((S * dS).sum((-2, -1)) + (z * dz).sum(-1)).double()
 
 
-def _chunk_gradients(q, k, v, h, dh, W, buffers, U, S, z, dS, dz, carry, write, keep, needs_dv):
+def _chunk_gradients(q, k, v, dh, delta, W, P, dP, scratch, S, z, dS, dz, carry, write, keep,
+                     needs_dv):
     """dq, dk, dv of n chunks, and for the gates di, start, step (`_gate_gradients`), float64.
 
-    S (n, B H, D, E), z: the states that enter the chunks. dS, dz: gradients of those that leave
-    them; the last is given, and on return that of the state that enters the first is there. dh is
-    divided by den.
+    S (n, B H, D, E), z: the states that enter the chunks. dS (n + 1, ..), dz: gradients of those
+    and, last, of the state that leaves the last chunk, which is given. dh is divided by den.
     """
     (R, L, D), (n, N, _, E) = k.shape, S.shape  # N = B H heads, R = n B K matrices
     G, W, carry, per_head = n * N // R, W.view(R, -1, L), carry.view(-1, L, 1), (n * N, L, -1)
-    P, dP, X = (x.view_as(W) for x in buffers)
-    delta = (dh * h).sum(-1, keepdim=True)
+    P, dP, keep = P.view_as(W), dP.view_as(W), keep.view(n, N, 1)
     torch.bmm(q, k.transpose(1, 2), out=P)
-    torch.bmm(dh, v.transpose(1, 2), out=dP).sub_(delta).mul_(W)
-    X = torch.mul(P, dP, out=X).view(n * N, L, L)
-
-    dh_head, delta_head = dh.view(per_head), delta.view(per_head)
-    qc = q.view(per_head) * carry
-    torch.bmm(qc.transpose(1, 2), dh_head, out=U.view(-1, D, E))
-    updates = list(zip(U, (qc * -delta_head).sum(1).view(n, N, D), keep))
-    for i in range(n - 1, 0, -1):
-        _next_state(dS[i], dz[i], *updates[i], dS[i - 1], dz[i - 1])
-    start = _dot(S, z, dS, dz) * keep.view(n, N)
-
-    dq = torch.bmm(dh_head, S.view(-1, D, E).transpose(1, 2))
-    dq.baddbmm_(delta_head, z.view(-1, 1, D), alpha=-1).mul_(carry)
-    d_carry = (dq * q.view(per_head)).sum(-1).double()
-    dq = dq.view_as(q).baddbmm_(dP, k)
-    write = _by_token(write, R)
-    kw, dS_group = k[:, :, None] * write, dS.view(R, G * D, E)
-    dkw = torch.baddbmm(dz.view(R, 1, G * D), v, dS_group.transpose(1, 2)).view_as(kw)
-    d_write = (dkw * kw).sum(-1).transpose(1, 2).reshape(n * N, L).double()
-    dk = dkw.mul_(write).sum(2).baddbmm_(dP.transpose(1, 2), q)
-    dv = torch.bmm(P.mul_(W).transpose(1, 2), dh).baddbmm_(kw.flatten(2), dS_group) if (
-        needs_dv) else None
-    _next_state(dS[0], dz[0], *updates[0], dS[-1], dz[-1])
-
-    start = start + d_carry.sum(-1).view(n, N)
+    torch.bmm(dh, v.transpose(1, 2), out=dP).sub_(delta.view(R, -1, 1)).mul_(W)
+    X = torch.mul(P, dP, out=_view(scratch, *P.shape)).view(n * N, L, L)
+    P.mul_(W)
     own = X.diagonal(dim1=1, dim2=2).clone()  # of no forget gate; the rest is small beside it
     X.diagonal(dim1=1, dim2=2).zero_()
-    begins = X.sum(1).double() + d_write
-    step = begins - X.sum(2).double() - d_carry
+    begins, ends = X.sum(1).double(), X.sum(2).double()
+
+    q_head, dh_head, delta = q.view(per_head), dh.view(per_head), delta.view(per_head)
+    qc = torch.mul(q_head, carry, out=_view(scratch, *q_head.shape))
+    torch.bmm(qc.transpose(1, 2), dh_head, out=dS[:-1].view(-1, D, E))
+    torch.sum(qc.mul_(delta.neg()), 1, out=dz[:-1].view(-1, D))
+    _scan(dS.unbind()[::-1], dz.unbind()[::-1], keep.unbind()[::-1])
+    dS, dz = dS[1:], dz[1:]
+
+    dq = torch.bmm(dh_head, S.view(-1, D, E).transpose(1, 2))
+    dq.baddbmm_(delta, z.view(-1, 1, D), alpha=-1).mul_(carry)
+    d_carry = torch.mul(dq, q_head, out=_view(scratch, *dq.shape)).sum(-1).double()
+    dq = dq.view_as(q).baddbmm_(dP, k)
+    write, dS_group = _by_token(write, R), dS.view(R, G * D, E)
+    kw = torch.mul(k[:, :, None], write, out=_view(scratch, R, L, G, D))
+    dv = torch.bmm(P.transpose(1, 2), dh).baddbmm_(kw.flatten(2), dS_group) if needs_dv else None
+    dkw = torch.baddbmm(dz.view(R, 1, G * D), v, dS_group.transpose(1, 2)).view_as(kw)
+    d_write = kw.mul_(dkw).sum(-1).transpose(1, 2).reshape(n * N, L).double()
+    dk = dkw.mul_(write).sum(2).baddbmm_(dP.transpose(1, 2), q)
+
+    start = _dot(S, z, dS, dz) * keep[..., 0] + d_carry.sum(-1).view(n, N)
+    begins = begins + d_write
+    step = begins - ends - d_carry
     return dq, dk, dv, (begins + own).view(n, N, L), start, step.view(n, N, L)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import time_cpu
+import model
 from model import (MIXERS, Cache, ModelConfig, Transformer, choose_kernels, decode_step,
                    fold_output_gate, generate, load_pretrained, mlstm_chunkwise, mlstm_recurrent,
                    mlstm_step, save_pretrained, student_from_teacher, window_attention)
@@ -299,6 +300,21 @@ def test_chunk_size_does_not_matter(chunk_size):
     expected = outputs_and_gradients(mlstm_recurrent, inputs, state, torch.float64)
     found = outputs_and_gradients(mlstm_chunkwise, inputs, state, chunk_size=chunk_size)
     assert max(map(relative_error, found, expected)) < 1e-5
+
+
+@pytest.mark.filterwarnings("error")  # torch resizes buffers that are too small with a warning only
+@pytest.mark.parametrize("size", [1, 4, 14])  # 15 chunks of 7 tokens; at real sizes several fit
+def test_how_many_chunks_are_computed_at_once_does_not_matter(monkeypatch, size):
+    inputs, state = mlstm_inputs(100, "both wild")
+    ids = (torch.arange(100) // 30).expand(2, -1)
+    expected = outputs_and_gradients(mlstm_recurrent, inputs, state, torch.float64)
+    parts = outputs_and_gradients(mlstm_chunkwise, inputs, state, chunk_size=7, document_ids=ids)
+    monkeypatch.setattr(model, "_blocks", lambda N, numbers, device: [
+        slice(a, min(a + size, N)) for a in range(0, N, size)])
+    found = outputs_and_gradients(mlstm_chunkwise, inputs, state, chunk_size=7)
+    assert max(map(relative_error, found, expected)) < 1e-5
+    found = outputs_and_gradients(mlstm_chunkwise, inputs, state, chunk_size=7, document_ids=ids)
+    assert max(map(relative_error, found, parts)) < 1e-6
 
 
 def test_chunkwise_equals_recurrent_on_4096_tokens():
