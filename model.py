@@ -603,8 +603,9 @@ def _chunk_gates(log_i, log_f, m, documents, L, dtype):
     Numbers of a document come from its own gates alone, to the last bit.
     """
     def chunks(x, value):
-        x = F.pad(x.double(), (0, -x.shape[-1] % L), value=value)
-        return x.unflatten(-1, (-1, L)).movedim(2, 0).contiguous()
+        x = F.pad(x, (0, -x.shape[-1] % L), value=value) if x.shape[-1] % L else x
+        x = x.unflatten(-1, (-1, L)).movedim(2, 0)
+        return x.to(torch.float64, memory_format=torch.contiguous_format)
 
     first, continues, is_last = documents
     c = chunks(log_i, EMPTY)  # padding writes nothing
@@ -637,7 +638,7 @@ def _chunk_gates(log_i, log_f, m, documents, L, dtype):
     carry = _only(continues, m[..., None] - r)
     write = _only(is_last, c + (total - m_next)[..., None])
     keep = _exp(_only(survives, m + total - m_next).to(dtype).contiguous())
-    gates = torch.stack((coarse, c - coarse, r, carry, write)).to(dtype)
+    gates = torch.stack([x.to(dtype) for x in (coarse, c - coarse, r, carry, write)])
     _exp(gates[3:])
     return *gates, keep, m_next[-1]
 
