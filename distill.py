@@ -654,34 +654,43 @@ class _SparseKD(torch.autograd.Function):
         return *(None if g is None else g.mul_(grad) for g in grads), *(None,) * 5
 
 
-def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
-    """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of ||h_T - h_S||^2.
+@torch.no_grad()
+def teacher_layers(student, tokens, document_ids, positions=None):
+    """The teacher's forward pass inside its student, as far as stage I needs it, layer by layer.
 
-    Walks the layers once. Each gets the TEACHER's layer input; its softmax output is the target,
-    its hybrid output the prediction, and the teacher's output goes on to the next layer. So
-    student and teacher share one copy of all frozen weights, layers do not depend on each other,
-    and memory is that of one layer: with `backward_scale` each layer's graph is used at once
-    (gradients of scale * loss are added) and freed. positions: as in `Transformer.forward`.
-    Returns (layers,) fp32, detached.
+    Yields the student's mixer, what both read (normed input, raw and rotated q, k, v), and the
+    teacher's softmax output (B, H, T, D), which goes on to the next layer.
     """
     if positions is None:
         positions = student.positions(tokens, document_ids=document_ids)
+    x, layers = student.embed(tokens), student.model["layers"]
+    for block, tables in zip(layers, student.rope_tables(positions, x.dtype)):
+        attention, a = block.self_attn, block.attention_input(x)
+        raw = attention.project(a)
+        qkv = attention.split(*raw, tables)
+        target = Attention.mix(attention, a, raw, *qkv, document_ids=document_ids)
+        yield attention, (a, raw, *qkv), target
+        if block is not layers[-1]:
+            x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
+
+
+def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
+    """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of ||h_T - h_S||^2.
+
+    Each layer gets the TEACHER's input; its softmax output is the target, its hybrid output the
+    prediction. So student and teacher share one copy of all frozen weights, layers do not depend
+    on each other, and memory is that of one layer: with `backward_scale` each layer's graph is used
+    at once (gradients of scale * loss are added) and freed. positions: as in `Transformer.forward`.
+    Returns (layers,) fp32, detached.
+    """
     losses = []
-    with torch.no_grad():
-        x = student.embed(tokens)
-        for block, tables in zip(student.model["layers"], student.rope_tables(positions, x.dtype)):
-            attention, a = block.self_attn, block.attention_input(x)
-            raw = attention.project(a)
-            qkv = attention.split(*raw, tables)
-            target = Attention.mix(attention, a, raw, *qkv, document_ids=document_ids)
-            with torch.set_grad_enabled(backward_scale is not None):
-                h = attention.mix(a, raw, *qkv, document_ids=document_ids)
-                loss = (h.float() - target.float()).square().mean()
-                if backward_scale is not None:
-                    (loss * backward_scale).backward()
-            losses.append(loss.detach())
-            if block is not student.model["layers"][-1]:
-                x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
+    for attention, inputs, target in teacher_layers(student, tokens, document_ids, positions):
+        with torch.set_grad_enabled(backward_scale is not None):
+            h = attention.mix(*inputs, document_ids=document_ids)
+            loss = (h.float() - target.float()).square().mean()
+            if backward_scale is not None:
+                (loss * backward_scale).backward()
+        losses.append(loss.detach())
     return torch.stack(losses)
 
 
@@ -1364,12 +1373,12 @@ def working_bytes(run, config, stage, layers):
     return live.peak
 
 
-def plan_memory(run, config, stage):
+def plan_memory(run, config, stage, stored=None):
     """Bytes that a step of `stage` ("align", "distil") needs on one process, by kind.
 
-    config: the student's. Weights: fp32 where they train, else run.dtype (bf16 teachers are taken
-    to be stored so). Under torchrun stage II's are sharded, and the block at work, the next one
-    and the embeddings whole.
+    config: the student's. Weights: fp32 where they train or the teacher is `stored` as "float32",
+    else run.dtype. Under torchrun stage II's are sharded, and the block at work, the next one and
+    the embeddings whole.
     "at work": activations, the loss chunk and temporary gradients (`working_bytes`).
     """
     sharded, half = stage == "distil" and "RANK" in os.environ, run.dtype.itemsize
@@ -1380,10 +1389,11 @@ def plan_memory(run, config, stage):
     copied = sum(n for name, n in sizes.items() if not is_new(name))
     trains = TRAIN["new" if stage == "align" else run.train]
     train = sum(n for name, n in sizes.items() if trains(name))
-    needs = {"weights": (4 * train + half * (sum(sizes.values()) - train)) // share,
+    frozen = 4 if stored == "float32" else half
+    needs = {"weights": (4 * train + frozen * (sum(sizes.values()) - train)) // share,
              "gradients": 4 * train // share, "AdamW": 8 * train // share}
     if stage == "distil" and not run.targets:
-        needs["teacher"] = half * copied // share
+        needs["teacher"] = frozen * copied // share
     blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
     if sharded:
         needs["gathered"] = half * (2 * (sum(sizes.values()) - sum(blocks)) + 4 * max(blocks))
@@ -1410,12 +1420,14 @@ def why_no_align(run):
 
 def show_plan(run):
     """Print the memory that each stage needs."""
-    config = ModelConfig.from_hf(run.start or run.teacher)
+    directory = Path(run.start or run.teacher)
+    config, hf = ModelConfig.from_hf(directory), read_json(directory / "config.json")
+    stored = hf.get("dtype", hf.get("torch_dtype"))  # the key's new and old name
     if not run.start:
         config = student_config(config, run.window, run.sinks, run.mixer)
     print(f"memory of one process, GB, at {run.micro_batch} x {run.context} tokens at once:")
     for stage in ("distil",) if why_no_align(run) else ("align", "distil"):
-        needs = plan_memory(run, config, stage)
+        needs = plan_memory(run, config, stage, stored)
         print(f"  {stage:<7}" + "  ".join(f"{k} {v / 1e9:.3g}" for k, v in needs.items()))
 
 
@@ -1502,7 +1514,7 @@ def show_samples(run, folder, tokenizer, heldout):
             print(f"  {left:<48}{right}")
 
 
-def align_parts(run, student, teacher, mixture):
+def align_parts(run, student, _teacher, mixture):
     """A step of `align` on one micro-batch, over and over; yields a part's name at its end."""
     trainable = select_trainable(student, "new")
     optimizer = make_optimizer(trainable)
@@ -1510,8 +1522,9 @@ def align_parts(run, student, teacher, mixture):
     while True:
         tokens, ids, _ = collate(map(mixture.row, range(run.micro_batch)), run.device)
         yield "data"
-        with torch.no_grad(), autocast(run):
-            teacher.hidden(tokens, document_ids=ids)
+        with autocast(run):
+            for _ in teacher_layers(student, tokens, ids):
+                pass
         yield "teacher forward"  # the next two are nested: they walk the layers once more
         with autocast(run):
             alignment_losses(student, tokens, ids)
@@ -1561,20 +1574,20 @@ def distil_parts(run, student, teacher, mixture):
 
 
 def time_stage(run, parts, nested=()):
-    """Seconds by part of a whole step, from `align_parts` or `distil_parts`: medians of 3 rounds.
+    """Seconds by part of a whole step, from `align_parts` or `distil_parts`: medians of 5 rounds.
 
-    A first round warms up. nested: parts that each do the one before them again.
+    Two more come first, to warm up. nested: parts that each do the one before them again.
     """
     laps, started = {}, time.perf_counter()
     for part in parts:
         if run.device.type == "cuda":
             torch.cuda.synchronize(run.device)
         laps.setdefault(part, []).append(time.perf_counter() - started)
-        if len(laps.get("update", ())) == 4:
+        if len(laps.get("update", ())) == 7:
             break
         started = time.perf_counter()
     del laps["set up"]
-    seconds = {part: sorted(times[1:])[1] for part, times in laps.items()}
+    seconds = {part: sorted(times[2:])[2] for part, times in laps.items()}
     for inner, outer in reversed(list(zip(nested, nested[1:]))):
         seconds[outer] -= seconds[inner]
     return {part: s * (1 if part == "update" else run.batch / run.micro_batch)

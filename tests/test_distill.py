@@ -718,7 +718,7 @@ def test_parts_are_medians_scaled_to_a_step(monkeypatch):
     def parts():
         clock[0] += 1000
         yield "set up"
-        for slow in (100, 1, 7, 2):  # the first warms up; the median of the others is 2
+        for slow in (100, 50, 1, 7, 2, 3, 1):  # two warm up; the median of the others is 2
             for part, seconds in (("teacher", 1), ("both", 3), ("all", 10), ("update", 5)):
                 clock[0] += seconds * slow
                 yield part
@@ -939,6 +939,18 @@ for micro_batch in range(4):
         optimizer.zero_grad()
 print(planned, status("VmHWM") - base)
 """
+
+
+@pytest.mark.parametrize("key, stored, size", [
+    ("dtype", "float32", 4), ("torch_dtype", "float32", 4), ("torch_dtype", "bfloat16", 2)])
+def test_the_plan_counts_a_teacher_as_it_is_stored(tmp_path, key, stored, size):
+    config = json.loads((TEACHER / "config.json").read_text())
+    del config["torch_dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: stored}))
+    printed = command("--teacher", tmp_path, "--plan", "--dtype", "bfloat16").stdout
+    planned = float(printed.split(" teacher ")[1].split()[0])
+    count = sum(p.numel() for p in load_pretrained(TEACHER).parameters())
+    assert planned == pytest.approx(size * count / 1e9, rel=1e-2)
 
 
 def test_a_run_of_two_processes_goes_on_with_one(tmp_path, corpus):
