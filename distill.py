@@ -34,7 +34,6 @@ and checkpoints · 7 stage I · 8 stage II · 9 memory, progress, report · 10 s
 import argparse
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import hashlib
@@ -71,9 +70,9 @@ from tqdm import tqdm
 import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Tokenizer, Transformer, assign, generate, is_new,
-                   load_pretrained, load_with_tokenizer, local_rows, read_json, reverse_complement,
-                   save_pretrained, save_tensors, sha256, student_config, student_from_teacher,
-                   write_json)
+                   keep_freed_memory, load_pretrained, load_with_tokenizer, local_rows, read_json,
+                   reverse_complement, save_pretrained, save_tensors, sha256, student_config,
+                   student_from_teacher, write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -1890,20 +1889,6 @@ def load_data(run, tokenizer, eos_ids):
         print(f"data      {source.name}: {source.total:,} tokens to train on, the longest document "
               f"{source.lengths.max():,}; {weight / sum(weights):.0%} of every batch")
     return train, weights, heldout
-
-
-def keep_freed_memory():
-    """Have glibc keep the memory of freed tensors below 64 MB for the next ones.
-
-    By default it returns large blocks to the kernel, which hands them out again a page at a time,
-    zeroed: about a tenth of the small teacher's stage I on two CPU cores, less of stage II.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return  # another C library, another allocator
-    libc.mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD: larger tensors still go back
-    libc.mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD: so much stays free at the heap's end
 
 
 def main(argv=None):

@@ -51,8 +51,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (MIXERS, SMILES_PIECES, Cache, HybridAttention, ModelConfig, Rope, Transformer,
-                   generate, load_pretrained, load_with_tokenizer, reverse_complement, sha256,
-                   student_from_teacher, write_json)
+                   generate, keep_freed_memory, load_pretrained, load_with_tokenizer,
+                   reverse_complement, sha256, student_from_teacher, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -1496,6 +1496,7 @@ def parse_arguments(argv):
 def main(argv=None):
     """One of the four commands."""
     run = parse_arguments(argv)
+    keep_freed_memory()
     run.run(run)
 
 
