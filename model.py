@@ -739,7 +739,10 @@ def _fill_states(k, v, write, keep, S, z, scratch):
 
 
 class _MLSTM(torch.autograd.Function):
-    """R = n B K matrices: the heads that share keys and values lie along the query axis."""
+    """R = n B K matrices of the n chunks computed at once, as are qn, kn, ... and Ss, zs, the states.
+
+    The heads that share keys and values lie along the query axis.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, log_i, log_f, S, z, m, starts, L):
