@@ -739,9 +739,9 @@ def _fill_states(k, v, write, keep, S, z, scratch):
 
 
 class _MLSTM(torch.autograd.Function):
-    """R = n B K matrices of the n chunks computed at once, as are qn, kn, ... and Ss, zs, the states.
+    """n chunks at once, as R = n B K matrices: heads that share keys and values lie along queries.
 
-    The heads that share keys and values lie along the query axis.
+    In the loops qn, kn, .. are those of these chunks; Ss, zs: the states before and after each.
     """
 
     @staticmethod
