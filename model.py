@@ -709,17 +709,19 @@ def _chunk_weights(coarse, fine, r, limit, out):
     return _exp(torch.minimum(out, limit, out=out))
 
 
-def _by_token(write, R):
-    """write (n, B, H, L) -> (R, L, H / K, 1): a row for each k; contiguous, so products are too."""
-    return write.view(R, -1, write.shape[-1]).transpose(1, 2).contiguous()[..., None]
-
-
 def _view(scratch, *shape):
     """The first numbers of a flat buffer, in a shape, for what only the next operations read.
 
     One buffer for all such things, because every further one pushes others out of the cache.
     """
     return scratch[:math.prod(shape)].view(shape)
+
+
+def _weighted_keys(k, write, scratch):
+    """k (R, L, D), write (n, B, H, L) -> write k (R, L, H / K, D) in scratch; write (.., 1)."""
+    R, L, D = k.shape
+    write = write.view(R, -1, L).transpose(1, 2).contiguous()[..., None]  # so products are, too
+    return torch.mul(k[:, :, None], write, out=_view(scratch, R, L, write.shape[2], D)), write
 
 
 def _scan(S, z, keep):
@@ -731,10 +733,9 @@ def _scan(S, z, keep):
 
 def _fill_states(k, v, write, keep, S, z, scratch):
     """S (n + 1, B H, D, E), z: given the first, fill in those that n chunks leave."""
-    (R, L, D), write = k.shape, _by_token(write, len(k))
-    kw = torch.mul(k[:, :, None], write, out=_view(scratch, R, L, write.shape[2], D)).flatten(2)
-    torch.bmm(kw.transpose(1, 2), v, out=S[1:].view(R, -1, S.shape[-1]))
-    torch.sum(kw, 1, out=z[1:].view(R, -1))
+    kw = _weighted_keys(k, write, scratch)[0].flatten(2)
+    torch.bmm(kw.transpose(1, 2), v, out=S[1:].view(len(k), -1, S.shape[-1]))
+    torch.sum(kw, 1, out=z[1:].view(len(k), -1))
     _scan(S.unbind(), z.unbind(), keep.view(*z[1:].shape[:2], 1).unbind())
 
 
@@ -877,8 +878,7 @@ def _chunk_gradients(q, k, v, dh, delta, W, P, dP, scratch, S, z, dS, dz, carry,
     dq.baddbmm_(delta, z.view(-1, 1, D), alpha=-1).mul_(carry)
     d_carry = torch.mul(dq, q_head, out=_view(scratch, *dq.shape)).sum(-1).double()
     dq = dq.view_as(q).baddbmm_(dP, k)
-    write, dS_group = _by_token(write, R), dS.view(R, G * D, E)
-    kw = torch.mul(k[:, :, None], write, out=_view(scratch, R, L, G, D))
+    (kw, write), dS_group = _weighted_keys(k, write, scratch), dS.view(R, G * D, E)
     dv = torch.bmm(P.transpose(1, 2), dh).baddbmm_(kw.flatten(2), dS_group) if needs_dv else None
     dkw = torch.baddbmm(dz.view(R, 1, G * D), v, dS_group.transpose(1, 2)).view_as(kw)
     d_write = kw.mul_(dkw).sum(-1).transpose(1, 2).reshape(n * N, L).double()
