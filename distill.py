@@ -745,6 +745,22 @@ def start_processes(run):
         sys.stdout = open(os.devnull, "w")
 
 
+def leave(status):
+    """End this process with exit status 0 (all is done or saved) or 2 (bad input).
+
+    Under torchrun without Python's own shutdown: a thread of gloo's may still hold tensors of a sum
+    long done, and if it frees them while Python shuts down, the process aborts, its work done. To
+    destroy the group does not end its threads, since DTensor's caches hold the group as well.
+    """
+    if dist.is_initialized():
+        if status == 0:
+            dist.destroy_process_group()  # after an error the others may be amid a sum
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def barrier():
     """Wait until all processes are here."""
     if dist.is_initialized():
@@ -1973,4 +1989,5 @@ if __name__ == "__main__":
         print(f"stopped after {where}; go on with the same command and --resume")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    leave(0)

@@ -876,6 +876,20 @@ def test_two_processes_have_the_losses_of_one(tmp_path, corpus, more, apart):
         assert r["all"]["kl"] == pytest.approx(results[1][name]["all"]["kl"], rel=max(1e-3, apart))
 
 
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_process_of_torchrun_leaves_without_pythons_shutdown(tmp_path, status):
+    """In that a thread of gloo's would abort it now and then; distill.leave says why."""
+    done = subprocess.run([sys.executable, "-c", f"""
+import atexit, sys, torch, torch.distributed as dist, distill
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+atexit.register(print, "shut down")
+print(distill.all_sum(torch.ones(1)).item())
+print("last words", file=sys.stderr)
+distill.leave({status})"""], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (status, "1.0\n"), done.stderr
+    assert "last words" in done.stderr
+
+
 @pytest.mark.parametrize("flags", [["align"], ["distil", "--train", "mixer", "--micro-batch", 2],
                                    ["distil", "--no-recompute"], ["distil", "--dtype", "bfloat16"],
                                    ["align", "--dtype", "bfloat16", "--micro-batch", 4]])
