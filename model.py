@@ -276,7 +276,7 @@ def write_json(path, value):
 
 
 def keep_freed_memory():
-    """Have glibc keep the memory of freed tensors below 64 MB for the next ones.
+    """Have glibc keep the memory of freed tensors of up to 64 MB for the next ones.
 
     By default it returns large blocks to the kernel, which hands them out again a page at a time,
     zeroed: on two cores a tenth of the small teacher's stage I, a quarter of a prefill of 8 rows.
@@ -285,7 +285,8 @@ def keep_freed_memory():
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return  # another C library, another allocator
-    libc.mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD: larger tensors still go back
+    # M_MMAP_THRESHOLD: larger tensors still go back. An older glibc takes no more than 32 MB.
+    libc.mallopt(-3, 1 << 26) or libc.mallopt(-3, 1 << 25)
     libc.mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD: so much stays free at the heap's end
 
 
