@@ -692,6 +692,16 @@ def _blocks(N, numbers, device):
     return [slice(a, min(a + n, N)) for a in range(0, N, n)]
 
 
+def _spans(N, numbers, device):
+    """`_blocks`, and how many of them are a span: 8 chunks, or one block of more.
+
+    Forward keeps the state before every span, and backward forms those within it again: to keep all
+    would cost more memory than q and k.
+    """
+    blocks = _blocks(N, numbers, device)
+    return blocks, max(1, 8 // blocks[0].stop)
+
+
 def _chunk_limits(first, L, like):
     """A function of chunks (slice) -> (L, L) or (n, B, 1, L, L): 0 where t sees s, else -inf.
 
@@ -754,15 +764,19 @@ class _MLSTM(torch.autograd.Function):
         *gates, m_end = _chunk_gates(log_i, log_f, m, documents, L, wide)
         coarse, fine, r, carry, write, keep = gates
         N, limit = len(keep), _chunk_limits(documents[0], L, carry)
-        blocks = _blocks(N, 2 * B * H * (L * L + D * E), q.device)
+        blocks, span = _spans(N, 2 * B * H * (L * L + D * E), q.device)
         size = blocks[0].stop
         h, dens = carry.new_empty(B, H, N * L, E), carry.new_empty(N, B * H, L, 1)
         P = carry.new_empty(size * B * K, H // K * L, L)
         scratch = carry.new_empty(size * B * H * L * max(L, D, E))
         Ss, zs = carry.new_empty(size + 1, B * H, D, E), carry.new_empty(size + 1, B * H, D)
         Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)  # that before, then after each chunk
+        spans = -(-len(blocks) // span)
+        kept_S, kept_z = (x.new_empty(spans + 1, *x.shape[1:]) for x in (Ss, zs))
         readers, h_cut = [_reader(x, K, L, blocks, wide) for x in (q, k, v)], _cut(h, K, L)
-        for now in blocks:
+        for i, now in enumerate(blocks):
+            if i % span == 0:
+                kept_S[i // span], kept_z[i // span] = Ss[0], zs[0]
             n = now.stop - now.start
             qn, kn, vn = (read(now) for read in readers)
             Pn, Sn, zn = P[:len(kn)], Ss[:n + 1], zs[:n + 1]
@@ -778,11 +792,12 @@ class _MLSTM(torch.autograd.Function):
             torch.div(hn.view(len(kn), -1, E).baddbmm_(Pn, vn).view_as(h_cut[now]),
                       den.view(*h_cut[now].shape[:-1], 1), out=h_cut[now])
             Ss[0], zs[0] = Sn[n], zn[n]
+        kept_S[-1], kept_z[-1] = Ss[0], zs[0]
         # h in full precision: if v is bf16, a rounded one would bias delta.
-        ctx.save_for_backward(q, k, v, log_i, log_f, S, z, m, starts, h, dens, *documents, *gates)
+        ctx.save_for_backward(q, k, v, log_i, log_f, m, starts, h, dens, kept_S, kept_z,
+                              *documents, *gates)
         ctx.set_materialize_grads(False)
-        S, z = Ss[0].clone().view(B, H, D, E), zs[0].clone().view(B, H, D)
-        return h[:, :, :T].to(dtype), S, z, m_end
+        return h[:, :, :T].to(dtype), Ss[0].view_as(S).clone(), zs[0].view_as(z).clone(), m_end
 
     @staticmethod
     @once_differentiable
@@ -794,55 +809,58 @@ class _MLSTM(torch.autograd.Function):
 
 def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
     """Gradients of h and the last state -> of q, k, v (or None), log_i, log_f, S, z, m."""
-    q, k, v, log_i, log_f, S, z, m, starts, h, dens, *documents = saved[:-6]
+    q, k, v, log_i, log_f, m, starts, h, dens, kept_S, kept_z, *documents = saved[:-6]
     coarse, fine, r, carry, write, keep = saved[-6:]
     (B, H, T, D), (K, E), (N, _, L, _) = q.shape, (v.shape[1], v.shape[3]), dens.shape
     wide, limit = dens.dtype, _chunk_limits(documents[0], L, dens)
     dh = torch.zeros_like(h) if dh is None else dh
     grads = [x.new_empty(*x.shape[:2], N * L, x.shape[3]) for x in (q, k, v)]
-    blocks = _blocks(N, 2 * B * H * (L * L + D * E), q.device)
+    blocks, span = _spans(N, 2 * B * H * (L * L + D * E), q.device)
     size = blocks[0].stop
     readers = [_reader(x, K, L, blocks, wide) for x in (q, k, v, dh)]
     h, cut_grads = _cut(h, K, L), [_cut(x, K, L) for x in grads]
     W, P, dP = dens.new_empty(3, size, B, H, L, L)
     scratch = dens.new_empty(size * B * H * L * max(L, D, E))
 
-    # The states that enter the chunks again: storing them would cost as much memory as q and k.
-    Ss, zs = dens.new_empty(N + 1, B * H, D, E), dens.new_empty(N + 1, B * H, D)
-    Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)
-    for now in blocks:
-        kn, vn = (read(now) for read in readers[1:3])
-        after = slice(now.start, now.stop + 1)
-        _fill_states(kn, vn, write[now], keep[now], Ss[after], zs[after], scratch)
-
+    # The states before and after the chunks of a span.
+    Ss, zs = (x.new_empty(span * size + 1, *x.shape[1:]) for x in (kept_S, kept_z))
     # Gradients of the states before the chunks of a block and, last, after them.
-    dSs, dzs = (dens.new_zeros(size + 1, *x.shape[1:]) for x in (Ss, zs))
+    dSs, dzs = (x.new_zeros(size + 1, *x.shape[1:]) for x in (kept_S, kept_z))
     for x, dx in ((dSs, dS), (dzs, dz)):
         if dx is not None:
             x[-1] = dx.flatten(0, 1)
     if any(x is not None for x in (dS, dz, dm)):  # S and z are divided by e^m
-        dm = (0 if dm is None else dm) - _dot(Ss[N], zs[N], dSs[-1], dzs[-1]).view(B, H)
+        dm = (0 if dm is None else dm) - _dot(kept_S[-1], kept_z[-1], dSs[-1], dzs[-1]).view(B, H)
     d_gates = []
-    for now in reversed(blocks):
-        n = now.stop - now.start
-        qn, kn, vn, dhn = (read(now) for read in readers)
-        dhn.div_(dens[now].view(len(kn), -1, 1))
-        delta = torch.mul(dhn.view_as(h[now]), h[now], out=_view(scratch, *h[now].shape)).sum(-1)
-        Wn = _chunk_weights(coarse[now], fine[now], r[now], limit(now), W)
-        *found, di, start, step = _chunk_gradients(
-            qn, kn, vn, dhn, delta, Wn, P[:n], dP[:n], scratch, Ss[now], zs[now],
-            dSs[-n - 1:], dzs[-n - 1:], carry[now], write[now], keep[now], needs_dv)
-        for x, xn in zip(cut_grads, found):
-            if xn is not None:
-                x[now] = xn.view_as(x[now])
-        d_gates.append((di, start, step))
-        dSs[-1], dzs[-1] = dSs[-n - 1], dzs[-n - 1]
+    for a in reversed(range(0, len(blocks), span)):
+        begin, here = blocks[a].start, blocks[a:a + span]
+        Ss[0], zs[0] = kept_S[a // span], kept_z[a // span]
+        for now in here:
+            kn, vn = (read(now) for read in readers[1:3])
+            after = slice(now.start - begin, now.stop - begin + 1)
+            _fill_states(kn, vn, write[now], keep[now], Ss[after], zs[after], scratch)
+        for now in reversed(here):
+            n, before = now.stop - now.start, slice(now.start - begin, now.stop - begin)
+            qn, kn, vn, dhn = (read(now) for read in readers)
+            dhn.div_(dens[now].view(len(kn), -1, 1))
+            hn = h[now]
+            delta = torch.mul(dhn.view_as(hn), hn, out=_view(scratch, *hn.shape)).sum(-1)
+            Wn = _chunk_weights(coarse[now], fine[now], r[now], limit(now), W)
+            *found, di, start, step = _chunk_gradients(
+                qn, kn, vn, dhn, delta, Wn, P[:n], dP[:n], scratch, Ss[before], zs[before],
+                dSs[-n - 1:], dzs[-n - 1:], carry[now], write[now], keep[now], needs_dv)
+            for x, xn in zip(cut_grads, found):
+                if xn is not None:
+                    x[now] = xn.view_as(x[now])
+            d_gates.append((di, start, step))
+            dSs[-1], dzs[-1] = dSs[-n - 1], dzs[-n - 1]
     di, start, step = (torch.cat(x[::-1]).unflatten(1, (B, H)) for x in zip(*d_gates))
     dS, dz = dSs[-1], dzs[-1]
-    dm0 = _dot(Ss[0], zs[0], dS, dz).view(B, H)
+    dm0 = _dot(kept_S[0], kept_z[0], dS, dz).view(B, H)
     di, df, dm0 = _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts, documents)
     dq, dk, dv = (x[:, :, :T] for x in grads)
-    return dq, dk, dv if needs_dv else None, di, df, dS.view_as(S), dz.view_as(z), dm0
+    dS, dz = dS.view(B, H, D, E), dz.view(B, H, D)
+    return dq, dk, dv if needs_dv else None, di, df, dS, dz, dm0
 
 
 def _dot(S, z, dS, dz):
