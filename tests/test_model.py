@@ -939,7 +939,7 @@ def test_loading_and_building_a_student_peaks_at_its_own_size(tmp_path):
 
 def test_the_script_behind_the_readmes_times_runs(capsys):
     x = time_cpu.inputs(2, 64, 16)
-    time_cpu.compare("tiny", {"ours": lambda: time_cpu.ours(*x), "again": lambda: x[0] + 1}, 1)
+    time_cpu.compare("tiny", x, {"ours": time_cpu.ours, "again": lambda q, *_: q + 1}, 1)
     time_cpu.decoding_step((32, 64), H=4, K=2, D=16)
     printed = capsys.readouterr().out
     for words in ("forward ", "and backward ", "ours", "(1.00)", "student ", "at 64 tokens"):

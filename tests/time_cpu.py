@@ -56,6 +56,21 @@ def ours(q, k, v, i, f):
     return model.mlstm_chunkwise(q, k, v, i, F.logsigmoid(f))[0]
 
 
+def our_window(q, k, v, i, f):
+    return model.window_attention(q, k, v, window=512, sinks=4)
+
+
+def causal(q, k, v, i, f):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def passes(f, x):
+    """Forward, and forward and backward, of f(*x), as functions. Gradients are not added up: that
+    would read and write as much memory as all inputs have, once more."""
+    return (lambda: torch.no_grad()(f)(*x),
+            lambda: torch.autograd.grad(f(*x).sum(), x, allow_unused=True))
+
+
 def in_turns(contenders, rounds):
     """{name: function} -> {name: median seconds} of `rounds` rounds after one to warm up."""
     times = {name: [] for name in contenders}
@@ -67,13 +82,11 @@ def in_turns(contenders, rounds):
     return {name: sorted(x[1:])[rounds // 2] for name, x in times.items()}
 
 
-def compare(title, contenders, rounds):
-    """Print forward, and forward and backward, of {name: function that returns a tensor}."""
-    passes = {"forward": {n: torch.no_grad()(f) for n, f in contenders.items()},
-              "and backward": {n: lambda f=f: f().sum().backward() for n, f in contenders.items()}}
+def compare(title, x, contenders, rounds):
+    """Print forward, and forward and backward, of {name: function of the inputs x}."""
     print(f"\n{title}: milliseconds, times the first")
-    for label, functions in passes.items():
-        seconds = in_turns(functions, rounds)
+    for i, label in enumerate(("forward", "and backward")):
+        seconds = in_turns({name: passes(f, x)[i] for name, f in contenders.items()}, rounds)
         first = next(iter(seconds.values()))
         print(f"  {label:<14}" + "   ".join(f"{name} {s * 1e3:.1f} ({s / first:.2f})"
                                             for name, s in seconds.items()), flush=True)
@@ -134,19 +147,15 @@ def main():
     if args.against:
         return whole_runs(args.against.resolve(), 2, args.threads)
     for H, D, rounds in ((8, 64, 11), (32, 128, 1)):  # the others take 10 s a round
-        x = inputs(H, 4096, D)
-        compare(f"mLSTM, {H} heads of {D}, 4096 tokens",
-                {"ours": lambda: ours(*x)} | {n: lambda f=f: f(*x) for n, f in rivals().items()},
-                rounds)
+        compare(f"mLSTM, {H} heads of {D}, 4096 tokens", inputs(H, 4096, D),
+                {"ours": ours} | rivals(), rounds)
     x = inputs(8, 16384, 64)
-    causal = {"SDPA": lambda: F.scaled_dot_product_attention(*x[:3], is_causal=True)}
-    compare("mLSTM, 8 heads of 64, 16k tokens", {"ours": lambda: ours(*x)} | causal, 1)
-    compare("window 512 + 4 sinks, 8 heads of 64, 16k tokens", {
-        "ours": lambda: model.window_attention(*x[:3], window=512, sinks=4)} | causal, 1)
+    compare("mLSTM, 8 heads of 64, 16k tokens", x, {"ours": ours, "SDPA": causal}, 1)
+    compare("window 512 + 4 sinks, 8 heads of 64, 16k tokens", x,
+            {"ours": our_window, "SDPA": causal}, 1)
     print("\nmLSTM, 8 heads of 64: microseconds a token, forward and with backward")
-    many = {T: inputs(8, T, 64) for T in (4096, 16384, 65536)}
-    forward = in_turns({T: torch.no_grad()(lambda x=x: ours(*x)) for T, x in many.items()}, 3)
-    both = in_turns({T: lambda x=x: ours(*x).sum().backward() for T, x in many.items()}, 3)
+    many = {T: passes(ours, inputs(8, T, 64)) for T in (4096, 16384, 65536)}
+    forward, both = (in_turns({T: x[i] for T, x in many.items()}, 3) for i in range(2))
     for T in many:
         print(f"  {T:>6,} tokens  {forward[T] / T * 1e6:.2f}   {both[T] / T * 1e6:.2f}")
     decoding_step((1024, 8192, 65536))
