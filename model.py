@@ -956,19 +956,23 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
         return _Window.apply(q, k, v, starts, min(window, q.shape[2]), sinks)
 
 
-def _window_blocks(heads, starts, L, window, sinks):
-    """Blocks of queries, some at a time, and who sees whom. Yields now, low, sink, visible:
+def _window_blocks(B, H, T, L, band, device):
+    """Slices of the blocks of L queries that go at once, whose weights fit a cache."""
+    return _blocks(-(-T // L), 2 * B * H * L * band, device)
+
+
+def _window_views(blocks, starts, L, window, sinks):
+    """Who sees whom in some blocks of queries after others. Yields now, low, sink, visible:
 
     now: a slice of blocks, n of them. low: how many columns of their band lie before token 0 in
     all of them. sink (B, n S): their sinks. visible (n, B, L, S + band - low): whether a query sees
     a key. Of tokens before the band only the sinks of the first query's document count: documents
     that start later have theirs inside the band.
     """
-    T, band = starts.shape[1], L + window - 1
-    N = -(-T // L)
+    T, band, N = starts.shape[1], L + window - 1, blocks[-1].stop
     index = functools.partial(torch.arange, dtype=torch.int32, device=starts.device)
     starts = _pad_starts(starts, N * L).int().unflatten(1, (N, L)).movedim(1, 0)[..., None]
-    for now in _blocks(N, 2 * heads * L * (band + sinks), starts.device):
+    for now in blocks:
         low = max(0, window - 1 - (now.stop - 1) * L)
         first = index(now.start, now.stop).view(-1, 1, 1, 1) * L
         begin, t, start = first - window + 1, first + index(L)[:, None], starts[now]
@@ -984,25 +988,30 @@ def _spread(sink, x):
     return sink[:, None, :, None].expand(*x.shape[:-2], -1, x.shape[-1])
 
 
-def _window_keys(x, now, low, sink, L, window):
-    """Keys or values of some blocks: x (B, K, T, D) -> (n, B, K, S + band - low, D)."""
+def _window_keys(x, now, low, sink, L, window, scratch):
+    """Keys or values of some blocks: x (B, K, T, D) -> (n, B, K, S + band - low, D) in scratch."""
     n, a, b = now.stop - now.start, now.start * L - window + 1, now.stop * L
-    sinks = x.gather(2, _spread(sink, x)).unflatten(2, (n, sink.shape[1] // n))
+    S = sink.shape[1] // n
     bands = x[:, :, max(a, 0):b]
     if a < 0 or b > x.shape[2]:
         bands = F.pad(bands, (0, 0, max(-a, 0), max(b - x.shape[2], 0)))
-    bands = bands.unfold(2, L + window - 1, L)[..., low:].transpose(-1, -2)
-    return torch.cat((sinks, bands), dim=3).movedim(2, 0)
+    bands = bands.unfold(2, L + window - 1, L)[..., low:].movedim((2, 4), (0, 3))
+    keys = _view(scratch, *bands.shape[:3], S + bands.shape[3], x.shape[3])
+    keys[..., :S, :] = x.gather(2, _spread(sink, x)).unflatten(2, (n, S)).movedim(2, 0)
+    keys[..., S:, :] = bands
+    return keys
 
 
 class _Window(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, starts, window, sinks):
-        (B, H, T, D), L = q.shape, max(32, window // 2)
-        h = q.new_empty(B, H, T + -T % L, D)
+        (B, H, T, D), K, L = q.shape, k.shape[1], max(32, window // 2)
+        band = sinks + L + window - 1
+        h, blocks = q.new_empty(B, H, T + -T % L, D), _window_blocks(B, H, T, L, band, q.device)
         q_cut, h_cut = (_cut(x, 1, L) for x in (q, h))  # (N, B, 1, H, L, D)
-        for now, low, sink, visible in _window_blocks(B * H, starts, L, window, sinks):
-            kn, vn = (_window_keys(x, now, low, sink, L, window) for x in (k, v))
+        keys = k.new_empty(2, blocks[0].stop * B * K * band * D)
+        for now, low, sink, visible in _window_views(blocks, starts, L, window, sinks):
+            kn, vn = (_window_keys(x, now, low, sink, L, window, y) for x, y in zip((k, v), keys))
             hn = _grouped_attention(*(x.flatten(0, 1) for x in (q_cut[now, :, 0], kn, vn)),
                                     visible.expand(-1, B, -1, -1).flatten(0, 1))
             h_cut[now] = hn.view_as(h_cut[now])
@@ -1028,17 +1037,23 @@ def _window_backward(q, k, v, starts, h, dh, window, sinks):
     L, scale = max(32, min(64, window)), D ** -0.5  # small blocks: P stays in the cache
     dq, dkv = q.new_empty(B, H, T + -T % L, D), q.new_zeros(2, *k.shape, dtype=wide)
     q_cut, h_cut, dh_cut, dq_cut = (_cut(x, K, L) for x in (q, h, dh, dq))
-    for now, low, sink, visible in _window_blocks(B * H, starts, L, window, sinks):
-        kn, vn = (_window_keys(x, now, low, sink, L, window).flatten(0, 2).to(wide)
-                  for x in (k, v))
+    band = sinks + L + window - 1
+    blocks = _window_blocks(B, H, T, L, band, q.device)
+    size = blocks[0].stop * B * band  # buffers, as for the mLSTM: fresh memory costs more than sums
+    keys, dns = q.new_empty(2, 2, size * K * D, dtype=wide)
+    weights = q.new_empty(2, size * H * L, dtype=wide)
+    for now, low, sink, visible in _window_views(blocks, starts, L, window, sinks):
+        kn, vn = (_window_keys(x, now, low, sink, L, window, y).flatten(0, 2)
+                  for x, y in zip((k, v), keys))
         qn, hn, dhn = (_matrices(x[now]).to(wide) for x in (q_cut, h_cut, dh_cut))
         qn = qn * scale
-        P = torch.bmm(qn, kn.transpose(1, 2))
+        dP, P = (_view(x, *qn.shape[:2], kn.shape[1]) for x in weights)
         limit = torch.where(visible, 0.0, -math.inf).to(wide)[:, :, None, None]
-        P = P.view(*q_cut[now].shape[:-1], -1).add_(limit).softmax(-1).view_as(P)
-        dP = torch.bmm(dhn, vn.transpose(1, 2)).sub_((dhn * hn).sum(-1, keepdim=True)).mul_(P)
+        torch.bmm(qn, kn.transpose(1, 2), out=dP).view(*q_cut[now].shape[:-1], -1).add_(limit)
+        torch.softmax(dP, -1, out=P)
+        torch.bmm(dhn, vn.transpose(1, 2), out=dP).sub_((dhn * hn).sum(-1, keepdim=True)).mul_(P)
         dq_cut[now] = torch.bmm(dP, kn).mul_(scale).view_as(dq_cut[now])
-        dn = kn.new_empty(2, *kn.shape)
+        dn = _view(dns.view(-1), 2, *kn.shape)
         torch.bmm(dP.transpose(1, 2), qn, out=dn[0])
         torch.bmm(P.transpose(1, 2), dhn, out=dn[1])
         dn = dn.view(2, -1, B, K, *kn.shape[1:])
