@@ -1034,7 +1034,8 @@ def _window_backward(q, k, v, starts, h, dh, window, sinks):
     The sums over a group's heads are part of the products, as its queries are rows of one matrix.
     """
     (B, H, T, D), K, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
-    L, scale = max(32, min(64, window)), D ** -0.5  # small blocks: P stays in the cache
+    # Small blocks, so that P stays in a cache, and yet not many times fewer queries than keys.
+    L, scale = max(32, min(128 if window >= 512 else 64, window)), D ** -0.5
     dq, dkv = q.new_empty(B, H, T + -T % L, D), q.new_zeros(2, *k.shape, dtype=wide)
     q_cut, h_cut, dh_cut, dq_cut = (_cut(x, K, L) for x in (q, h, dh, dq))
     band = sinks + L + window - 1
