@@ -956,9 +956,10 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
         return _Window.apply(q, k, v, starts, min(window, q.shape[2]), sinks)
 
 
-def _window_blocks(B, H, T, L, band, device):
-    """Slices of the blocks of L queries that go at once, whose weights fit a cache."""
-    return _blocks(-(-T // L), 2 * B * H * L * band, device)
+def _window_blocks(B, H, T, L, width, device):
+    """Slices of the blocks of L queries that go at once: their weights for `width` keys (sinks and
+    band) fit a cache."""
+    return _blocks(-(-T // L), 2 * B * H * L * width, device)
 
 
 def _window_views(blocks, starts, L, window, sinks):
@@ -1006,10 +1007,10 @@ class _Window(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, starts, window, sinks):
         (B, H, T, D), K, L = q.shape, k.shape[1], max(32, window // 2)
-        band = sinks + L + window - 1
-        h, blocks = q.new_empty(B, H, T + -T % L, D), _window_blocks(B, H, T, L, band, q.device)
+        width = sinks + L + window - 1
+        h, blocks = q.new_empty(B, H, T + -T % L, D), _window_blocks(B, H, T, L, width, q.device)
         q_cut, h_cut = (_cut(x, 1, L) for x in (q, h))  # (N, B, 1, H, L, D)
-        keys = k.new_empty(2, blocks[0].stop * B * K * band * D)
+        keys = k.new_empty(2, blocks[0].stop * B * K * width * D)
         for now, low, sink, visible in _window_views(blocks, starts, L, window, sinks):
             kn, vn = (_window_keys(x, now, low, sink, L, window, y) for x, y in zip((k, v), keys))
             hn = _grouped_attention(*(x.flatten(0, 1) for x in (q_cut[now, :, 0], kn, vn)),
@@ -1038,9 +1039,9 @@ def _window_backward(q, k, v, starts, h, dh, window, sinks):
     L, scale = max(32, min(128 if window >= 512 else 64, window)), D ** -0.5
     dq, dkv = q.new_empty(B, H, T + -T % L, D), q.new_zeros(2, *k.shape, dtype=wide)
     q_cut, h_cut, dh_cut, dq_cut = (_cut(x, K, L) for x in (q, h, dh, dq))
-    band = sinks + L + window - 1
-    blocks = _window_blocks(B, H, T, L, band, q.device)
-    size = blocks[0].stop * B * band  # buffers, as for the mLSTM: fresh memory costs more than sums
+    width = sinks + L + window - 1
+    blocks = _window_blocks(B, H, T, L, width, q.device)
+    size = blocks[0].stop * B * width  # of buffers: fresh memory would cost more than the sums
     keys, dns = q.new_empty(2, 2, size * K * D, dtype=wide)
     weights = q.new_empty(2, size * H * L, dtype=wide)
     for now, low, sink, visible in _window_views(blocks, starts, L, window, sinks):
