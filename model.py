@@ -275,6 +275,49 @@ def write_json(path, value):
     os.replace(tmp, path)
 
 
+class Place:
+    """A line of a file for messages, as file:line; its number is counted only if it is printed."""
+
+    def __init__(self, path, offset):
+        self.path, self.offset = path, offset  # offset: of the line's first byte
+
+    def __str__(self):
+        line, left = 1, self.offset
+        with open(self.path, "rb") as file:
+            while left > 0 and (piece := file.read(min(left, 1 << 20))):
+                line, left = line + piece.count(b"\n"), left - len(piece)
+        return f"{self.path}:{line}"
+
+
+def read_rows(path, start=0, stop=None):
+    """Yield (place, row) for each JSON object of a .jsonl file, of lines that begin in start..stop.
+
+    The one reader of rows for all commands. Lines end at a newline byte and nowhere else: JSON
+    strings may hold U+2028 or U+0085, at which str.splitlines would cut. start, stop: in bytes, so
+    that processes can share a file: ranges that meet yield every line once. Empty lines are passed
+    over, and a byte-order mark before the first. Raises ValueError naming file:line, or OSError.
+    """
+    with open(path, "rb") as file:
+        if start:  # a line that begins before `start` belongs to the range before
+            file.seek(start - 1)
+            file.readline()
+        while (offset := file.tell()) < (math.inf if stop is None else stop) and (
+                line := file.readline()):
+            place = Place(path, offset)
+            try:
+                text = line.decode("utf-8" if offset else "utf-8-sig")
+                row = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{place}: not UTF-8 ({error}); convert the file") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{place}: not a JSON object ({error})") from None
+            if not text.strip():
+                continue
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: expected a JSON object, found {text.strip()[:40]!r}")
+            yield place, row
+
+
 def keep_freed_memory():
     """Have glibc keep the memory of freed tensors of up to 64 MB for the next ones.
 
@@ -1632,35 +1675,51 @@ def _compiled_step(cache, device):
 
 
 @torch.no_grad()
-def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=None,
-             compile=False):
-    """Continue each row of tokens (B, T) int64; returns (B, T + new), new <= max_new_tokens.
+def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=None,
+           cache=None, compile=False):
+    """Yield the ids (B,) that continue each row of tokens (B, T) int64, one step at a time.
 
     temperature 0: the most likely token; otherwise sampling from the smallest set of tokens whose
     probability reaches top_p. stop: ids that end a row (the model's eos ids when None); a finished
     row repeats its stop id until all are done. seed: of the sampling, for all rows together.
+    cache: a `Cache` of what came before tokens (None: nothing did); it takes in the tokens and all
+    ids yielded but the last, so that a conversation can go on with it.
     compile: compile the step (takes up to minutes, once a process and shape).
-    Raises ValueError for an empty prompt or settings out of range.
+    Raises ValueError for an empty prompt, settings out of range, or logits that are not finite.
     """
     B, T = tokens.shape
-    if T == 0 or temperature < 0 or not 0 < top_p <= 1:
+    if T == 0 or not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate needs a prompt of 1 token or more (got {T}), temperature >= 0 "
                          f"(got {temperature}) and 0 < top_p <= 1 (got {top_p})")
     stop = torch.tensor(model.config.eos_ids if stop is None else tuple(stop), dtype=torch.long,
                         device=tokens.device)
     random = torch.Generator(tokens.device)
     random.manual_seed(seed) if seed is not None else random.seed()
-    cache = Cache(model, B, T + max_new_tokens)
+    cache = Cache(model, B, T + max_new_tokens) if cache is None else cache
     step = _compiled_step(cache, tokens.device) if compile else decode_step
     for a in range(0, T - 1, 2048):  # prefill in pieces: memory does not grow with the prompt
         model.hidden(tokens[:, a:min(a + 2048, T - 1)], cache=cache)
-    text, new, length = F.pad(tokens, (0, max_new_tokens)), tokens[:, -1].contiguous(), T
-    done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-    while length < text.shape[1] and not done.all():
-        found = _sample(step(model, new, cache), temperature, top_p, random)
-        text[:, length] = new = torch.where(done, new, found)
-        done, length = done | torch.isin(new, stop), length + 1
-    return text[:, :length]
+    new, done = tokens[:, -1].contiguous(), torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new_tokens):
+        logits = step(model, new, cache)
+        if logits.isnan().any():
+            raise ValueError("the model's logits are not finite: are its weights damaged?")
+        new = torch.where(done, new, _sample(logits, temperature, top_p, random))
+        yield new
+        done = done | torch.isin(new, stop)
+        if done.all():
+            return
+
+
+def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=None,
+             compile=False):
+    """Continue each row of tokens (B, T) int64; returns (B, T + new), new <= max_new_tokens.
+
+    Arguments and errors as `stream`.
+    """
+    new = stream(model, tokens, max_new_tokens=max_new_tokens, temperature=temperature,
+                 top_p=top_p, stop=stop, seed=seed, compile=compile)
+    return torch.cat((tokens, *(ids[:, None] for ids in new)), dim=1)
 
 
 def _sample(logits, temperature, top_p, random):
