@@ -42,6 +42,7 @@ import shutil
 import time
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 import torch
@@ -78,6 +79,8 @@ class Hybrid:
     window: int = 512  # W: tokens the softmax branch sees, the current one included
     sinks: int = 4  # first tokens of the document that every later token sees
     mixer: str = "hybrid"  # a key of MIXERS
+    features: int = 1  # width of the mLSTM's keys as a multiple of D (`FeatureMap`); paper: 1
+    shared_gates: bool = False  # input and forget gates per key/value head; paper: per query head
     folded: bool = False  # output gate folded into one map of x (`fold_output_gate`)
 
 
@@ -432,6 +435,18 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
     return torch.cat(outputs, dim=2)
 
 
+class Heads(NamedTuple):
+    """What a mixer may read of one layer. The teacher's needs the last three only."""
+
+    x: torch.Tensor  # (B, T, hidden), the block's normed input: for gates
+    raw: tuple  # projections of x before norm and rotation, q (B, T, H D), k and v (B, T, K D)
+    q_plain: torch.Tensor  # (B, H, T, D) and
+    k_plain: torch.Tensor  # (B, K, T, D), normed and not rotated: content without position
+    q: torch.Tensor  # the same two, rotated
+    k: torch.Tensor
+    v: torch.Tensor  # (B, K, T, D)
+
+
 class Attention(nn.Module):
     """The teacher's attention block: project, normalise and rotate, mix over time, project back.
 
@@ -452,33 +467,27 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim if per_head else q_width, c.norm_eps, c.is_olmo)
             self.k_norm = RMSNorm(c.head_dim if per_head else kv_width, c.norm_eps, c.is_olmo)
 
-    def project(self, x):
-        """x (B, T, hidden) -> q (B, T, H D), k and v (B, T, K D).  Eq. 1"""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-
-    def split(self, q, k, v, tables):
-        """Projections -> per-head q (B, H, T, D), k and v (B, K, T, D), q and k rotated."""
+    def heads(self, x, tables):
+        """x (B, T, hidden) and RoPE tables -> `Heads`.  Eq. 1"""
         D, norm = self.config.head_dim, self.config.qk_norm
+        raw = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = raw
         if norm == "projection":  # Olmo: over the whole width, before the heads are split
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.unflatten(-1, (-1, D)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in (q, k, v))
         if norm == "head":  # Qwen3
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, tables), rotate(k, tables), v
+        return Heads(x, raw, q, k, rotate(q, tables), rotate(k, tables), v)
 
-    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
-        """How heads look back: rotated q, k and v -> h (B, H, T, D).
-
-        x (B, T, hidden) and raw (projections before norm and rotation) are for subclasses'
-        gates. cache: this layer's `KVCache`, or None.
-        """
+    def mix(self, heads, *, document_ids=None, cache=None):
+        """How heads look back: `Heads` -> h (B, H, T, D). cache: this layer's, or None."""
+        _, _, _, _, q, k, v = heads
         if cache is not None:
             return cache.attention(q, k, v, window=self.window)
         return softmax_attention(q, k, v, window=self.window, document_ids=document_ids)
 
     def forward(self, x, tables, *, document_ids=None, cache=None):
-        raw = self.project(x)
-        h = self.mix(x, raw, *self.split(*raw, tables), document_ids=document_ids, cache=cache)
+        h = self.mix(self.heads(x, tables), document_ids=document_ids, cache=cache)
         return self.o_proj(h.transpose(1, 2).flatten(2))
 
     def new_cache(self, batch, max_length, like):
@@ -733,18 +742,25 @@ def _kernels():
 class FeatureMap(nn.Module):
     """phi(x) = softmax(x W) over the FEATURES, one W per head (Hedgehog, arXiv 2402.04347).
 
-    (B, heads, T, D) -> the same shape in fp32, positive, each feature vector summing to 1.
+    Paper: D features of the rotated x. Here F = `features` * D, and from 2 on the first half reads
+    the rotated x and the second half the unrotated one, because memory is a matter of width: S
+    holds about as many distinct keys as they have features, and keys that carry their position
+    only cannot be looked up by content. What each is worth: README, "The student's memory".
     """
 
-    def __init__(self, heads, width):
+    def __init__(self, heads, D, features):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, width, width))
+        self.weight = nn.Parameter(torch.empty(heads, D, features * D))
 
-    def forward(self, x, kernels="torch"):
+    def forward(self, x, plain, kernels="torch"):
+        """Rotated x and unrotated `plain` (B, heads, T, D) -> (B, heads, T, F) fp32, sum 1."""
+        D, width = self.weight.shape[1:]
         if kernels == "triton":
-            return _kernels().feature_map(x, self.weight)
-        features = x @ self.weight.to(x.dtype)
-        return features.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+            return _kernels().feature_map(x, self.weight, None if width == D else plain)
+        W = self.weight.to(x.dtype)
+        logits = x @ W if width == D else torch.cat(
+            (x @ W[..., :width // 2], plain @ W[..., width // 2:]), dim=-1)
+        return logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class OutputGate(nn.Module):
@@ -789,18 +805,26 @@ class WindowAttention(Attention):
         exact = own is not None and own <= hybrid.window
         self.short_window, self.sinks = (own, 0) if exact else (hybrid.window, hybrid.sinks)
 
-    def window_branch(self, q, k, v, document_ids, cache):
+    def window_branch(self, heads, document_ids, cache):
+        _, _, _, _, q, k, v = heads
         attend = _kernels().window_attention if self.kernels == "triton" else window_attention
         if cache is not None:
             return cache.window_attention(q, k, v, attend)
         return attend(q, k, v, window=self.short_window, sinks=self.sinks,
                       document_ids=document_ids)
 
-    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
-        return self.window_branch(q, k, v, document_ids, cache)
+    def mix(self, heads, *, document_ids=None, cache=None):
+        return self.window_branch(heads, document_ids, cache)
 
     def new_cache(self, batch, max_length, like):
-        return HybridCache(batch, self.config, self.short_window, self.sinks, like)
+        return HybridCache(batch, self.config, self.gate_heads, self.short_window, self.sinks,
+                           like)
+
+    @property
+    def gate_heads(self):
+        """R: how many heads have input and forget gates, and so a state, of their own."""
+        c = self.config
+        return c.num_kv_heads if c.hybrid.shared_gates else c.num_heads
 
 
 class LinearAttention(WindowAttention):
@@ -808,18 +832,21 @@ class LinearAttention(WindowAttention):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.feature_map_q = FeatureMap(config.num_heads, config.head_dim)
-        self.feature_map_k = FeatureMap(config.num_kv_heads, config.head_dim)
+        c, features = config, config.hybrid.features
+        self.feature_map_q = FeatureMap(c.num_heads, c.head_dim, features)
+        self.feature_map_k = FeatureMap(c.num_kv_heads, c.head_dim, features)
 
     def log_gates(self, x):
-        ones = x.new_zeros(x.shape[0], self.config.num_heads, x.shape[1], dtype=torch.float32)
-        return ones, ones
+        """x (B, T, hidden) -> log input gate, log forget gate, each (B, R, T) fp32."""
+        zeros = x.new_zeros(x.shape[0], self.gate_heads, x.shape[1], dtype=torch.float32)
+        return zeros, zeros  # both gates are 1
 
-    def recurrent_branch(self, x, q, k, v, document_ids, cache):
+    def recurrent_branch(self, heads, document_ids, cache):
+        x, _, q_plain, k_plain, q, k, v = heads
         step = cache is not None and q.shape[2] == 1
         kernels = "torch" if step else self.kernels
-        args = (self.feature_map_q(q, kernels), self.feature_map_k(k, kernels), v,
-                *self.log_gates(x))
+        args = (self.feature_map_q(q, q_plain, kernels), self.feature_map_k(k, k_plain, kernels),
+                v, *self.log_gates(x))
         if step:
             return mlstm_step(*args, cache.state)
         mlstm = _kernels().mlstm if kernels == "triton" else mlstm_chunkwise
@@ -830,8 +857,8 @@ class LinearAttention(WindowAttention):
             old.copy_(new)
         return h
 
-    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
-        return self.recurrent_branch(x, q, k, v, document_ids, cache)
+    def mix(self, heads, *, document_ids=None, cache=None):
+        return self.recurrent_branch(heads, document_ids, cache)
 
 
 class MLSTMAttention(LinearAttention):
@@ -839,8 +866,8 @@ class MLSTMAttention(LinearAttention):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.input_gate = Gate(config.hidden_size, config.num_heads)
-        self.forget_gate = Gate(config.hidden_size, config.num_heads)
+        self.input_gate = Gate(config.hidden_size, self.gate_heads)
+        self.forget_gate = Gate(config.hidden_size, self.gate_heads)
 
     def log_gates(self, x):
         return self.input_gate(x), F.logsigmoid(self.forget_gate(x))  # i = exp, f = sigmoid
@@ -858,13 +885,13 @@ class HybridAttention(MLSTMAttention):
         self.output_gate = Gate(config.hidden_size, config.num_heads) if folded else (
             OutputGate(config))
 
-    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
-        o = torch.sigmoid(self.output_gate(x, raw))  # (B, H, T)
-        mlstm = self.recurrent_branch(x, q, k, v, document_ids, cache)
-        swa = self.window_branch(q, k, v, document_ids, cache)
-        if self.kernels == "triton" and q.shape[2] > 1:
+    def mix(self, heads, *, document_ids=None, cache=None):
+        o = torch.sigmoid(self.output_gate(heads.x, heads.raw))  # (B, H, T)
+        mlstm = self.recurrent_branch(heads, document_ids, cache)
+        swa = self.window_branch(heads, document_ids, cache)
+        if self.kernels == "triton" and o.shape[2] > 1:
             return _kernels().gate_mix(o, mlstm, swa)
-        return torch.lerp(swa, mlstm, o[..., None].to(v.dtype))  # Eq. 11: o mlstm + (1 - o) swa
+        return torch.lerp(swa, mlstm, o[..., None].to(swa.dtype))  # Eq. 11: o mlstm + (1 - o) swa
 
 
 MIXERS = {"hybrid": HybridAttention, "mlstm+swa": HybridAttention, "mlstm": MLSTMAttention,
@@ -885,11 +912,17 @@ def initialise_mixer(attention):
     """
     for name, p in attention.named_parameters():
         if "feature_map" in name:
-            p.copy_(torch.eye(p.shape[-1]).expand_as(p))
+            # Blocks of D columns: the identity, its negative (a softmax sees large values only,
+            # so each sign needs features of its own), then the same of a rotation at random.
+            D, features = p.shape[1], p.shape[2] // p.shape[1]
+            random = torch.randn(D, D, generator=torch.Generator().manual_seed(0))
+            rotation = torch.linalg.qr(random).Q
+            blocks = [torch.eye(D), -torch.eye(D), rotation, -rotation][:max(1, features // 2)]
+            p.copy_(torch.cat(blocks * min(features, 2), dim=-1).expand_as(p))  # both halves alike
         elif is_new(f".{name}"):
             p.zero_()
     if hasattr(attention, "forget_gate"):  # heads forget half after 256 ... 4096 tokens
-        keep = 0.5 ** (1 / torch.logspace(8, 12, attention.config.num_heads, base=2))
+        keep = 0.5 ** (1 / torch.logspace(8, 12, attention.gate_heads, base=2))
         attention.forget_gate.bias.copy_(torch.logit(keep))
     if hasattr(attention, "output_gate"):
         attention.output_gate.bias.fill_(-2.0)  # o = 0.12: mostly window
@@ -1076,7 +1109,7 @@ class Transformer(nn.Module):
         return head(h, self.lm_head_weight)
 
 
-def student_config(config, window, sinks, mixer):
+def student_config(config, window, sinks, mixer, features):
     """The `ModelConfig` of a teacher's student; raises as `student_from_teacher`."""
     if mixer not in MIXERS:
         raise ValueError(f"mixer {mixer!r} is unknown; known: {', '.join(MIXERS)}")
@@ -1084,7 +1117,9 @@ def student_config(config, window, sinks, mixer):
         raise ValueError(f"window {window} must be at least 1 and sinks {sinks} at least 0")
     if config.hybrid is not None:
         raise ValueError("a student is made from a teacher, and this model is a student")
-    hybrid = Hybrid(window, 0 if mixer == "mlstm+swa" else sinks, mixer)
+    if features not in (1, 2, 4, 8):
+        raise ValueError(f"features {features} must be 1 (the paper's), 2, 4 or 8")
+    hybrid = Hybrid(window, 0 if mixer == "mlstm+swa" else sinks, mixer, features)
     return dataclasses.replace(config, hybrid=hybrid)
 
 
@@ -1098,7 +1133,8 @@ def _set_kernels(model, wanted):
     return model
 
 
-def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid", kernels="auto"):
+def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid", features=4,
+                         kernels="auto"):
     """A student for `teacher`: every attention replaced, everything else shared.
 
     The copied weights are the teacher's OWN tensors, so an 8B student costs only its new
@@ -1108,7 +1144,7 @@ def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid", kernel
     kernels: `choose_kernels`. Raises ValueError for an unknown mixer, a window below 1, negative
     sinks, or kernels that cannot run.
     """
-    config = student_config(teacher.config, window, sinks, mixer)
+    config = student_config(teacher.config, window, sinks, mixer, features)
     device = teacher.lm_head_weight.device
     with torch.device("meta"):
         student = Transformer(config)
@@ -1175,13 +1211,14 @@ class HybridCache:
     so the order of slots does not matter to a softmax.
     """
 
-    def __init__(self, batch, config, window, sinks, like):
+    def __init__(self, batch, config, gate_heads, window, sinks, like):
         c = config
         self.k = like.new_zeros(batch, c.num_kv_heads, sinks + window, c.head_dim)
         self.v = torch.zeros_like(self.k)
         self.length = torch.zeros((), dtype=torch.long, device=like.device)
         self.window, self.sinks = window, sinks
-        self.state = empty_state(batch, c.num_heads, c.head_dim, c.head_dim, like.device)
+        self.state = empty_state(batch, gate_heads, c.hybrid.features * c.head_dim, c.head_dim,
+                                 like.device)
 
     def slots(self, positions):
         return torch.where(positions < self.sinks, positions,
