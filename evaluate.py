@@ -1142,7 +1142,7 @@ def show_speed(cells):
         for key, (title, factor) in QUANTITIES.items():
             values = [cell[name].get(key, 0) * factor for name in ("teacher", "student")]
             if key != "peak_bytes" or any(values):
-                shown = "".join(f"{v:12,.{1 if v < 1000 else 0}f}" if v else "         OOM"
+                shown = "".join(f"{v:12,.{2 if v < 100 else 0}f}" if v else "         OOM"
                                 for v in values)
                 ratio = f"{values[1] / values[0]:18.2g}" if all(values) else ""
                 print(f"{cell['batch']:5}{cell['context']:10,}  {title:34}{shown}{ratio}")
