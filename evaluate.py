@@ -590,7 +590,8 @@ def score_rows(scorer, rows):
     for score, types in ((score_choices, ("choice",)), (score_probes, ("probe",)),
                          (score_texts, ("generate", "code", "needle")),
                          (score_sequences, ("family", "strand", "molecule"))):
-        yield from score(scorer, [row for row in rows if row["type"] in types])
+        if chosen := [row for row in rows if row["type"] in types]:
+            yield from score(scorer, chosen)
 
 
 def _at(row, function, *args):
@@ -814,8 +815,6 @@ def score_probes(scorer, rows):
     Whole rows change sides, since neighbouring bases share most of what they see. chance: the most
     common label; forward_only: the same without the other strand.
     """
-    if not rows:
-        return
     features = [base_embeddings(scorer, row["dna"]) for row in rows]
     alphabet = sorted(set("".join(row["labels"] for row in rows)))
     labels = [torch.tensor([alphabet.index(c) for c in row["labels"]]) for row in rows]
@@ -879,7 +878,7 @@ def gate_map(scorer, texts, *, tokens=1024, rows=128):
     hybrid = scorer.model.config.hybrid
     if hybrid is None or MIXERS[hybrid.mixer] is not HybridAttention:
         raise ValueError("--student: this model has no output gates; only hybrid students have")
-    ids = (scorer.encode(text) for text in texts)
+    ids = (scorer.encode(text) for text in texts if text)  # of "" it would be BOS alone
     cut = (row[a:a + tokens] for row in ids for a in range(0, len(row), tokens))
     gates = [[] for _ in scorer.model.model["layers"]]
     hooks = [block.self_attn.output_gate.register_forward_hook(

@@ -228,7 +228,7 @@ def test_half_a_character_is_held_back(scorer, monkeypatch):
 
 
 def test_generated_answers_do_not_depend_on_batch_or_order(scorer, monkeypatch):
-    rows = [row for path in TASKS for row in read_task(path)[:25] if row["type"] == "generate"
+    rows = [row for path in TASKS for row in read_task(path)[:10] if row["type"] == "generate"
             and path.stem in ("math-add", "math-sub", "recall-copy")]
     together = {row["prompt"]: r["output"] for row, r in evaluate.score_texts(scorer, rows)}
     monkeypatch.setattr(evaluate, "ROWS", 3)
@@ -364,7 +364,7 @@ def test_code_needs_the_flag(tmp_path):
     ("this is no program", False), ("\ud800", False)])
 def test_programs_pass_only_if_their_tests_were_reached(program, passes):
     started = time.time()
-    assert run_program(program, seconds=2) == passes
+    assert run_program(program, seconds=5 if passes else 1) == passes
     assert time.time() - started < 5
 
 
@@ -522,6 +522,7 @@ def test_a_cell_out_of_memory_is_named_and_the_grid_goes_on(tmp_path, monkeypatc
         return dict.fromkeys(evaluate.QUANTITIES, 1.0)
 
     monkeypatch.setattr(evaluate, "time_once", limited)
+    monkeypatch.setattr(evaluate, "draw_speed", lambda *_: None)
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")):
         cells = speed(tmp_path, "--contexts", "32", "64", "128", "--batches", "1")
@@ -540,6 +541,7 @@ def test_ctrl_c_keeps_the_cells_that_were_measured(tmp_path, monkeypatch, capsys
         return {name: dict.fromkeys(evaluate.QUANTITIES, 1.0) for name in models}
 
     monkeypatch.setattr(evaluate, "measure_cell", interrupted)
+    monkeypatch.setattr(evaluate, "draw_speed", lambda *_: None)
     assert len(speed(tmp_path, "--contexts", "32", "64", "--batches", "1")) == 1
     assert "1 of 2 cells" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.tmp"))
@@ -549,6 +551,7 @@ def test_random_layers_have_the_shape_of_the_config(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(evaluate, "measure_cell", lambda models, *_: seen.update(models) or {
         name: dict.fromkeys(evaluate.QUANTITIES, 1.0) for name in models})
+    monkeypatch.setattr(evaluate, "draw_speed", lambda *_: None)
     folder = tmp_path / "shape"
     folder.mkdir()
     (folder / "config.json").write_bytes((TEACHER / "config.json").read_bytes())  # no weights
@@ -577,8 +580,8 @@ def test_speed_refuses_what_it_cannot_measure(tmp_path, student_dir, capsys):
         with pytest.raises(ValueError, match=words):
             speed(out, *flags)
     assert not out.exists()
-    monkey = speed(out, "--student", str(student_dir), "--contexts", "32", "--batches", "1")
-    assert monkey[0]["student"]["step_s"] > 0
+    cells = speed(out, "--student", str(student_dir), "--contexts", "32", "--batches", "1")
+    assert cells[0]["student"]["step_s"] > 0
 
 
 # ------------------------------------------------------------------ bad input
