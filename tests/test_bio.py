@@ -517,10 +517,10 @@ def test_after_a_little_stage_one_the_state_carries_a_family(tmp_path):
     student = student_from_teacher(teacher, window=8, sinks=4)
     trainable = select_trainable(student, "new")
     optimizer = make_optimizer(trainable)
-    for step in range(40):
+    for step in range(25):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 40, 5, 3e-2, 3e-5)
-        tokens, ids, _ = collate(map(mixture.row, (2 * step, 2 * step + 1)), "cpu")
+            group["lr"] = learning_rate(step, 25, 5, 3e-2, 3e-5)
+        tokens, ids, _ = collate([mixture.row(step)], "cpu")
         alignment_losses(student, tokens, ids, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -530,7 +530,7 @@ def test_after_a_little_stage_one_the_state_carries_a_family(tmp_path):
                         ("window", student_from_teacher(teacher, window=8, sinks=4, mixer="swa"))):
         save_pretrained(model, tmp_path / name)
         scorer = Scorer(tmp_path / name)
-        nats = np.array([family_nats(scorer, row["sequences"]) for row in rows[:12]])
+        nats = np.array([family_nats(scorer, row["sequences"]) for row in rows[:8]])
         found[name] = np.exp(nats[:, -1, 0].sum() / nats[:, -1, 1].sum())
-    # measured: 16.7 and 6.1; the teacher 3.1
+    # measured: 17.0 and 5.0; the teacher 3.1
     assert found["window"] > 14 and found["student"] < 0.6 * found["window"]
