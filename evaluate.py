@@ -36,7 +36,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import re
 import signal
@@ -60,9 +59,11 @@ from model import (MIXERS, Cache, HybridAttention, ModelConfig, Transformer, gen
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
 # ----------------------------------------------------------------------------------------------
 # All of these take scores as dicts task -> number; A_S and A_T are the student's and the teacher's.
-# Two traps. Near the level of guessing any student "recovers" all of a teacher's score, so recovery
-# is also told above chance. And alpha* is a median over tasks: a student that fails one kind of
-# task wholly can still have alpha* = 0. Read the table beside the number.
+# The paper's claim is stated in them: "lossless" is C_0 >= 1/2, and alpha* says how much worse than
+# its teacher a student may be called before half of the tasks agree. Two traps. Near the level of
+# guessing any student "recovers" all of a teacher's score, so recovery is also told above chance.
+# And alpha* is a median over tasks: a student that fails one kind of task wholly can still have
+# alpha* = 0. Read the table beside the number.
 
 TIE = 1e-12  # rounding of a ratio; scores that differ by one row in a billion differ by more
 
@@ -85,7 +86,7 @@ def recovery(student, teacher, chance=None):
 
 def win_and_tie(student, teacher, alpha):
     """C_alpha: share of tasks with A_S >= (1 - alpha) A_T (Eq. 16). Errors as in `recovery`."""
-    drops = [1 - r for r in recovery(student, teacher).values()]
+    drops = [1 - r for r in recovery(student, teacher).values()]  # of the student, a share of A_T
     return sum(drop <= alpha + TIE for drop in drops) / len(drops)
 
 
@@ -122,6 +123,7 @@ def bootstrap(student, teacher, *, draws=4000, seed=0):
               for world in np.stack(means, axis=1)]  # each (tasks, 2)
     rates = np.array([win_and_tie(*world, 0.0) for world in worlds])
     tolerances = [critical_tolerance(*world) for world in worlds]
+    # Both are steps, not smooth: a normal approximation would be wrong, so quantiles of the draws.
     return {"win_and_tie": np.quantile(rates, (0.025, 0.975)).tolist(),
             "critical_tolerance": np.quantile(tolerances, (0.025, 0.975)).tolist(),
             "p_lossless": float((rates >= 0.5).mean())}
@@ -162,6 +164,9 @@ def bootstrap(student, teacher, *, draws=4000, seed=0):
 #              temperature     default 1.0
 #              max_new_tokens  default 128
 
+# Both tables below are the whole grammar: a new type of row is a line in FIELDS, its rules, and a
+# function of section 5.
+
 FIELDS = {  # type: {name: default, or where there is none the value's type}
     "choice": {"context": str, "choices": list, "gold": int, "metric": "acc"},
     "generate": {"prompt": str, "gold": str, "stop": [], "max_new_tokens": 256, "extract": "",
@@ -194,7 +199,8 @@ RULES = {  # name: (what holds for a row that has this field, what to expect whe
 def read_task(path):
     """The rows of a task file, defaults filled in, each with "where", its file:line.
 
-    Raises ValueError naming file:line for whatever is wrong with a row, OSError for the file.
+    All rows are checked before the first is scored: a bad last line must not cost an hour. Raises
+    ValueError naming file:line for whatever is wrong with a row, OSError for the file.
     """
     rows = {}
     for place, row in read_rows(path):
@@ -251,7 +257,11 @@ def _as_number(text):
 
 
 def is_right(row, text):
-    """Whether a "generate" row's output agrees with its gold; the rules stand in the table."""
+    """Whether a "generate" row's output agrees with its gold; the rules stand in the table.
+
+    GSM8K's two rules, for example, are extract "#### (-?[0-9.,]+)" with match "number" (strict)
+    and match "number" alone (flexible: the last number of the output, wherever it stands).
+    """
     if row["extract"]:
         found = re.search(row["extract"], text)
         if found is None:
@@ -373,6 +383,8 @@ class Scorer:
         while a batch saves 20 %. Texts that many pairs read are computed once: whole inputs
         (all one-token choices of a question), and long contexts, whose cache is then copied.
         """
+        # short: inputs -> the pairs that read them. The last token is predicted and never read, so
+        # the four one-token choices of a question have the same inputs, and cost one pass.
         found, short, long = {}, {}, {}
         for context, new in dict.fromkeys(pairs):
             if len(context) < LONG:
@@ -388,7 +400,7 @@ class Scorer:
             cache = Cache(self.model, 1, len(context) + max(map(len, continuations)))
             for piece in self._tensor([context[:-1]]).split(PREFILL, dim=1):
                 self.model.hidden(piece, cache=cache)
-            for new in continuations:
+            for new in continuations:  # the context's last token predicts the first of these
                 inputs = self._tensor([context[-1:] + new[:-1]])
                 logits = self.model(inputs, cache=copy.deepcopy(cache))[0]
                 found[context, new] = self._read(logits, new)
@@ -449,7 +461,11 @@ class Scorer:
             yield from zip(batch, texts)
 
     def cut_prompt(self, text, max_new_tokens):
-        """A prompt's ids, and how many were lost at its left end for the output to fit."""
+        """A prompt's ids, and how many were lost at its left end for the output to fit.
+
+        The left end, as in the harness: the question stands on the right, examples before it. The
+        report counts such rows, since a student that reads less is not scored on the same task.
+        """
         ids = self.encode(text) or list(self.prefix)
         room = self.max_tokens - max_new_tokens
         if room < 1:
@@ -464,6 +480,10 @@ class Scorer:
 # This guards against accidents, not adversaries: models write endless loops, rm -rf and fork
 # bombs by mistake. Code that means to break out of a Python process can. For code of strangers
 # use a virtual machine.
+#
+# Three walls. The kernel's limits stop what eats memory, time or disk. An audit hook, which Python
+# calls before it opens a file or starts a process and which no program can take off again, stops
+# writing outside. And a session of its own lets one signal end all that the program has started.
 
 SECONDS = 10  # of a program, wall clock and CPU
 
@@ -520,6 +540,8 @@ def run_program(program, *, seconds=SECONDS):
           tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as output):
         source.write(program.encode("utf-8", "replace"))
         source.seek(0)
+        # -I: no site packages, no environment, no current folder on the path. The program comes on
+        # stdin, since an argument may be no longer than 128 kB.
         process = subprocess.Popen(
             [*_no_network(), sys.executable, "-I", "-X", "utf8", "-c", _RUNNER, str(seconds),
              secret], stdin=source, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
@@ -544,7 +566,12 @@ def run_program(program, *, seconds=SECONDS):
 
 
 def score_choices(scorer, rows):
-    """Yield (row, result) of "choice" rows: every choice's log-probability, acc and acc_norm."""
+    """Yield (row, result) of "choice" rows: every choice's log-probability, acc and acc_norm.
+
+    Longer choices are less likely just because they are longer; acc_norm is the harness's remedy,
+    the mean over characters, which no tokenizer can shift. In blocks of 256 rows: enough to find
+    equal lengths for a GPU's batches, few enough to lose little when the run is stopped.
+    """
     for a in range(0, len(rows), 256):
         block, pairs, lost = rows[a:a + 256], [], []
         for row in block:
@@ -603,7 +630,10 @@ def _at(row, function, *args):
 
 
 def _model_hash(directory):
-    """sha256 of all that decides a score: weights, config and tokenizer."""
+    """sha256 of all that decides a score: weights, config and tokenizer.
+
+    By content, not by name: a folder that was distilled again must not inherit its old scores.
+    """
     names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "vocab.txt")
     small = [Path(directory, name) for name in names if Path(directory, name).exists()]
@@ -672,13 +702,15 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
 
 def _rows_left(rows, file, done):
     """Rows without a result. A probe is fitted on its file's other rows: all are left, or none."""
-    left = [row for row in rows if (file, row["id"]) not in done]
-    probes = any(row["type"] == "probe" for row in left)
-    return [row for row in rows if row in left or probes and row["type"] == "probe"]
+    left = {row["id"]: row["type"] for row in rows if (file, row["id"]) not in done}
+    again = {"probe"} & set(left.values())
+    return [row for row in rows if row["id"] in left or row["type"] in again]
 
 
 def mean_scores(results, key="score"):
-    """{task: [result, ...]} -> {task: mean of result[key]}."""
+    """{task: [result, ...]} -> {task: mean of result[key]}. No task is empty: `read_task` and
+    --limit see to that, so this is never a mean over nothing.
+    """
     return {task: sum(r[key] for r in rows) / len(rows) for task, rows in results.items()}
 
 
@@ -895,7 +927,10 @@ def gate_map(scorer, texts, *, tokens=1024, rows=128):
 
 
 def show_gates(medians):
-    """The map in the terminal, in percent: a line a layer, a column a head."""
+    """The map in the terminal, in percent: a line a layer, a column a head.
+
+    A student starts at 12 % everywhere (the gate's bias is -2); what moved, training moved.
+    """
     print("median output gate in percent (0: window, 100: mLSTM)")
     print("layer  head" + "".join(f"{h:>4}" for h in range(medians.shape[1])) + "   mean")
     for layer, row in enumerate(medians):
@@ -955,6 +990,8 @@ def lm_eval_model(scorer):
 # ----------------------------------------------------------------------------------------------
 # 9. Report
 # ----------------------------------------------------------------------------------------------
+# report.json holds all that the terminal shows and the pictures draw, so that other figures can be
+# made of it without scoring again; the outputs themselves lie in the samples files.
 
 
 def mean_details(results):
@@ -1028,7 +1065,8 @@ def show_report(report):
 def save_picture(path, draw, rows=1, columns=1):
     """Have draw(figure, axes) fill a matplotlib figure and write it; a sentence without matplotlib.
 
-    axes: one, or an array (rows, columns).
+    axes: one, or an array (rows, columns). A picture is an extra: its lack must not end a run whose
+    numbers are there. `Figure` instead of pyplot needs no display and keeps nothing alive.
     """
     try:
         from matplotlib.figure import Figure
@@ -1042,7 +1080,10 @@ def save_picture(path, draw, rows=1, columns=1):
 
 
 def draw_curves(report, path):
-    """C_alpha over alpha for every student; alpha* is where a curve crosses one half."""
+    """C_alpha over alpha for every student; alpha* is where a curve crosses one half.
+
+    A curve tells what alpha* hides: whether the other half of the tasks follows soon, or never.
+    """
     def draw(figure, axes):
         alphas = np.linspace(0, 0.2, 401)
         for name, s in report["students"].items():
@@ -1148,7 +1189,10 @@ def show_speed(cells):
 
 
 def draw_speed(cells, path):
-    """A panel a quantity: a line a model and batch, over the contexts."""
+    """A panel a quantity: a line a model and batch, over the contexts.
+
+    What to look for: a teacher's cache and step grow with the context, a student's stay level.
+    """
     def draw(figure, panels):
         for axes, (key, (title, factor)) in zip(panels.flat, QUANTITIES.items()):
             axes.set(title=title, xlabel="context (tokens)", xscale="log")
@@ -1166,7 +1210,9 @@ def draw_speed(cells, path):
 def open_speed_models(run):
     """{"teacher": Transformer, "student": Transformer} for `speed`; ValueError if they do not fit.
 
-    A student that is made here shares all but its new parameters with the teacher.
+    --random-layers: what a layer of a large model costs can be measured without its weights, and
+    on machines that could not hold all its layers. A student that is made here shares all but its
+    new parameters with the teacher.
     """
     check_device(run.device)
     dtype = torch.float32 if torch.device(run.device).type == "cpu" else None  # as for scoring
@@ -1193,6 +1239,9 @@ def open_speed_models(run):
 # ----------------------------------------------------------------------------------------------
 # 11. The command
 # ----------------------------------------------------------------------------------------------
+# A function a command. Whatever is wrong with what the user gave is a ValueError or OSError whose
+# text is one sentence with a remedy; it ends the program with status 2 and no traceback. A
+# traceback is thus always a fault of this program.
 
 
 def run_compare(run):
@@ -1213,7 +1262,10 @@ def run_compare(run):
 
 
 def run_gates(run):
-    """`gates`: the map in the terminal, and as a picture."""
+    """`gates`: the map in the terminal, and as a picture.
+
+    The data is read before the model: its errors come in a second, a model of 16 GB in a minute.
+    """
     texts = read_texts(run.data)
     medians = gate_map(Scorer(run.student, run.device), texts, tokens=run.context, rows=run.rows)
     show_gates(medians)
@@ -1222,7 +1274,11 @@ def run_gates(run):
 
 
 def run_molecules(run):
-    """`molecules`: sample members of families, and print the valid, unique and novel shares."""
+    """`molecules`: sample members of families, and print the valid, unique and novel shares.
+
+    The three belong together: a model that repeats what it was shown is valid and not novel, one
+    that always says methane is valid and not unique.
+    """
     families = read_column(run.data, "sequences", list)
     known = list(itertools.chain(*families))
     canonical_smiles(known[:1])  # before the samples: is RDKit here, are these strings?
@@ -1238,7 +1294,10 @@ def run_molecules(run):
 
 
 def run_lm_eval(run):
-    """`lm-eval`: the harness's own tasks through the bridge."""
+    """`lm-eval`: the harness's own tasks through the bridge.
+
+    Teacher and student each in a run of its own; their tables can be compared line by line.
+    """
     try:
         import lm_eval
     except ImportError:
@@ -1254,34 +1313,35 @@ def run_lm_eval(run):
 def run_speed(run):
     """`speed`: measure the grid, print a table, write speed.json after each cell, and a picture."""
     models = open_speed_models(run)
-    machine = (torch.cuda.get_device_name(run.device) if run.device.startswith("cuda")
-               else f"{platform.machine()}, {torch.get_num_threads()} threads")
-    about = {"machine": machine, **{
-        name: f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{model.lm_head_weight.dtype}, {model.config.hybrid or 'softmax attention'}"
-        for name, model in models.items()}}
+    about = {name: f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+                   f"{model.lm_head_weight.dtype}, {model.config.hybrid or 'softmax attention'}"
+             for name, model in models.items()}
+    about["device"] = (torch.cuda.get_device_name(run.device) if run.device.startswith("cuda")
+                       else f"{os.uname().machine}, {torch.get_num_threads()} threads")
     print(*(f"{name}: {text}" for name, text in about.items()), sep="\n")
     print(f"In each cell both models read a random prompt and decode, in turns, up to {PASSES} "
           f"times,\nthe first to warm up; no turn begins after {run.seconds:g} s. Peak memory is "
           "known on GPUs only.")
     run.out.mkdir(parents=True, exist_ok=True)
     grid, cells = list(itertools.product(run.batches, run.contexts)), []
-    path = run.out / "speed.json"
     try:
         for batch, context in tqdm(grid, desc="speed", unit="cell", dynamic_ncols=True):
             cells.append({"batch": batch, "context": context, **measure_cell(
                 models, batch, context, run.new_tokens, run.seconds)})
-            write_json(path, {**about, "cells": cells})
+            write_json(run.out / "speed.json", {**about, "cells": cells})
     except KeyboardInterrupt:
         print(f"stopped: {len(cells)} of {len(grid)} cells are measured")
     if cells:
         show_speed(cells)
-        print(f"\nreport: {path}")
+        print(f"\nreport: {run.out / 'speed.json'}")
         draw_speed(cells, run.out / "speed.png")
 
 
 def at_least(least, kind=int):
-    """An argparse type: a number of `least` or more. A final k stands for 1024."""
+    """An argparse type: a number of `least` or more. A final k stands for 1024.
+
+    The inner function's name is what argparse calls the kind of value in its own messages.
+    """
     def number(text):
         value = kind(text[:-1]) * 1024 if text.endswith("k") else kind(text)
         if not least <= value < 1 << 63:  # nan is not
