@@ -84,7 +84,11 @@ class Folder:
 
 
 def open_folder(path):
-    """Headers and small files of a folder; ValueError or OSError naming the file that is wrong."""
+    """Headers and small files of a folder; ValueError or OSError naming the file that is wrong.
+
+    Every setting of `ModelConfig` is a fact: a merge of students of other windows or feature widths
+    is no mean of one function. So is the tokenizer: equal shapes, other words.
+    """
     tensors, facts = {}, {}
     for file in sorted({file for file, _ in list_tensors(path).values()}):  # checks their form
         with open(file, "rb") as f:  # length of the header (8 bytes), header (JSON), data
@@ -128,26 +132,32 @@ def read_through(folder, bar):
 
 
 def check_settings(paths, output, weights, method, seed, density):
-    """What is wrong with a call, before any folder is opened: a list of sentences."""
+    """What is wrong with a call, before any folder is opened: a list of sentences.
+
+    An input inside of what is written would be deleted with it when the merge fails.
+    """
     ours = [path.resolve() for path in (output, beside(output, ".tmp"), beside(output, ".sweep"))]
     right = {
         f"{len(weights)} weights are given for {len(paths)} folders": len(weights) == len(paths),
         f"the weights {weights} must sum to 1 and none may be negative":
             all(w >= 0 for w in weights) and abs(sum(weights) - 1) <= 1e-6,
         f"method {method!r} with seed model {seed}: give 'linear' and no seed, or 'ties' and the "
-        "stage-I folder that all experts started from":
-            method == ("ties" if seed else "linear"),
+        "stage-I folder that all experts started from": method == ("ties" if seed else "linear"),
         f"density {density} must be above 0 and at most 1": 0 < density <= 1,
         f"{output} exists and is not empty; name a new folder":
-            not output.exists() or output.is_dir() and not any(output.iterdir())}
-    for path in [*paths, *([seed] if seed else [])]:
-        right[f"the input {path} lies where {output} is written; name another output"] = not any(
-            path.resolve().is_relative_to(place) for place in ours)
+            not output.exists() or output.is_dir() and not any(output.iterdir()),
+        **{f"the input {path} lies where {output} is written; name another output":
+           not any(path.resolve().is_relative_to(place) for place in ours)
+           for path in paths + [seed] * bool(seed)}}
     return [sentence for sentence, holds in right.items() if not holds]
 
 
 def check_folders(experts, folders, output):
-    """What is wrong with opened folders (the experts, and with TIES the seed): sentences."""
+    """What is wrong with opened folders (the experts, and with TIES the seed): sentences.
+
+    Reads all weights once, which costs as much time as the merge itself, and buys that a damaged
+    expert is found before its NaN has spread into every copy.
+    """
     first, *others = folders
     found = [f"{other.path}: {key} is {other.facts.get(key, 'missing')}, in {first.path} "
              f"{first.facts.get(key, 'missing')}" for other in others
@@ -190,7 +200,7 @@ def beside(output, suffix):
 
 
 def progress(name, nbytes):
-    """tqdm over bytes."""
+    """A progress bar over bytes."""
     return tqdm(desc=name, total=nbytes, unit="B", unit_scale=True, leave=False)
 
 
@@ -276,7 +286,9 @@ def merge(directories, output, *, weights=None, method="linear", seed=None, dens
     """
     if not directories:
         raise ValueError("there is no folder to merge")
-    weights = [1 / len(directories)] * len(directories) if weights is None else list(weights)
+    if weights is None:
+        weights = [1 / len(directories)] * len(directories)
+    weights = [float(w) for w in weights]  # JSON knows no other numbers
     experts, seed = check(directories, Path(output), weights, method, seed, density)
     write(experts, seed, weights, density, Path(output))
 
@@ -408,7 +420,7 @@ def read_scores(path, key):
 
 
 def parse_arguments(argv):
-    """The command line -> settings."""
+    """The command line -> settings. Their ranges are checked by `check`, for callers too."""
     p = argparse.ArgumentParser(description="Merge experts into one student (Eq. 14).",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="the experts")
@@ -428,14 +440,17 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    """Merge, or choose lambdas by a sweep and merge."""
+    """Merge, or choose lambdas by a sweep and merge.
+
+    What can be wrong with the sweep's tasks or device is found before the first candidate.
+    """
     run = parse_arguments(argv)
     how = dict(method=run.method, seed=run.seed_model, density=run.density)
     print(f"{run.method} merge into {run.out} of " + ", ".join(map(str, run.directories))
           + f"; lambdas: {run.weights or ('by a sweep' if run.sweep else 'uniform')}")
     if run.sweep:
         from evaluate import check_device, evaluate_tasks, read_task  # only a sweep scores
-        check_device(run.device)  # before the first candidate is written
+        check_device(run.device)
         tasks = {str(path): sha256(path) for path in run.sweep if read_task(path)}
 
         def score(folder):
