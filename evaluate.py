@@ -673,10 +673,10 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
                   allow_code_execution=False):
     """Score a model folder on task files: {task: [result, ...]}, a result a row, in file order.
 
-    A result is a dict with "score" (0.0 or 1.0), "chance", "lost_tokens" (of an over-long
-    context) and what `score_choices` or `score_texts` adds. samples: a JSONL file that results
-    are added to as they come and read from first, so that a second call goes on after a stop.
-    limit: of rows a task. Raises ValueError or OSError naming file, line or flag.
+    A result is a dict with "score" (0 to 1), "chance" (the score of guessing), "lost_tokens" (of an
+    over-long context) and what the functions of this and the next section add. samples: a JSONL
+    file that results are added to as they come and read from first, so that a second call goes on
+    after a stop. limit: of rows a task. Raises ValueError or OSError naming file, line or flag.
     """
     tasks = {Path(path).stem: read_task(path)[:limit] for path in task_files}
     if len(tasks) < len(task_files):
@@ -1356,32 +1356,34 @@ def parse_arguments(argv):
     p = argparse.ArgumentParser(description="Score students against their teacher.")
     commands = p.add_subparsers(dest="command", required=True)
     folder, file = dict(type=Path, metavar="DIR"), dict(type=Path, metavar="FILE")
+    need = dict(required=True, default=argparse.SUPPRESS)  # whose help shows no default
 
     def command(name, function, help):
         c = commands.add_parser(name, help=help,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        c.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=" ")
+        c.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="of torch, such as cuda:1")
         c.set_defaults(run=function)
         return c.add_argument
 
     add = command("compare", run_compare, "tasks, recovery, Win-and-Tie rate")
-    add("--teacher", required=True, **folder)
-    add("--student", required=True, action="append", help="may be given several times", **folder)
-    add("--tasks", required=True, nargs="+", **file)
-    add("--out", required=True, help="the report; the same command again goes on there", **folder)
+    add("--teacher", **folder, **need)
+    add("--student", action="append", help="may be given several times", **folder, **need)
+    add("--tasks", nargs="+", **file, **need)
+    add("--out", help="the report; the same command again goes on there", **folder, **need)
     add("--limit", type=at_least(1), help="rows a task")
     add("--allow-code-execution", action="store_true", help="run what the model writes")
 
     add = command("gates", run_gates, "the map of the output gates")
-    add("--student", required=True, **folder)
-    add("--data", required=True, help=".txt or .jsonl", **file)
+    add("--student", **folder, **need)
+    add("--data", help=".txt or .jsonl", **file, **need)
     add("--picture", help="such as gates.png", **file)
     add("--context", type=at_least(1), default=1024, help="tokens a row")
     add("--rows", type=at_least(1), default=128, help="rows to read")
 
     add = command("molecules", run_molecules, "sample SMILES: valid, unique and novel shares")
-    add("--model", required=True, help="teacher or student", **folder)
-    add("--data", required=True, help="families, rows of `sequences`; none is novel", **file)
+    add("--model", help="teacher or student", **folder, **need)
+    add("--data", help="families, rows of `sequences`; none is novel", **file, **need)
     add("--shots", type=at_least(0), default=4, help="members before a sample")
     add("--rows", type=at_least(1), default=100, help="families")
     add("--number", type=at_least(1), default=10, help="samples a family")
@@ -1389,8 +1391,8 @@ def parse_arguments(argv):
     add("--seed", type=at_least(0), default=0, help="of the sampling")
 
     add = command("lm-eval", run_lm_eval, "published benchmarks, in lm-evaluation-harness")
-    add("--model", required=True, help="teacher or student", **folder)
-    add("--tasks", required=True, help="names, with commas between")
+    add("--model", help="teacher or student", **folder, **need)
+    add("--tasks", help="names, with commas between", **need)
     add("--shots", type=at_least(0), help="examples in the prompt; None: as the task says")
     add("--chat", action="store_true", help="in the model's chat format")
     add("--include-path", help="folder with tasks of your own (YAML)")
@@ -1398,7 +1400,8 @@ def parse_arguments(argv):
     add("--allow-code-execution", action="store_true", help="run what the model writes")
 
     add = command("speed", run_speed, "prefill, first token, decoding and memory")
-    add("--teacher", default=Path(__file__).resolve().parent / "tests/teacher", help=" ", **folder)
+    add("--teacher", default=Path(__file__).resolve().parent / "tests/teacher", **folder,
+        help="its folder")
     add("--student", help="None: an untrained one of the teacher, which is as fast", **folder)
     add("--random-layers", type=at_least(1), metavar="N", help="no weights: N random layers in the "
         "shape of the teacher's config.json")
@@ -1407,7 +1410,7 @@ def parse_arguments(argv):
     add("--batches", type=at_least(1), nargs="+", default=[1, 8], help="rows together")
     add("--new-tokens", type=at_least(1), default=64, help="decoded in every pass")
     add("--seconds", type=at_least(0, float), default=20.0, help="of a cell; no pass begins later")
-    add("--out", required=True, help="speed.json and speed.png", **folder)
+    add("--out", help="speed.json and speed.png", **folder, **need)
     return p.parse_args(argv)
 
 

@@ -424,7 +424,8 @@ def parse_arguments(argv):
     p = argparse.ArgumentParser(description="Merge experts into one student (Eq. 14).",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="the experts")
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
+    p.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS, metavar="DIR",
+                   help="folder to write")
     p.add_argument("--method", choices=("linear", "ties"), default="linear")
     p.add_argument("--seed-model", type=Path, metavar="DIR", help="ties: the stage-I folder")
     p.add_argument("--density", type=float, default=DENSITY, help="ties: fraction of changes kept")
