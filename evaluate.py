@@ -656,17 +656,25 @@ def _read_samples(path, model):
     return own
 
 
-def _check_extras(rows, allow_code_execution):
-    """Before anything is loaded: may code run, can it, is RDKit here? ValueError if not."""
-    for row in rows:
-        if row["type"] == "code" and not allow_code_execution:
-            raise ValueError(f"{row['where']} runs code that the model writes. If you accept that, "
-                             "add --allow-code-execution")
-    types = {row["type"] for row in rows}
-    if "code" in types and not run_program("pass"):
+def read_tasks(task_files, allow_code_execution=False):
+    """{name of the file without .jsonl: its rows}; refuses whatever would stop the scoring later.
+
+    That is, beside bad rows: files of one name, code without the flag or on a system that runs no
+    program with limits, molecules without RDKit. Call it before hours of training, too. Raises
+    ValueError or OSError.
+    """
+    tasks = {Path(path).stem: read_task(path) for path in task_files}
+    if len(tasks) < len(task_files):
+        raise ValueError("--tasks: two files have the same name, which is the name of the task")
+    first = {row["type"]: row["where"] for rows in tasks.values() for row in reversed(rows)}
+    if "code" in first and not allow_code_execution:
+        raise ValueError(f"{first['code']} runs code that the model writes; if you accept that, "
+                         "score it by `evaluate.py compare` with --allow-code-execution")
+    if "code" in first and not run_program("pass"):
         raise ValueError(f"{sys.executable} runs no program with limits here, as code tasks need")
-    if "molecule" in types:
+    if "molecule" in first:
         canonical_smiles([])
+    return tasks
 
 
 def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=None,
@@ -678,10 +686,8 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
     file that results are added to as they come and read from first, so that a second call goes on
     after a stop. limit: of rows a task. Raises ValueError or OSError naming file, line or flag.
     """
-    tasks = {Path(path).stem: read_task(path)[:limit] for path in task_files}
-    if len(tasks) < len(task_files):
-        raise ValueError("--tasks: two files have the same name, which is the name of the task")
-    _check_extras(list(itertools.chain(*tasks.values())), allow_code_execution)
+    tasks = {task: rows[:limit] for task, rows in read_tasks(
+        task_files, allow_code_execution).items()}
     files = {task: sha256(path) for task, path in zip(tasks, task_files)}
     model = _model_hash(directory) if samples else None
     done = _read_samples(Path(samples), model) if samples else {}

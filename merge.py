@@ -450,9 +450,10 @@ def main(argv=None):
     print(f"{run.method} merge into {run.out} of " + ", ".join(map(str, run.directories))
           + f"; lambdas: {run.weights or ('by a sweep' if run.sweep else 'uniform')}")
     if run.sweep:
-        from evaluate import check_device, evaluate_tasks, read_task  # only a sweep scores
+        from evaluate import check_device, evaluate_tasks, read_tasks  # only a sweep scores
         check_device(run.device)
-        tasks = {str(path): sha256(path) for path in run.sweep if read_task(path)}
+        read_tasks(run.sweep)
+        tasks = {str(path): sha256(path) for path in run.sweep}
 
         def score(folder):
             scores = evaluate_tasks(folder, run.sweep, device=run.device)
