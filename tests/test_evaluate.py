@@ -400,7 +400,7 @@ def test_lm_eval_gives_the_same_numbers(student_dir, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
     scorer = Scorer(student_dir)
     files = {kind: write_rows(tmp_path / f"{kind}.jsonl", [
-        {**row, "gold": str(row["gold"])} for row in read_task(path)[:20]])
+        {**row, "gold": str(row["gold"]), "where": ""} for row in read_task(path)[:20]])
         for kind, path in (("choice", ROOT / "tests/tasks/prose-order.jsonl"),
                            ("text", ROOT / "tests/tasks/math-sub.jsonl"))}
 
