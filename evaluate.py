@@ -1127,7 +1127,7 @@ QUANTITIES = {  # key of a measurement: title, how many of its units are one of 
     "step_s": ("decode latency (ms a token)", 1e3),
     "decode_tokens_per_s": ("decode throughput (tokens/s)", 1),
     "cache_bytes": ("cache (MB)", 1e-6),
-    "peak_bytes": ("peak memory above the weights (MB)", 1e-6)}  # None on a CPU
+    "peak_bytes": ("peak memory above the weights (MB)", 1e-6)}  # on GPUs only
 PASSES = 4  # over a cell, the first to warm up
 
 
@@ -1150,8 +1150,9 @@ def time_once(model, tokens, new_tokens):
     found = {"prefill_tokens_per_s": B * T / first, "first_token_s": first,
              "step_s": np.median(steps), "decode_tokens_per_s": B / np.median(steps),
              "cache_bytes": sum(x.nbytes for x in cache.tensors())}
-    peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
-    return {**found, "peak_bytes": peak} if on_gpu else found
+    if on_gpu:
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    return found
 
 
 def measure_cell(models, batch, context, new_tokens, seconds):
@@ -1207,6 +1208,7 @@ def draw_speed(cells, path):
                                 if cell["batch"] == batch and cell[name].get(key))
                 axes.plot(*zip(*points), marker="o", label=f"{name}, batch {batch}")
             axes.set_ylim(bottom=0)
+            axes.set_visible(bool(axes.lines))  # no empty panel for what a CPU does not tell
         panels.flat[0].legend()
 
     batches = sorted({cell["batch"] for cell in cells})
@@ -1223,9 +1225,9 @@ def open_speed_models(run):
     check_device(run.device)
     dtype = torch.float32 if torch.device(run.device).type == "cpu" else None  # as for scoring
     if run.random_layers:
-        config = ModelConfig.from_hf(run.teacher)
-        config = dataclasses.replace(config, num_layers=run.random_layers,
-                                     layer_windows=config.layer_windows[:1] * run.random_layers)
+        config, n = ModelConfig.from_hf(run.teacher), run.random_layers
+        windows = (config.layer_windows * n)[:n]  # of a teacher whose layers take turns
+        config = dataclasses.replace(config, num_layers=n, layer_windows=windows)
         with torch.device(run.device):
             teacher = Transformer(config).to(dtype or torch.bfloat16)
     else:
@@ -1322,6 +1324,7 @@ def run_speed(run):
     about = {name: f"{sum(p.numel() for p in model.parameters()):,} parameters, "
                    f"{model.lm_head_weight.dtype}, {model.config.hybrid or 'softmax attention'}"
              for name, model in models.items()}
+    about |= {"torch": torch.__version__, "new_tokens": run.new_tokens, "seconds": run.seconds}
     about["device"] = (torch.cuda.get_device_name(run.device) if run.device.startswith("cuda")
                        else f"{os.uname().machine}, {torch.get_num_threads()} threads")
     print(*(f"{name}: {text}" for name, text in about.items()), sep="\n")
