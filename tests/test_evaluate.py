@@ -607,10 +607,15 @@ def test_bad_input_is_one_sentence(tmp_path, student_dir):
             evaluate.main(arguments)
 
 
-def test_a_command_ends_with_one_sentence_and_status_2_in_a_terminal_without_utf_8(tmp_path):
-    command = [sys.executable, ROOT / "evaluate.py", "gates", "--student", tmp_path / "né",
-               "--data", TASKS[0], "--device", "cpu"]
+def test_a_command_ends_with_one_sentence_and_status_2_and_survives_an_ascii_terminal(tmp_path):
+    out = tmp_path / "né"
+    out.mkdir()
+    write_rows(out / "samples-the-teacher.jsonl", [{"model": "x", "file": "y", "id": "z"}])
+    tasks = write_rows(tmp_path / "t.jsonl", [CHOICE])
+    command = [sys.executable, ROOT / "evaluate.py", "compare", "--teacher", TEACHER, "--student",
+               tmp_path / "none", "--tasks", tasks, "--out", out, "--device", "cpu"]
     result = subprocess.run(command, capture_output=True, text=True, env={
-        **os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C", "PYTHONUTF8": "0"})
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
+    assert "n?/samples-the-teacher.jsonl: 1 lines are not of this model" in result.stdout
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")

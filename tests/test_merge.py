@@ -413,7 +413,8 @@ def test_score_that_is_not_a_number_is_refused(triple, tmp_path):
 
 def command(*arguments):
     return subprocess.run([sys.executable, "merge.py", *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
 
 
 def test_command_merges_and_explains_errors(pair, tmp_path, capsys):
@@ -421,9 +422,11 @@ def test_command_merges_and_explains_errors(pair, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("linear merge into")
     want = .25 * stored(pair[0])[NORM].double() + .75 * stored(pair[1])[NORM].double()
     assert torch.equal(stored(tmp_path / "out")[NORM], want.float())
-    done = command(*pair, "--out", tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "né")
+    done = command(*pair, "--out", tmp_path / "né")
+    assert done.stdout.startswith("linear merge into") and "n?" in done.stdout
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "out exists and is not empty; name a new folder" in done.stderr
+    assert "exists and is not empty; name a new folder" in done.stderr
 
 
 def test_command_sweeps_over_task_files(pair, tmp_path, monkeypatch):
