@@ -309,7 +309,7 @@ def check_device(name):
     """ValueError, with the remedy, for a device (a str such as "mps") that this torch lacks."""
     try:
         torch.ones(1, device=name).tolist()
-    except (RuntimeError, AssertionError):  # torch raises the one or the other
+    except (RuntimeError, AssertionError, ImportError):  # as torch has it, by kind of device
         raise ValueError(f"--device {name}: this torch cannot compute there; take --device cpu, "
                          "or install the torch that is made for it") from None
 
@@ -1412,8 +1412,7 @@ def parse_arguments(argv):
     add("--teacher", default=Path(__file__).resolve().parent / "tests/teacher", **folder,
         help="its folder")
     add("--student", help="None: an untrained one of the teacher, which is as fast", **folder)
-    add("--random-layers", type=at_least(1), metavar="N", help="no weights: N random layers in the "
-        "shape of the teacher's config.json")
+    add("--random-layers", type=at_least(1), metavar="N", help="in the shape of its config.json")
     add("--window", type=at_least(1), default=512, help="W of an untrained student")
     add("--contexts", type=at_least(1), nargs="+", default=[1024, 4096, 16384], help="4k is 4096")
     add("--batches", type=at_least(1), nargs="+", default=[1, 8], help="rows together")
