@@ -1159,7 +1159,7 @@ def measure_cell(models, batch, context, new_tokens, seconds):
     """Time models in turns on one cell of the grid: {name: medians of what `time_once` returns}.
 
     models: name -> Transformer. Up to PASSES turns, none begun after `seconds`; the first warms
-    up, and counts only if it stays alone. {} for a model that ran out of memory.
+    up, and counts only if it stays alone ("warm_passes" is then 0, and a table says so). {} for a model that ran out of memory.
     """
     passes, started = {name: [] for name in models}, time.perf_counter()
     for turn in range(PASSES):
@@ -1179,6 +1179,7 @@ def measure_cell(models, batch, context, new_tokens, seconds):
     for name, (first, *later) in passes.items():
         kept = later or [first]
         found[name] = {key: float(np.median([p[key] for p in kept])) for key in first}
+        found[name]["warm_passes"] = len(later)
     return found
 
 
@@ -1192,7 +1193,9 @@ def show_speed(cells):
                 shown = "".join(f"{v:12,.{2 if v < 100 else 0}f}" if v else "         OOM"
                                 for v in values)
                 ratio = f"{values[1] / values[0]:18.2g}" if all(values) else ""
-                print(f"{cell['batch']:5}{cell['context']:10,}  {title:34}{shown}{ratio}")
+                cold = any(cell[name].get("warm_passes") == 0 for name in ("teacher", "student"))
+                print(f"{cell['batch']:5}{cell['context']:10,}  {title:34}{shown}{ratio}"
+                      + "  (one pass, cold)" * cold)
 
 
 def draw_speed(cells, path):

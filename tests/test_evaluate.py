@@ -490,6 +490,7 @@ def test_speed_measures_every_cell(tmp_path, capsys):
         (b, n) for b in (1, 2) for n in (32, 1024)]
     for cell in cells:
         for m in (cell["teacher"], cell["student"]):
+            assert m.pop("warm_passes") == 0  # with --seconds 0
             assert m.keys() == evaluate.QUANTITIES.keys() - {"peak_bytes"}  # no GPU
             assert all(0 < value < float("inf") for value in m.values())
             assert m["decode_tokens_per_s"] * m["step_s"] == pytest.approx(cell["batch"])
@@ -504,6 +505,7 @@ def test_speed_measures_every_cell(tmp_path, capsys):
     shown = capsys.readouterr().out
     for title, _ in list(evaluate.QUANTITIES.values())[:-1]:
         assert shown.count(title) == 4
+    assert shown.count("one pass, cold") == 4 * 5
     assert "pip install matplotlib" in shown or (tmp_path / "speed.png").stat().st_size > 10_000
 
 
@@ -511,8 +513,10 @@ def test_medians_leave_the_warm_up_out(monkeypatch):
     model = load_pretrained(TEACHER)
     steps = iter([9.0, 1.0, 3.0, 5.0, 9.0])
     monkeypatch.setattr(evaluate, "time_once", lambda *_: {"step_s": next(steps)})
-    assert evaluate.measure_cell({"a": model}, 3, 10, 2, seconds=1e9) == {"a": {"step_s": 3.0}}
-    assert evaluate.measure_cell({"a": model}, 3, 10, 2, seconds=0) == {"a": {"step_s": 9.0}}
+    assert evaluate.measure_cell({"a": model}, 3, 10, 2, seconds=1e9) == {
+        "a": {"step_s": 3.0, "warm_passes": 3}}
+    assert evaluate.measure_cell({"a": model}, 3, 10, 2, seconds=0) == {
+        "a": {"step_s": 9.0, "warm_passes": 0}}
 
 
 def test_a_cell_out_of_memory_is_named_and_the_grid_goes_on(tmp_path, monkeypatch, capsys):
