@@ -1159,7 +1159,8 @@ def measure_cell(models, batch, context, new_tokens, seconds):
     """Time models in turns on one cell of the grid: {name: medians of what `time_once` returns}.
 
     models: name -> Transformer. Up to PASSES turns, none begun after `seconds`; the first warms
-    up, and counts only if it stays alone ("warm_passes" is then 0, and a table says so). {} for a model that ran out of memory.
+    up, and counts only if it stays alone ("warm_passes" is then 0, and the table says so). {} for a
+    model that ran out of memory.
     """
     passes, started = {name: [] for name in models}, time.perf_counter()
     for turn in range(PASSES):
