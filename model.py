@@ -797,6 +797,7 @@ class WindowAttention(Attention):
     """"swa", the control: window and sinks alone. No new parameters."""
 
     kernels = "torch"  # what computes sequences: see `choose_kernels`. Steps are always torch
+    gate_heads = 0  # R: how many heads have gates, and so a state, of their own. Here none
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -821,12 +822,6 @@ class WindowAttention(Attention):
         return HybridCache(batch, self.config, self.gate_heads, self.short_window, self.sinks,
                            like)
 
-    @property
-    def gate_heads(self):
-        """R: how many heads have input and forget gates, and so a state, of their own."""
-        c = self.config
-        return c.num_kv_heads if c.hybrid.shared_gates else c.num_heads
-
 
 class LinearAttention(WindowAttention):
     """"linear": the recurrence with feature maps and no gates, S_t = S_{t-1} + phi(k) (x) v."""
@@ -834,6 +829,7 @@ class LinearAttention(WindowAttention):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         c, features = config, config.hybrid.features
+        self.gate_heads = c.num_kv_heads if c.hybrid.shared_gates else c.num_heads
         self.feature_map_q = FeatureMap(c.num_heads, c.head_dim, features)
         self.feature_map_k = FeatureMap(c.num_kv_heads, c.head_dim, features)
 
