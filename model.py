@@ -15,7 +15,8 @@ inherits the projections and overrides `mix`. That override is the paper's contr
 part above it is all one needs to read first; caches, files and tokenizer follow and can wait.
 
 Contents: 1 configuration · 2 norm, RoPE, softmax attention · 3 the mLSTM · 4 window and sinks ·
-5 the hybrid mixer · 6 the Transformer · 7 cache, generation · 8 weights on disk · 9 tokenizer
+5 the hybrid mixer · 6 the Transformer · 7 cache, generation · 8 weights on disk · 9 tokenizer ·
+10 a conversation (python model.py DIR)
 
 Glossary (code: meaning, symbol in the paper)
     B, T, V         batch, tokens, vocabulary
@@ -31,19 +32,26 @@ Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), 
 (evaluate.py), merging (merge.py), GPU kernels (kernels.py).
 """
 
+import argparse
+import codecs
 import ctypes
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import time
 import unicodedata
 from pathlib import Path
 
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
 import tiktoken
 import torch
 import torch.nn as nn
@@ -56,6 +64,10 @@ from torch.utils.checkpoint import checkpoint
 # ----------------------------------------------------------------------------------------------
 # 1. Configuration: what a folder's config.json says, in one vocabulary for all families
 # ----------------------------------------------------------------------------------------------
+# Families differ in a dozen settings and in what their config.json leaves unsaid. Everything is
+# decided here, once; the model below asks a ModelConfig and never knows the file's spelling. A
+# setting that would change the logits and is not implemented is refused by name: a model that runs
+# with a setting overlooked looks healthy and is a worse teacher.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +85,9 @@ class Rope:
     attention_factor: float = 1.0  # yarn: multiplies cos AND sin, so q.k scales by its square
 
 
+NOPE = Rope(theta=1.0, kind="linear", factor=math.inf)  # all angles 0: no positions (SmolLM3)
+
+
 @dataclasses.dataclass(frozen=True)
 class Hybrid:
     """The student's part of the configuration: the "hybrid" object in its config.json."""
@@ -87,7 +102,7 @@ class Hybrid:
 class ModelConfig:
     """Architecture of a teacher or a student; every setting that changes a logit is here."""
 
-    family: str  # "llama", "mistral", "qwen2", "qwen3", "olmo2" or "olmo3"
+    family: str  # a key of FAMILIES
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -105,6 +120,11 @@ class ModelConfig:
     layer_windows: tuple  # per layer: the TEACHER's own window (tokens, itself included) or None
     max_positions: int
     eos_ids: tuple  # ids that end a generation
+    nope_layers: tuple = ()  # indices of layers that do not rotate q and k (SmolLM3)
+    embedding_multiplier: float = 1.0  # Granite scales what enters the first layer,
+    residual_multiplier: float = 1.0  # what a branch adds,
+    attention_multiplier: float | None = None  # q.k (None: by 1/sqrt(D)),
+    logits_scaling: float = 1.0  # and divides the logits
     separator_id: int | None = None  # token at which positions restart, between sequences
     hybrid: Hybrid | None = None  # None: a teacher
 
@@ -125,36 +145,89 @@ class ModelConfig:
         Raises FileNotFoundError when there is no config.json, ValueError naming the file and the
         setting when the family or a setting is one this file does not implement.
         """
-        path = Path(directory) / "config.json"
-        c = read_json(path)
+        directory = Path(directory)
+        path = directory / "config.json"
+        if not path.exists():
+            snapshots = sorted(directory.glob("snapshots/*/config.json"), key=os.path.getmtime)
+            name = directory if str(directory).count("/") == 1 else "ORG/NAME"
+            raise FileNotFoundError(f"{path} does not exist; name " + (
+                f"the snapshot inside: {snapshots[-1].parent}" if snapshots else
+                "a folder with a Hugging Face config.json, *.safetensors and tokenizer.json, such "
+                f"as this makes of a model on the hub: hf download {name} --local-dir DIR"))
         try:
-            config = _parse_config(c, path)
+            config = _parse_config(read_json(path), path)
         except KeyError as missing:
             raise ValueError(f"{path}: key {missing} is missing; copy the file again") from None
-        except TypeError as wrong:
+        except (TypeError, AttributeError) as wrong:
             raise ValueError(f"{path}: a setting has the wrong type ({wrong})") from None
-        generation = Path(directory) / "generation_config.json"
-        if generation.exists():  # overrides config.json: instruct models stop at more ids
-            eos = _as_tuple(read_json(generation).get("eos_token_id"))
-            config = dataclasses.replace(config, eos_ids=eos or config.eos_ids)
-        return config
+        # generation_config.json overrides config.json: instruct models stop at more ids.
+        generation = path.with_name("generation_config.json")
+        eos = _as_tuple(read_json(generation, {}).get("eos_token_id")) or config.eos_ids
+        for i in eos:  # -1 would never be sampled, 10**6 would index past the embedding
+            if not (isinstance(i, int) and 0 <= i < config.vocab_size):
+                raise ValueError(f"{path} or {generation.name}: eos_token_id {i!r} is no id of a "
+                                 f"vocabulary of {config.vocab_size}; correct it")
+        return dataclasses.replace(config, eos_ids=eos)
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3")
+# What a family's config.json means where it is silent, if that is not what Llama's would mean.
+FAMILIES = {
+    "llama": {}, "granite": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"sliding_window": 4096}, "qwen3": {"sliding_window": 4096, "head_dim": 128},
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}}
 
 
 def _parse_config(c, path):
     """config.json's dictionary -> ModelConfig, with each family's defaults where it is silent."""
-    family, separator = c.get("model_type"), c.get("separator_id")
+    family = c.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
                          + ", ".join(FAMILIES))
+    c = {**FAMILIES[family], **c}
+    _check_config(c, path)
+    layers, heads = c["num_hidden_layers"], c["num_attention_heads"]
+    nope = ()
+    if family == "smollm3":
+        every = c.get("no_rope_layer_interval", 4)
+        rotated = c.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]
+        nope = tuple(i for i in range(layers) if not rotated[i])  # its name lies: 1 means RoPE
+    rope, sliding_rope = _parse_rope(c, family, path)
+    attention_bias = c.get("attention_bias", False)
+    multipliers = {name: c.get(name, 1.0) for name in (
+        "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")}
+    return ModelConfig(
+        family=family, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
+        intermediate_size=c["intermediate_size"], num_layers=layers, num_heads=heads,
+        num_kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+        norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
+        # Qwen2 always has biases on q, k, v and none on o, and no key that says so.
+        qkv_bias=family == "qwen2" or attention_bias, o_bias=attention_bias and family != "qwen2",
+        mlp_bias=family in ("llama", "smollm3", "granite") and c.get("mlp_bias", False),
+        rope=rope, sliding_rope=sliding_rope, nope_layers=nope,
+        layer_windows=_parse_windows(c, family, layers, nope, path),
+        max_positions=c.get("max_position_embeddings", 2048),
+        eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
+        hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None,
+        **(multipliers if family == "granite" else {}))
+
+
+def _check_config(c, path):
+    """Refuse what is not implemented, and sizes that cannot be."""
+    if c.get("quantization_config"):
+        kind = c["quantization_config"].get("quant_method")
+        raise ValueError(f"{path}: this checkpoint is quantised ({kind}), and only plain float "
+                         "weights are read: fetch the original, or dequantise and save it")
     if c.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
-    layers, hidden, heads = c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"]
-    kv_heads = c.get("num_key_value_heads") or (8 if family == "mistral" else heads)
+    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    kv_heads, separator = c.get("num_key_value_heads") or heads, c.get("separator_id")
     for name, value, most in (
-            ("num_hidden_layers", layers, 1024), ("hidden_size", hidden, 1 << 17),
+            ("num_hidden_layers", c["num_hidden_layers"], 1024), ("hidden_size", hidden, 1 << 17),
             ("num_attention_heads", heads, 4096), ("num_key_value_heads", kv_heads, 4096),
             ("vocab_size", c["vocab_size"], 1 << 24),
             ("intermediate_size", c["intermediate_size"], 1 << 20)):
@@ -165,58 +238,41 @@ def _parse_config(c, path):
     if heads % kv_heads:
         raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
                          f"num_key_value_heads {kv_heads}")
-    head_dim = c.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
-    if head_dim % 2 or (c.get("head_dim") is None and family != "qwen3" and hidden % heads):
+    if (c.get("head_dim") or hidden / heads) % 2:
         raise ValueError(f"{path}: hidden_size {hidden} over {heads} heads gives no even head_dim")
-    rope, sliding_rope = _parse_rope(c, family, head_dim, path)
-    attention_bias = c.get("attention_bias", False)
-    return ModelConfig(
-        family=family, vocab_size=c["vocab_size"], hidden_size=hidden,
-        intermediate_size=c["intermediate_size"], num_layers=layers, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=head_dim,
-        norm_eps=c.get("rms_norm_eps", 1e-5 if family in ("olmo2", "olmo3") else 1e-6),
-        tied=c.get("tie_word_embeddings", False),
-        # Qwen2 always has biases on q, k, v and none on o, and no key that says so.
-        qkv_bias=family == "qwen2" or attention_bias, o_bias=attention_bias and family != "qwen2",
-        mlp_bias=family == "llama" and c.get("mlp_bias", False),
-        rope=rope, sliding_rope=sliding_rope, layer_windows=_parse_windows(c, family, layers, path),
-        max_positions=c.get("max_position_embeddings", 2048),
-        eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=separator,
-        hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None)
 
 
-def _parse_windows(c, family, layers, path):
+def _parse_windows(c, family, layers, nope, path):
     """The teacher's own sliding windows: one entry a layer, None for full attention."""
-    window = c.get("sliding_window", 4096 if family in ("mistral", "olmo3") else None)
-    if family == "mistral":
-        return (window,) * layers
-    if family in ("qwen2", "qwen3"):
-        window = window if c.get("use_sliding_window") else None
-        first = c.get("max_window_layers", 28)
-        default = ["sliding_attention" if i >= first and window else "full_attention"
-                   for i in range(layers)]
-    elif family == "olmo3":
-        default = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention"
-                   for i in range(layers)]
-    else:
-        return (None,) * layers
-    kinds = c.get("layer_types") or default
-    if len(kinds) != layers:
-        raise ValueError(f"{path}: layer_types has {len(kinds)} entries for {layers} layers")
+    window, first = c.get("sliding_window"), c.get("max_window_layers", 28)
+    if family in ("qwen2", "qwen3", "smollm3") and not c.get("use_sliding_window"):
+        window = None  # their files name a width that is not in use
+    slides = {"mistral": lambda i: True, "ministral": lambda i: True,
+              "qwen2": lambda i: i >= first, "qwen3": lambda i: i >= first,
+              "olmo3": lambda i: (i + 1) % 4, "smollm3": lambda i: i in nope
+              }.get(family, lambda i: False)
+    kinds = ["sliding_attention" if slides(i) else "full_attention" for i in range(layers)]
+    if family in ("ministral", "qwen2", "qwen3", "olmo3", "smollm3"):
+        kinds = c.get("layer_types") or kinds
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise ValueError(f"{path}: layer_types must be {layers} times sliding_attention or "
+                         f"full_attention, not {kinds}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _parse_rope(c, family, head_dim, path):
-    """The three ways to write RoPE settings -> (Rope of full layers, Rope of sliding layers)."""
-    theta = c.get("rope_theta") or (500000.0 if family == "olmo3" else 10000.0)
-    settings = c.get("rope_parameters") or {}
-    if "full_attention" in settings or "sliding_attention" in settings:  # nested: one per kind
-        full, sliding = (settings.get(kind) or {} for kind in ("full_attention",
-                                                               "sliding_attention"))
-    else:  # flat, old (rope_scaling + rope_theta) or new (rope_parameters with theta inside)
-        full = {**settings, **(c.get("rope_scaling") or {})}
+def _parse_rope(c, family, path):
+    """RoPE settings -> (Rope of full-attention layers, Rope of sliding ones).
+
+    They stand in rope_scaling beside rope_theta (old), in rope_parameters with theta inside (new),
+    or there once for each kind of layer.
+    """
+    theta = c.get("rope_theta") or 10000.0
+    settings = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+    full, sliding = settings.get("full_attention"), settings.get("sliding_attention")
+    if full is None and sliding is None:
         # Olmo 3 stretches its full-attention layers only; its sliding layers keep plain RoPE.
-        sliding = {"rope_theta": full.get("rope_theta", theta)} if family == "olmo3" else full
+        full, plain = settings, {"rope_theta": settings.get("rope_theta")}
+        sliding = plain if family == "olmo3" else full
 
     def rope(r):
         kind = r.get("rope_type") or r.get("type") or "default"
@@ -229,17 +285,15 @@ def _parse_rope(c, family, head_dim, path):
         if r.get("mscale") or r.get("mscale_all_dim") or r.get("truncate", True) is not True:
             raise ValueError(f"{path}: yarn's mscale and truncate settings are not supported")
         factor = float(r["factor"])
-        stretch = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1 else 1.0
-        return Rope(theta=base, kind=kind, factor=factor,
-                    original=r.get("original_max_position_embeddings")
-                    or c.get("original_max_position_embeddings")
-                    or c.get("max_position_embeddings", 2048),
-                    low_freq_factor=r.get("low_freq_factor", 1.0),
-                    high_freq_factor=r.get("high_freq_factor", 4.0),
-                    beta_fast=r.get("beta_fast") or 32.0, beta_slow=r.get("beta_slow") or 1.0,
-                    attention_factor=r.get("attention_factor") or stretch)
+        given = {name: r[name] for name in ("low_freq_factor", "high_freq_factor", "beta_fast",
+                                            "beta_slow", "attention_factor") if r.get(name)}
+        if kind == "yarn" and factor > 1:
+            given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
+        key = "original_max_position_embeddings"
+        original = r.get(key) or c.get(key) or c.get("max_position_embeddings", 2048)
+        return Rope(theta=base, kind=kind, factor=factor, original=original, **given)
 
-    return rope(full), rope(sliding)
+    return rope(full or {}), rope(sliding or {})
 
 
 def _as_tuple(value):
@@ -257,15 +311,23 @@ def sha256(*paths):
     return digest.hexdigest()
 
 
-def read_json(path):
-    """A JSON file's value; FileNotFoundError or ValueError with the remedy."""
+def read_json(path, missing=None):
+    """A JSON file's object as a dict; `missing`, if one is given, where there is no such file.
+
+    Raises FileNotFoundError, or ValueError with the remedy.
+    """
+    path = Path(path)
+    if missing is not None and not path.exists():
+        return missing
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; name a folder with a Hugging Face "
-                                "config.json, *.safetensors and tokenizer.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileNotFoundError(f"{path} is missing: copy it from where the folder came") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError among them
         raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; copy the file again")
+    return value
 
 
 def write_json(path, value):
@@ -1734,6 +1796,10 @@ def _sample(logits, temperature, top_p, random):
 # ----------------------------------------------------------------------------------------------
 # 8. Weights on disk
 # ----------------------------------------------------------------------------------------------
+# Parameters have Hugging Face's names, so loading is the identity: every tensor of the files goes
+# to the parameter of its name, and anything left over on either side is an error. Two things keep
+# an 8B model at its own size in memory: it is built on the meta device, without memory, and files
+# are read a few rows at a time.
 
 
 def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prepare=None):
@@ -1743,18 +1809,24 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     is stored, and a student's new parameters as each is itself. kernels: a student's, see
     `choose_kernels`. prepare(model): called while the model has no memory yet, to shard it; then
     only this process's rows are read. Loading is strict: every missing, unexpected or misshapen
-    tensor is named in one ValueError. Files are read in pieces, so memory peaks at the model's own
-    size. Raises FileNotFoundError for missing files, ValueError for bad ones and for kernels that
-    cannot run.
+    tensor is named in one ValueError. Raises FileNotFoundError for missing files, ValueError for
+    bad ones, a device that this torch lacks, and kernels that cannot run.
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
     stored = list_tensors(directory)  # name -> (file, shape)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device} cannot be used ({str(error).splitlines()[0]}): name "
+                         "another, such as cpu") from None
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    ignored = {"lm_head.weight"} if config.tied else set()  # some tied checkpoints ship a copy
-    found = {n for n in stored if not n.endswith("rotary_emb.inv_freq")} - ignored
+    found = {n for n in stored if not n.endswith("rotary_emb.inv_freq")}
+    if config.tied and {"lm_head.weight", "model.embed_tokens.weight"} <= found:
+        _check_tie(stored, config.vocab_size)
+        found.remove("lm_head.weight")  # some tied checkpoints ship a copy
     wrong = [f"missing {n}" for n in sorted(expected.keys() - found)]
     wrong += [f"unexpected {n}" for n in sorted(found - expected.keys())]
     wrong += [f"{n} has shape {stored[n][1]}, config.json says {expected[n]}"
@@ -1796,32 +1868,55 @@ def local_rows(p):
 
 
 def list_tensors(directory):
-    """The folder's tensors: name -> (path of its file, shape)."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
+    """The folder's tensors: name -> (path of its file, shape).
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one, for tensors that are
+    no plain floats (a quantised checkpoint), and for an index beside a whole model.safetensors,
+    whose weights may be others.
+    """
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.exists() and index.exists():
+        raise ValueError(f"{whole} has {index.name} beside it, which lists shards; transformers "
+                         f"reads {whole.name} only: move away the one that is not meant")
+    if whole.exists():
+        weight_map, files = {}, {whole.name}
+    elif index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: there is no weight_map object; copy the file again")
-        files = sorted(set(weight_map.values()))
-        for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{index}: shard name {file!r} is not a plain *.safetensors name")
-    elif (directory / "model.safetensors").exists():
-        weight_map, files = {}, ["model.safetensors"]
+        files = set(weight_map.values())
     else:
         pickles = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth")]
         raise FileNotFoundError(f"{directory} holds no model.safetensors" + (
             f"; {pickles[0]} is a pickle, which can run code and is never read: convert it to "
             "safetensors" if pickles else " and no model.safetensors.index.json"))
     tensors = {}
-    for file in files:
+    for file in sorted(files):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: shard name {file!r} is not a plain *.safetensors name")
         with _open_shard(directory / file) as f:
             for name in f.keys():
-                tensors[name] = (directory / file, tuple(f.get_slice(name).get_shape()))
+                tensor = f.get_slice(name)
+                if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{directory / file}: {name} is {tensor.get_dtype()}, and only"
+                                     " plain floats are read: this looks like a quantised "
+                                     "checkpoint; fetch the original, or dequantise and save it")
+                tensors[name] = (directory / file, tuple(tensor.get_shape()))
     for name, file in weight_map.items():
         if name not in tensors or tensors[name][0].name != file:
             raise ValueError(f"{directory / file}: tensor {name} of {index.name} is missing")
     return tensors
+
+
+def _check_tie(stored, rows, step=4096):
+    """Refuse a tied lm_head that the files hold with other values: transformers would use it."""
+    names = "lm_head.weight", "model.embed_tokens.weight"
+    for a in range(0, rows, step):
+        head, embedding = (_read_rows(stored[n][0], n, a, min(a + step, rows)) for n in names)
+        if head.shape != embedding.shape or (head != embedding).any():
+            raise ValueError(f"{stored[names[0]][0]}: {names[0]} and {names[1]} differ, though "
+                             "config.json says tie_word_embeddings: set it to false there to use "
+                             "both, as transformers does, or drop lm_head.weight")
 
 
 def _open_shard(path):
@@ -1842,17 +1937,17 @@ def _read_rows(path, name, start, stop):
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json", "chat_template.jinja", "vocab.txt")
+                   "generation_config.json", "chat_template.jinja", "chat_template.json",
+                   "vocab.txt")
 
 
 def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     """Write config.json, *.safetensors (+ index) and the source folder's tokenizer files.
 
-    extra: dict of more JSON files, name -> value.
-
-    The folder appears complete or not at all: it is written as "<directory>.tmp" and renamed.
-    Tensors keep their dtype. Raises ValueError if `directory` exists and is not empty (nothing is
-    ever overwritten) or the model has no `source` folder to take the small files from.
+    extra: dict of more JSON files, name -> value. The folder appears complete or not at all: it is
+    written as "<directory>.tmp" and renamed. Tensors keep their dtype. Raises ValueError if
+    `directory` exists and is not empty (nothing is ever overwritten) or the model has no `source`
+    folder to take the small files from.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -1869,8 +1964,7 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
         if path.name in TOKENIZER_FILES:
             shutil.copy(path, tmp)
     for name, value in {"config.json": config, **dict(extra)}.items():
-        (tmp / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
+        write_json(tmp / name, value)
     _write_tensors(dict(model.named_parameters()), tmp, max_shard_bytes)
     if directory.exists():
         directory.rmdir()
@@ -1879,12 +1973,16 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
 
 def save_tensors(tensors, path):
     """Tensors by name -> one synced *.safetensors; OSError if the disk is full or fails."""
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode  # what the umask says; safetensors makes files that none else reads
     try:
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path,
                   metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error}): free some space; what was saved before "
                       "is whole") from None
+    path.chmod(mode)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
@@ -1903,13 +2001,13 @@ def _write_tensors(tensors, folder, max_shard_bytes):
     for file, shard in zip(files, shards):  # one shard at a time leaves the accelerator
         save_tensors(shard, folder / file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
-                 "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
+            "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}})
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. Tokenizer: byte-level BPE read from tokenizer.json and run by tiktoken; chat formats
+# 9. Tokenizer: byte-level BPE read from tokenizer.json and run by tiktoken; chat templates
 # ----------------------------------------------------------------------------------------------
 # Ids equal those of the `tokenizers` library when three things agree: the added tokens (such as
 # <|eot_id|>) are cut out first, the same regex cuts the rest into pieces, and the same merges
@@ -1998,58 +2096,6 @@ def _bpe_ranks(model, added):
     return ranks, id_of_rank
 
 
-@dataclasses.dataclass(frozen=True)
-class ChatFormat:
-    """How one family writes a conversation; "{}" in the header is the role."""
-    evidence: tuple      # a folder has this format if its chat template contains all of these
-    header: str
-    user_end: str        # closes a system or user turn
-    assistant_end: str   # closes an assistant's turn: a stop token, perhaps a newline
-    last_end: str        # the same where that turn ends the conversation
-    start: str = ""
-    system: str | None = None  # the system prompt of a conversation that brings none
-    dates: str = ""      # Llama: these lines open the system prompt, and contents are stripped
-
-
-_CHATML = ChatFormat(  # Qwen2.5, SmolLM2: the default system prompt is read from the template
-    ("'<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n'",),
-    "<|im_start|>{}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>\n")
-_LLAMA3 = ChatFormat(  # 3.1, 3.2 and 3.3
-    ("Cutting Knowledge Date: December 2023\n", "message.content | trim + '<|eot_id|>'"),
-    "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>",
-    start="<|begin_of_text|>", system="",
-    dates="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n")
-_OLMO2 = ChatFormat(  # the role marks are plain text
-    ("{{ bos_token }}", "'<|user|>\n' + message.content + '\n'", "message.content + eos_token"),
-    "<|{}|>\n", "\n", "<|endoftext|>\n", "<|endoftext|>", start="<|endoftext|>")
-_OLMO3_SYSTEM = ("You are a helpful function-calling AI assistant. ",
-                 "You do not currently have access to any functions. <functions></functions>")
-_OLMO3 = dataclasses.replace(_CHATML, evidence=_OLMO3_SYSTEM, system="".join(_OLMO3_SYSTEM),
-                             last_end="<|endoftext|>")
-
-
-def _find_chat_format(template, added):
-    """The ChatFormat that a chat template (Jinja) stands for, or None."""
-    # Templates spell a newline and a message's field in either of two ways: make it one.
-    template = re.sub(r"""\[['"](\w+)['"]\]""", r".\1", template).replace("\\n", "\n")
-    form = next((f for f in (_LLAMA3, _OLMO2, _OLMO3, _CHATML)
-                 if all(text in template for text in f.evidence)), None)
-    # A template that knows <think> (Qwen3, Olmo 3 Think) rewrites earlier turns.
-    if form is None or "think" in template:
-        return None
-    if form is _CHATML and "system" in template:
-        default = re.search(r"""<\|im_start\|>system\n([^'"{}\\]+)<\|im_end\|>""", template)
-        if default is None:
-            return None
-        form = dataclasses.replace(form, system=default[1])
-    if form is _LLAMA3 and "strftime_now" in template:
-        # Llama 3.2 writes the day it is: render training data once and keep it.
-        form = dataclasses.replace(
-            form, dates=form.dates.replace("26 Jul 2024", time.strftime("%d %b %Y")))
-    marks = re.findall(r"<\|\w+\|>", form.start + form.user_end + form.last_end)
-    return form if added.keys() >= set(marks) else None
-
-
 # Tokenizers of sequences need no merges: a pattern cuts the pieces, and each is looked up whole.
 # A folder names one as "tokenizer_class" in tokenizer_config.json, beside bos_token and eos_token,
 # and lists its tokens in vocab.txt, one a line, its number (from 0) the id, empty lines unused.
@@ -2062,41 +2108,181 @@ _SEQUENCES = {
     "smiles": SMILES_PIECES}
 
 
-class Tokenizer:
-    """Text to token ids and back, as the files of a Hugging Face folder say.
+def _one_of(texts):
+    """A regex that finds the longest of some literal texts; (?!) never matches."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
-    Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where present. Takes
+
+class Tokenizer:
+    """Text to token ids and back, and conversations to text, as a Hugging Face folder's files say.
+
+    Reads tokenizer.json, and tokenizer_config.json and a chat template where present. Takes
     about 10 microseconds for each token of the vocabulary (_bpe_ranks). If tokenizer_config.json
     names a tokenizer of sequences (`_SEQUENCES`: bytes, k-mers, SMILES), that one instead.
 
     Attributes: vocab_size (1 + the highest id; an embedding may have more rows), bos_id (None if
-    the family has none), adds_bos (encode's default), added (added token -> id), separator_id
-    (config.json's: the token between the sequences of a family, or None).
+    the family has none), adds_bos (encode's default), added (added token -> id), special (the ids
+    of those flagged so), separator_id (config.json's: the token between the sequences of a family,
+    or None), chat_templates (name -> Jinja text; empty if the folder has none).
 
     Raises FileNotFoundError, or ValueError naming the file and what is not supported.
     """
 
     def __init__(self, directory):
-        config = Path(directory, "config.json")
-        self.separator_id = read_json(config).get("separator_id") if config.exists() else None
-        self.path = os.path.join(directory, "tokenizer.json")
-        if self._read_sequences(directory):
-            return
-        if not os.path.isfile(self.path):
-            raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
-                                    "(tokenizer.model, SentencePiece, is not supported; for bytes, "
-                                    "k-mers and SMILES see README, \"Sequences\")")
+        folder = Path(directory)
+        self.separator_id = read_json(folder / "config.json", {}).get("separator_id")
+        config = read_json(folder / "tokenizer_config.json", {})
+        # A mark such as "bos_token" is a string, or an object with its text as "content".
+        self._marks = {name: x["content"] if isinstance(x, dict) else x
+                       for name, x in config.items()
+                       if name.endswith("_token") and isinstance(x, (str, dict))}
+        self.chat_templates = _read_chat_templates(folder, config)
+        kind = config.get("tokenizer_class")
+        file = folder / ("tokenizer.json" if kind not in _SEQUENCES else
+                         "tokenizer_config.json" if kind == "bytes" else "vocab.txt")
+        self.path = str(file)
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: copy it from the teacher's folder "
+                                    "(tokenizer.model, SentencePiece, is not supported; bytes, "
+                                    "k-mers and SMILES: see README, \"Sequences\")")
+        self._nfc, self._pieces, self.special, normalised = False, None, set(), ()
         try:
-            with open(self.path, encoding="utf-8") as file:
-                spec = json.load(file)
-            self._read_added_tokens(spec)
-            self._read_bpe(spec)
-            self._read_bos_and_template(spec, directory)
-        except ValueError as error:  # JSON and UTF-8 errors among them
-            raise ValueError(f"{self.path}: {error}") from error
+            if kind in _SEQUENCES:
+                pattern, ranks = self._read_sequences(file, kind)
+            else:
+                spec = read_json(file)
+                normalised = [t["content"] for t in spec["added_tokens"] if t["normalized"]]
+                pattern, ranks = self._read_bpe(spec)
+            self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens={})
+            self._check_pattern(pattern)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch "
-                             "the folder again") from error
+            raise ValueError(f"{file} is damaged, or no byte-level BPE ({error!r}): fetch the "
+                             "folder again") from error
+        self._bytes |= {i: token.encode() for token, i in self.added.items()}
+        self.vocab_size = 1 + max(self._bytes)
+        # `tokenizers` first cuts the tokens that are "normalized": false out of the raw text, then
+        # the others, in normalised spelling, out of what is left once that is normalised too.
+        respelt = {self._normalise(token): self.added[token] for token in normalised}
+        self._cuts = _one_of(self.added.keys() - set(normalised)), _one_of(respelt)
+        self._id_of = {**respelt, **self.added}
+
+    def _read_sequences(self, file, kind):
+        """Set up a tokenizer of sequences -> (pattern, tiktoken's table: here a rank is an id)."""
+        marks = [self._marks.get("bos_token") or "<s>", self._marks.get("eos_token") or "</s>"]
+        pattern, table = _SEQUENCES[kind], {bytes([b]): b for b in range(256)}
+        self.added = dict(zip(marks, (256, 257)))
+        if kind != "bytes":
+            lines = file.read_text(encoding="utf-8").splitlines()
+            tokens = {token: i for i, token in enumerate(lines) if token}
+            k = max((len(t) for t in tokens if re.fullmatch("[ACGT]+", t)), default=1)
+            pattern = pattern.replace("K", str(k))
+            table = {t.encode(): i for t, i in tokens.items()
+                     if t not in marks and re.fullmatch(pattern, t)}
+            self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
+            if not table:
+                raise ValueError(f"none of its {len(tokens)} lines is a token of {pattern!r}")
+            self._pieces = re.compile(pattern)
+        self.special = set(self.added.values())
+        self._id_of_rank = {i: i for i in table.values()}
+        self._bytes = {i: token for token, i in table.items()}
+        self.bos_id = self.added.get(marks[0])
+        self.adds_bos = self.bos_id is not None
+        return pattern, table
+
+    def _read_bpe(self, spec):
+        """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table)."""
+        model, normalizer = spec["model"], spec["normalizer"]
+        for token in spec["added_tokens"]:
+            if token["lstrip"] or token["rstrip"] or token["single_word"]:
+                raise ValueError(f"lstrip, rstrip, single_word are not supported: {token}")
+        self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        self.special = {token["id"] for token in spec["added_tokens"] if token["special"]}
+        if any(step["type"] != "NFC" for step in _steps(normalizer, "normalizers")):
+            raise ValueError(f"normalizer {normalizer} is not supported, only NFC or null")
+        self._nfc = bool(_steps(normalizer, "normalizers"))
+        for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                raise ValueError(f"model.{key} = {model[key]!r} is not supported")
+        ranks, self._id_of_rank = _bpe_ranks(model, self.added)
+        if model.get("unk_token") and not self._id_of_rank.keys() >= set(range(256)):
+            raise ValueError("model.unk_token is not supported where the vocabulary lacks bytes")
+        self._bytes = {i: bytes(_BYTE_OF[c] for c in token)
+                       for token, i in model["vocab"].items() if token not in self.added}
+        self._read_bos(spec["post_processor"])
+        return _piece_pattern(spec["pre_tokenizer"]), ranks
+
+    def _read_bos(self, post_processor):
+        """Whether encode puts BOS in front, and which token that is."""
+        self.bos_id, self.adds_bos = self.added.get(self._marks.get("bos_token")), False
+        for step in _steps(post_processor, "processors"):
+            match step:
+                case {"type": "TemplateProcessing",
+                      "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
+                    self.adds_bos, [self.bos_id] = True, step["special_tokens"][name]["ids"]
+                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+                    pass
+                case {"type": "ByteLevel"}:  # moves offsets only
+                    pass
+                case _:
+                    raise ValueError(f"post_processor {json.dumps(step)} is not supported")
+
+    def _check_pattern(self, pattern):
+        """tiktoken loses what lies between matches: a pattern that matches a character of every
+        Unicode category by itself leaves nothing there. (Sequences refuse in `_encode_text`.)
+        """
+        for char in {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values():
+            if not self._pieces and not self._bpe.encode_ordinary(char):
+                raise ValueError(f"its pattern {pattern!r} does not match {char!r}")
+
+    def _normalise(self, text):
+        return unicodedata.normalize("NFC", text) if self._nfc else text
+
+    def _cut(self, text, cut, specials):
+        """Cut added tokens out: yield (the text before one, its id), at last (the rest, None)."""
+        start = 0
+        for found in cut.finditer(text):
+            i = self._id_of[found[0]]
+            if specials or i not in self.special:
+                yield text[start:found.start()], i
+                start = found.end()
+        yield text[start:], None
+
+    def _encode_text(self, text):
+        """Ids of normalised text without added tokens."""
+        for piece in self._pieces.finditer(text) if self._pieces else ():
+            if piece[0].encode() not in self._ranks:  # tiktoken would panic
+                raise ValueError(f"{self.path} has no token {piece[0]!r} (character "
+                                 f"{piece.start()} of a text of {len(text)}): clean the text; "
+                                 "k-mers also need a length that k divides, unless the single "
+                                 "letters are tokens")
+        cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
+                if len(run[0]) == _LONGEST_SPACE]
+        return [self._id_of_rank[rank]
+                for start, end in zip([0, *cuts], [*cuts, len(text)])
+                for rank in self._bpe.encode_ordinary(text[start:end])
+                if rank in self._id_of_rank]
+
+    def encode(self, text, *, bos=None, specials=True):
+        """Token ids of a str, as a list.
+
+        bos: whether bos_id stands first; None does as the folder's post-processor says. A
+        rendered chat brings its own: pass False.
+        specials: whether special tokens written in the text are parsed. Pass False for text of
+        strangers, in which "<|eot_id|>" must remain ten ordinary characters. Added tokens that
+        the folder does not flag as special ("[MOL]", Qwen's "<tool_call>") always are.
+        """
+        bos = self.adds_bos if bos is None else bos
+        if bos and self.bos_id is None:
+            raise ValueError(f"{self.path}: bos=True, but this tokenizer has no BOS token")
+        ids, (raw, normalised) = [self.bos_id if bos else None], self._cuts
+        for stretch, token in self._cut(text, raw, specials):
+            for part, inner in self._cut(self._normalise(stretch), normalised, specials):
+                ids += [*self._encode_text(part), inner]
+            ids.append(token)
+        return [i for i in ids if i is not None]  # None: no token stood there
 
     def encode_member(self, text):
         """Ids of one sequence of a family, the separator behind it.
@@ -2112,195 +2298,184 @@ class Tokenizer:
                              f"{self.separator_id}")
         return ids + [self.separator_id]
 
-    def _read_sequences(self, directory):
-        """Set up a tokenizer of sequences; False if the folder's files name none."""
-        path = Path(directory) / "tokenizer_config.json"
-        config = read_json(path) if path.exists() else {}
-        pattern = _SEQUENCES.get(config.get("tokenizer_class"))
-        if pattern is None:
-            return False
-        marks = [config.get("bos_token") or "<s>", config.get("eos_token") or "</s>"]
-        marks = [m["content"] if isinstance(m, dict) else m for m in marks]
-        if config["tokenizer_class"] == "bytes":
-            table = {bytes([b]): b for b in range(256)}
-            self.path, self.added = str(path), {marks[0]: 256, marks[1]: 257}
-        else:
-            self.path = str(path.with_name("vocab.txt"))
-            if not os.path.isfile(self.path):
-                raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's "
-                                        "folder, or write one token a line, in order of their ids")
-            lines = Path(self.path).read_text(encoding="utf-8").splitlines()
-            tokens = {token: i for i, token in enumerate(lines) if token}
-            k = max((len(t) for t in tokens if re.fullmatch("[ACGT]+", t)), default=1)
-            pattern = pattern.replace("K", str(k))
-            table = {t.encode(): i for t, i in tokens.items()
-                     if t not in marks and re.fullmatch(pattern, t)}
-            self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
-            if not table:
-                raise ValueError(f"{self.path}: none of its {len(tokens)} lines is a token of "
-                                 f"{pattern!r}")
-        self._nfc, self.chat_format = False, None
-        self._pieces = None if config["tokenizer_class"] == "bytes" else re.compile(pattern)
-        self._table, self._id_of_rank = table, {i: i for i in table.values()}
-        self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=table,
-                                      special_tokens={})
-        self._bytes = {i: token for token, i in table.items()}
-        self._bytes |= {i: token.encode() for token, i in self.added.items()}
-        self.vocab_size = 1 + max(self._bytes)
-        self.bos_id = self.added.get(marks[0])
-        self.adds_bos = self.bos_id is not None
-        self._set_cut()
-        return True
-
-    def _check_pieces(self, text):
-        """Refuse text with a piece that is no token: tiktoken would panic."""
-        for piece in self._pieces.finditer(text):
-            if piece[0].encode() not in self._table:
-                raise ValueError(f"{self.path} has no token {piece[0]!r} (character "
-                                 f"{piece.start()} of a text of {len(text)}): clean the text; "
-                                 "k-mers also need a length that k divides, unless the single "
-                                 "letters are tokens")
-
-    def _read_added_tokens(self, spec):
-        for token in spec["added_tokens"]:
-            if token["lstrip"] or token["rstrip"] or token["single_word"]:
-                raise ValueError(f"lstrip, rstrip, single_word are not supported: {token}")
-        self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        self._set_cut()
-
-    def _set_cut(self):
-        # One alternation over the raw text, longest first, lest a token hide a longer one.
-        # The group makes re.split return the tokens too; (?!), if there are none, never matches.
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self._cut = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
-
-    def _read_bpe(self, spec):
-        model, normalizer, self._pieces = spec["model"], spec["normalizer"], None
-        if any(step["type"] != "NFC" for step in _steps(normalizer, "normalizers")):
-            raise ValueError(f"normalizer {normalizer} is not supported, only NFC or null")
-        self._nfc = bool(_steps(normalizer, "normalizers"))
-        pattern = _piece_pattern(spec["pre_tokenizer"])
-        for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(key):
-                raise ValueError(f"model.{key} = {model[key]!r} is not supported")
-        ranks, self._id_of_rank = _bpe_ranks(model, self.added)
-        if model.get("unk_token") and not self._id_of_rank.keys() >= set(range(256)):
-            raise ValueError("model.unk_token is not supported where the vocabulary lacks bytes")
-        self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
-                                      special_tokens={})
-        # tiktoken loses what lies between matches. A pattern that matches a character of every
-        # Unicode category by itself leaves nothing there.
-        for char in {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values():
-            if not self._bpe.encode_ordinary(char):
-                raise ValueError(f"its pattern {pattern!r} does not match {char!r}")
-        self._bytes = {i: bytes(_BYTE_OF[c] for c in token)
-                       for token, i in model["vocab"].items() if token not in self.added}
-        self._bytes |= {i: token.encode() for token, i in self.added.items()}
-        self.vocab_size = 1 + max(self._bytes)
-
-    def _read_bos_and_template(self, spec, directory):
-        def read(name):
-            path = os.path.join(directory, name)
-            if not os.path.isfile(path):
-                return ""
-            with open(path, encoding="utf-8") as file:
-                return file.read()
-
-        try:
-            config = json.loads(read("tokenizer_config.json") or "{}")
-        except ValueError as error:
-            raise ValueError(f"tokenizer_config.json beside it is damaged ({error})") from error
-        bos = config.get("bos_token")
-        self.bos_id = self.added.get(bos["content"] if isinstance(bos, dict) else bos)
-        self.adds_bos = False
-        for step in _steps(spec["post_processor"], "processors"):
-            match step:
-                case {"type": "TemplateProcessing",
-                      "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
-                    self.adds_bos, [self.bos_id] = True, step["special_tokens"][name]["ids"]
-                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
-                    pass
-                case {"type": "ByteLevel"}:  # moves offsets only
-                    pass
-                case _:
-                    raise ValueError(f"post_processor {json.dumps(step)} is not supported")
-        template = read("chat_template.jinja") or config.get("chat_template") or ""
-        if isinstance(template, list):  # several, by name
-            template = {t["name"]: t["template"] for t in template}.get("default", "")
-        self.chat_format = _find_chat_format(template, self.added)
-
-    def _encode_text(self, text):
-        """Ids of text without added tokens."""
-        if self._pieces is not None:
-            self._check_pieces(text)
-        if self._nfc:  # about 100 rare marks differ: Unicode versions do
-            text = unicodedata.normalize("NFC", text)
-        cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
-                if len(run[0]) == _LONGEST_SPACE]
-        return [self._id_of_rank[rank]
-                for start, end in zip([0, *cuts], [*cuts, len(text)])
-                for rank in self._bpe.encode_ordinary(text[start:end])
-                if rank in self._id_of_rank]
-
-    def encode(self, text, *, bos=None, specials=True):
-        """Token ids of a str, as a list.
-
-        bos: whether bos_id stands first; None does as the folder's post-processor says. A
-        rendered chat brings its own: pass False.
-        specials: whether added tokens written in the text are parsed. Pass False for text of
-        strangers, in which "<|eot_id|>" must remain ten ordinary characters.
-        """
-        bos = self.adds_bos if bos is None else bos
-        if bos and self.bos_id is None:
-            raise ValueError(f"{self.path}: bos=True, but this tokenizer has no BOS token")
-        ids = [self.bos_id] if bos else []
-        for i, part in enumerate(self._cut.split(text) if specials else [text]):
-            ids += [self.added[part]] if i % 2 else self._encode_text(part)
-        return ids
-
     def decode(self, ids):
         """The tokens' bytes as text, broken UTF-8 as U+FFFD; ids of padding rows give nothing."""
         return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", "replace")
 
-    def render_chat_parts(self, messages):
-        """A conversation as [(text, is_assistant), ...]; the texts join to render_chat(...,
-        generation_prompt=False). An assistant's part is its content and stop token.
-
-        Training encodes the parts one by one (bos=False), so that an answer's tokens start where
-        generation starts, and takes its loss on the assistant's.
-
-        messages: [{"role": "system" | "user" | "assistant", "content": str}, ...]; a system
-        message comes first or not at all. ValueError otherwise, or if the format is unknown.
+    def decode_stream(self, ids):
+        """Yield the text of ids one by one, "" where a character is not yet complete: the texts
+        join to `decode(ids)`.
         """
-        form = self.chat_format
-        if form is None:
-            raise ValueError(f"{os.path.dirname(self.path)}: no chat template, or an unknown one "
-                             "(known: Llama 3.1 to 3.3, Qwen2.5, OLMo 2, Olmo 3 Instruct, SmolLM2; "
-                             "not Qwen3 and Olmo 3 Think, whose templates rewrite earlier turns)")
-        roles = [message["role"] for message in messages]
-        if not re.fullmatch("(system )?((user|assistant) )*", " ".join([*roles, ""])) or not roles:
-            raise ValueError(f"roles must be system (or not), then user and assistant: {roles}")
-        if roles[0] != "system" and form.system is not None:
-            messages = [{"role": "system", "content": form.system}, *messages]
-        parts, text = [], form.start  # text: what the assistant did not say, up to its next turn
-        for i, message in enumerate(messages, start=1):
-            role, content = message["role"], message["content"]
-            content = content.strip() if form.dates else content
-            text += form.header.format(role)
-            if role == "assistant":
-                end = form.last_end if i == len(messages) else form.assistant_end
-                stop = end.rstrip("\n")
-                parts += [(text, False), (content + stop, True)]
-                text = end[len(stop):]
-            else:
-                text += (form.dates if role == "system" else "") + content + form.user_end
-        return parts + [(text, False)] * bool(text)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            yield decoder.decode(self._bytes.get(int(i), b""))
+        yield decoder.decode(b"", final=True)
 
-    def render_chat(self, messages, *, generation_prompt=True):
-        """The conversation as the teacher's chat template writes it; see render_chat_parts.
-        generation_prompt: end with the header of the assistant's next turn."""
-        text = "".join(text for text, _ in self.render_chat_parts(messages))
-        return text + (self.chat_format.header.format("assistant") if generation_prompt else "")
+    def render_chat(self, messages, *, tools=None, generation_prompt=True):
+        """A conversation as the folder's chat template writes it (transformers' text, to a byte).
+
+        messages: [{"role": str, ...}, ...]. All of a message, its content as a string or a list of
+        parts, tool_calls, reasoning_content, goes to the template, and so does tools, a list of
+        objects or None: the template decides. generation_prompt: end with the header of the
+        assistant's next turn. Raises ValueError if the folder has no template, the messages are no
+        such list, or the template refuses them (with its own words).
+        """
+        return self._render(messages, tools, generation_prompt)
+
+    def _render(self, messages, tools, generation_prompt, marks=("", "")):
+        folder = os.path.dirname(self.path)
+        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        if name not in self.chat_templates:
+            raise ValueError(f"{folder} has no chat template: copy chat_template.jinja or "
+                             "tokenizer_config.json from the instruct model, or use plain text")
+        for what, x in (("messages", messages), ("tools", tools or [])):
+            if not isinstance(x, list) or not all(isinstance(item, dict) for item in x):
+                raise ValueError(f"{what} must be a list of objects, not {str(x)[:40]!r}")
+        if not messages or not all(isinstance(m.get("role"), str) for m in messages):
+            raise ValueError('messages must be at least one, each with a "role"')
+        # A key of value null is a key that is not there, as in transformers.
+        messages = [{k: x for k, x in m.items() if x is not None} for m in messages]
+        try:
+            return _compile_template(self.chat_templates[name]).render(
+                **self._marks, messages=messages, tools=tools or None, documents=None,
+                add_generation_prompt=generation_prompt, generation_marks=marks)
+        except Exception as error:  # a template is a program of strangers: anything may come
+            raise ValueError(f"the chat template of {folder} refuses this conversation: "
+                             + " ".join(str(error).split())) from None
+
+    def render_chat_parts(self, messages, *, tools=None):
+        """A conversation cut into what is learnt and what is given: (parts, skipped).
+
+        parts: [(text, learnt), ...], which join to render_chat(..., generation_prompt=False).
+        Learnt is what an assistant's turn holds behind its header up to its stop token: encoded
+        part by part (bos=False), an answer starts where generation starts. A turn with "train":
+        false or "weight": 0 is not learnt. skipped: turns that cannot be, because the template
+        writes them differently once others follow (Qwen3 drops earlier thinking).
+
+        messages, tools, errors: as `render_chat`; and ValueError if no turn that is to be learnt
+        can be found in the text, or a tool call or the tools are not in it.
+        """
+        text = self._render(messages, tools, False)
+        if tools and self._render(messages, None, False) == text:
+            raise ValueError("the chat template does not write the tools: leave them out")
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        wanted = [i for i in turns if _is_learnt(messages[i])]
+        spans = self._turn_spans(text, messages, tools, turns)
+        found = [(i, spans[i]) for i in wanted if spans[i]]
+        if wanted and not found:
+            raise ValueError(f"none of the assistant's {len(wanted)} turns can be found as it "
+                             "was generated: the chat template rewrites or omits them")
+        parts, done = [], 0
+        for i, (start, end) in found:
+            for call in messages[i].get("tool_calls") or ():
+                if call.get("function", call).get("name", "") not in text[start:end]:
+                    raise ValueError(f"the chat template does not write the tool call {call}")
+            parts += [(text[done:start], False), (text[start:end], True)]
+            done = end
+        parts.append((text[done:], False))
+        return [part for part in parts if part[0]], len(wanted) - len(found)
+
+    def _turn_spans(self, text, messages, tools, turns):
+        """Turn -> the (start, end) in text of what the assistant said there, or None.
+
+        A template with {% generation %} blocks says it itself. Of the others it is known by
+        rendering less of the conversation (`_turn_span`).
+        """
+        if not any("endgeneration" in t for t in self.chat_templates.values()):
+            return {i: self._turn_span(text, messages, tools, i) for i in turns}
+        marked = self._render(messages, tools, False, marks=_MARKS)
+        pieces = re.split("|".join(_MARKS), marked)  # outside, inside, outside, ...
+        if "".join(pieces) != text or len(pieces) // 2 != len(turns):
+            raise ValueError(f"the chat template has {len(pieces) // 2} generation blocks for "
+                             f"{len(turns)} assistant turns: which is whose is not known")
+        ends = [*itertools.accumulate(map(len, pieces))]
+        return dict(zip(turns, zip(ends[0::2], ends[1::2])))
+
+    def _turn_span(self, text, messages, tools, i):
+        """It starts behind what stands before it with the generation prompt, and ends with its stop
+        token where the conversation up to it ends (spaces may follow: "<|im_end|>\\n"). None where
+        text, the whole conversation, does not begin with these.
+        """
+        specials = tuple(t for t in self.added if self.added[t] in self.special)
+        if i == 0:  # nothing to render before it, so: the header, as it would stand at the end
+            header = self._render(messages, tools, True).removeprefix(text)
+            prompt = header and text[:text.find(header) + len(header)]
+        else:
+            prompt = self._render(messages[:i], tools, True)
+        turn = self._render(messages[:i + 1], tools, False)
+        if not prompt or not text.startswith(prompt):
+            return None
+        start, end, body = len(prompt), 0, turn.rstrip()
+        if text.startswith(turn):
+            end = len(body) if body.endswith(specials) else len(turn)
+        elif turn.startswith(prompt):  # Olmo 3's last turn has another stop token than earlier ones
+            said = body[start:]
+            while stop := next((s for s in specials if said.endswith(s)), None):
+                said = said.removesuffix(stop).rstrip()
+            stop = re.compile(rf"\s*(?:{_one_of(specials).pattern})").match(text, start + len(said))
+            end = stop.end() if stop and text.startswith(said, start) else 0
+        return (start, end) if end > start else None
+
+
+def _is_learnt(message):
+    """Whether an assistant's message is to be learnt: its keys "train" and "weight" may say no."""
+    marks = [message[key] for key in ("train", "weight") if message.get(key) is not None]
+    if not set(marks) <= {0, 1}:  # True and False among them
+        raise ValueError(f'"train" and "weight" of a message must be true, false, 1 or 0: {marks}')
+    return all(marks)
+
+
+_MARKS = "\ufdd0", "\ufdd1"  # Unicode keeps these two for a program's own use: no text has them
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}: its text between the marks of `_render`."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        call = self.call_method("mark", [jinja2.nodes.Name("generation_marks", "load")])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def mark(self, marks, caller):
+        return marks[0] + caller() + marks[1]
+
+
+@functools.cache
+def _compile_template(source):
+    """A chat template in the sandbox, and with the functions, that transformers gives it."""
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)  # jinja's own escapes HTML
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = tojson
+    sandbox.globals["raise_exception"] = raise_exception
+    # Llama 3.2 writes the day it is: render training data once and keep it.
+    sandbox.globals["strftime_now"] = time.strftime
+    return sandbox.from_string(source)
+
+
+def _read_chat_templates(folder, config):
+    """The folder's chat templates: name -> text. Its files have kept them in three places."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return {"default": file.read_text(encoding="utf-8")}
+    template = config.get("chat_template") or read_json(
+        folder / "chat_template.json", {}).get("chat_template") or []
+    if isinstance(template, str):
+        return {"default": template}
+    try:
+        return {t["name"]: t["template"] for t in template}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: chat_template is neither a text nor a list of objects with "
+                         f"name and template ({error!r})") from None
 
 
 _COMPLEMENT = str.maketrans("ACGTRYKMBDHVacgtrykmbdhv", "TGCAYRMKVHDBtgcayrmkvhdb")
@@ -2325,10 +2500,96 @@ def load_with_tokenizer(directory, *, device="cpu", dtype="auto"):
     tokenizer has more ids than the embedding has rows.
     """
     if dtype == "auto":
-        dtype = torch.float32 if torch.device(device).type == "cpu" else None
+        dtype = torch.float32 if str(device).startswith("cpu") else None
     model = load_pretrained(directory, device=device, dtype=dtype)
     tokenizer = Tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:  # fewer is fine: padding rows
-        raise ValueError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, the "
-                         f"embedding {model.config.vocab_size} rows; they are not of one model")
+        raise ValueError(f"{tokenizer.path} has {tokenizer.vocab_size} ids, the embedding "
+                         f"{model.config.vocab_size} rows; they are not of one model")
     return model, tokenizer
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. Talk to it: python model.py DIR
+# ----------------------------------------------------------------------------------------------
+
+
+def _enlarge(model, cache, length):
+    """A cache for `length` tokens that remembers what `cache` does; None: nothing."""
+    larger = Cache(model, 1, length)
+    for new, old in zip(larger.tensors(), cache.tensors() if cache else ()):
+        new[tuple(map(slice, old.shape))] = old  # a teacher's buffers grow, a student's never do
+    return larger
+
+
+def chat(model, tokenizer, prompts, run):
+    """Answer each prompt; the conversation stays in the cache, so that nothing is read twice."""
+    messages, text, held, count, cache = [], "", "", 0, None  # held: the text that cache has read
+    for prompt in prompts:
+        messages.append({"role": "user", "content": prompt})
+        text = text + prompt if run.raw else tokenizer.render_chat(messages)
+        if not text.startswith(held):
+            print("(the chat template rewrote what was said: all is read again)")
+            held, count, cache = "", 0, None
+        bos = None if run.raw and not held else False  # a chat template writes its own
+        ids = tokenizer.encode(text.removeprefix(held), bos=bos)
+        cache = _enlarge(model, cache, count + len(ids) + run.max_new_tokens)
+        new, said, times = [], "", [time.perf_counter()]
+        steps = stream(model, torch.tensor([ids], device=run.device), cache=cache, seed=run.seed,
+                       max_new_tokens=run.max_new_tokens, temperature=run.temperature,
+                       top_p=run.top_p)
+
+        def spoken():
+            for step in steps:
+                new.append(int(step))
+                times.append(time.perf_counter())
+                if new[-1] not in model.config.eos_ids:
+                    yield new[-1]
+
+        for piece in tokenizer.decode_stream(spoken()):
+            said += piece
+            print(piece, end="", flush=True)
+        # The last token was never given back to the model: the cache has not read it.
+        held, count = text + tokenizer.decode(new[:-1]), count + len(ids) + len(new) - 1
+        text += said
+        messages.append({"role": "assistant", "content": said})
+        size, first = sum(x.nbytes for x in cache.tensors()), times[1] - times[0]
+        rate = (len(new) - 1) / (times[-1] - times[1]) if len(new) > 1 else 1 / first
+        print(f"\n[{len(ids)} tokens read in {first:.2f} s, {len(new)} written, {rate:,.1f} a "
+              f"second; cache {size / 1e6:,.1f} MB for {count} tokens]")
+
+
+def main(argv=None):
+    """The command: options, and prompts from --prompt or line by line."""
+    parser = argparse.ArgumentParser(prog="python model.py", description="Talk to a teacher or a "
+                                     "student: a prompt a line, the end of input or ^C leaves.")
+    option = parser.add_argument
+    option("directory", help="folder with config.json, *.safetensors and tokenizer.json")
+    option("--prompt", help="answer this one and leave")
+    option("--raw", action="store_true", help="continue plain text, without the chat template")
+    option("--temperature", type=float, default=0.0, help="0: always the most likely token")
+    option("--top-p", type=float, default=1.0, help="sample from so much of the probability")
+    option("--max-new-tokens", type=int, default=256, help="an answer (default: 256)")
+    option("--seed", type=int, help="of the sampling")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run = parser.parse_args(argv)
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="replace")  # a terminal may not know every character
+    if run.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be at least 1")
+    try:
+        model, tokenizer = load_with_tokenizer(run.directory, device=run.device)
+        if not run.raw and not tokenizer.chat_templates:
+            print("(no chat template in this folder: plain continuation, as by --raw)")
+            run.raw = True
+        lines = iter(lambda: input("> " if sys.stdin.isatty() else ""), None)
+        chat(model, tokenizer, lines if run.prompt is None else [run.prompt], run)
+    except (EOFError, KeyboardInterrupt):
+        print()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
