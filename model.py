@@ -568,6 +568,8 @@ class Attention(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, D)).transpose(1, 2) for x in (q, k, v))
         if norm == "head":  # Qwen3
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.attention_multiplier:  # Granite: scores are q.k times this, not 1/sqrt(D)
+            q = q * (self.config.attention_multiplier * math.sqrt(D))
         return rotate(q, tables), rotate(k, tables), v
 
     def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
@@ -1428,7 +1430,7 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.is_olmo = config.is_olmo
+        self.is_olmo, self.scale = config.is_olmo, config.residual_multiplier
         mixer = MIXERS[config.hybrid.mixer] if config.hybrid else Attention
         self.self_attn, self.mlp = mixer(config, layer), MLP(config)
         names = ("post_attention_layernorm", "post_feedforward_layernorm") if self.is_olmo else (
@@ -1445,8 +1447,8 @@ class Block(nn.Module):
         if self.is_olmo:
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(x))
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x.add(y, alpha=self.scale)
+        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.scale)
 
     def run(self, x, tables, document_ids, cache):
         y = self.self_attn(self.attention_input(x), tables, document_ids=document_ids, cache=cache)
@@ -1492,7 +1494,9 @@ class Transformer(nn.Module):
 
         full = tables(c.rope)
         sliding = full if c.sliding_rope == c.rope else tables(c.sliding_rope)
-        return [full if window is None else sliding for window in c.layer_windows]
+        nope = tables(NOPE) if c.nope_layers else None
+        return [nope if i in c.nope_layers else full if window is None else sliding
+                for i, window in enumerate(c.layer_windows)]
 
     def positions(self, tokens, *, document_ids=None, cache=None):
         """The positions RoPE rotates tokens (B, T) by when none are given: (B or 1, T) int64.
@@ -1513,7 +1517,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens):
         """tokens (B, T) -> (B, T, hidden): what enters the first layer."""
-        x = self.model["embed_tokens"](tokens)
+        x = self.model["embed_tokens"](tokens) * self.config.embedding_multiplier
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
@@ -1537,7 +1541,7 @@ class Transformer(nn.Module):
             x = block(x, tables, document_ids=document_ids, cache=layer_cache)
         if cache is not None:
             cache.position.copy_(positions[:, -1:] + 1)
-        return self.model["norm"](x)
+        return self.model["norm"](x) / self.config.logits_scaling
 
     def forward(self, tokens, *, document_ids=None, positions=None, cache=None, head=F.linear):
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype.
