@@ -2401,9 +2401,10 @@ class Tokenizer:
         text, the whole conversation, does not begin with these.
         """
         specials = tuple(t for t in self.added if self.added[t] in self.special)
-        if i == 0:  # nothing to render before it, so: the header, as it would stand at the end
-            header = self._render(messages, tools, True).removeprefix(text)
-            prompt = header and text[:text.find(header) + len(header)]
+        if i == 0:  # nothing to render before it: the header, found by what it adds to the end
+            longer = self._render(messages, tools, True)
+            header = longer[len(os.path.commonprefix((text, longer))):]
+            prompt = header in text and text[:text.find(header) + len(header)]
         else:
             prompt = self._render(messages[:i], tools, True)
         turn = self._render(messages[:i + 1], tools, False)
