@@ -145,40 +145,37 @@ class ModelConfig:
         Raises FileNotFoundError when there is no config.json, ValueError naming the file and the
         setting when the family or a setting is one this file does not implement.
         """
-        directory = Path(directory)
-        path = directory / "config.json"
+        path, snapshots = Path(directory, "config.json"), [*Path(directory).glob("snapshots/*")]
         if not path.exists():
-            snapshots = sorted(directory.glob("snapshots/*/config.json"), key=os.path.getmtime)
-            name = directory if str(directory).count("/") == 1 else "ORG/NAME"
-            raise FileNotFoundError(f"{path} does not exist; name " + (
-                f"the snapshot inside: {snapshots[-1].parent}" if snapshots else
-                "a folder with a Hugging Face config.json, *.safetensors and tokenizer.json, such "
-                f"as this makes of a model on the hub: hf download {name} --local-dir DIR"))
+            raise FileNotFoundError(f"{path} does not exist; " + (
+                f"name the snapshot inside: {snapshots[0]}" if snapshots else
+                "name a folder, such as this makes: hf download org/name --local-dir DIR"))
         try:
             config = _parse_config(read_json(path), path)
-        except KeyError as missing:
-            raise ValueError(f"{path}: key {missing} is missing; copy the file again") from None
-        except (TypeError, AttributeError) as wrong:
-            raise ValueError(f"{path}: a setting has the wrong type ({wrong})") from None
-        # generation_config.json overrides config.json: instruct models stop at more ids.
-        generation = path.with_name("generation_config.json")
-        eos = _as_tuple(read_json(generation, {}).get("eos_token_id")) or config.eos_ids
-        for i in eos:  # -1 would never be sampled, 10**6 would index past the embedding
-            if not (isinstance(i, int) and 0 <= i < config.vocab_size):
-                raise ValueError(f"{path} or {generation.name}: eos_token_id {i!r} is no id of a "
-                                 f"vocabulary of {config.vocab_size}; correct it")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: a setting is missing or has the wrong type ({error!r})"
+                             ) from None
+        # generation_config.json overrides config.json: instruct models stop at more ids. An id
+        # below 0 would never be sampled, one above the vocabulary has no embedding.
+        generation = read_json(path.with_name("generation_config.json"), {})
+        eos = _as_tuple(generation.get("eos_token_id")) or config.eos_ids
+        if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in eos):
+            raise ValueError(f"{path} or generation_config.json: eos_token_id {eos} is outside the "
+                             f"vocabulary of {config.vocab_size}")
         return dataclasses.replace(config, eos_ids=eos)
 
 
 # What a family's config.json means where it is silent, if that is not what Llama's would mean.
 FAMILIES = {
-    "llama": {}, "granite": {},
+    "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"sliding_window": 4096}, "qwen3": {"sliding_window": 4096, "head_dim": 128},
     "olmo2": {"rms_norm_eps": 1e-5},
     "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
-    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True}}
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+    "granite": {"embedding_multiplier": 1.0, "residual_multiplier": 1.0,
+                "attention_multiplier": 1.0, "logits_scaling": 1.0}}
 
 
 def _parse_config(c, path):
@@ -188,112 +185,103 @@ def _parse_config(c, path):
         raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
                          + ", ".join(FAMILIES))
     c = {**FAMILIES[family], **c}
-    _check_config(c, path)
     layers, heads = c["num_hidden_layers"], c["num_attention_heads"]
-    nope = ()
-    if family == "smollm3":
-        every = c.get("no_rope_layer_interval", 4)
-        rotated = c.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]
-        nope = tuple(i for i in range(layers) if not rotated[i])  # its name lies: 1 means RoPE
-    rope, sliding_rope = _parse_rope(c, family, path)
+    c["num_key_value_heads"] = c.get("num_key_value_heads") or heads
+    _check_config(c, path)
+    rotated = c.get("no_rope_layers")  # 1 means RoPE, whatever the name says
+    if family == "smollm3" and not rotated:
+        rotated = [(i + 1) % c.get("no_rope_layer_interval", 4) for i in range(layers)]
+    nope = tuple(i for i in range(layers) if family == "smollm3" and not rotated[i])
+    rope, sliding_rope = _parse_ropes(c, path)
     attention_bias = c.get("attention_bias", False)
-    multipliers = {name: c.get(name, 1.0) for name in (
-        "embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")}
     return ModelConfig(
         family=family, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
         intermediate_size=c["intermediate_size"], num_layers=layers, num_heads=heads,
-        num_kv_heads=c.get("num_key_value_heads") or heads,
+        num_kv_heads=c["num_key_value_heads"],
         head_dim=c.get("head_dim") or c["hidden_size"] // heads,
         norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
         # Qwen2 always has biases on q, k, v and none on o, and no key that says so.
         qkv_bias=family == "qwen2" or attention_bias, o_bias=attention_bias and family != "qwen2",
         mlp_bias=family in ("llama", "smollm3", "granite") and c.get("mlp_bias", False),
-        rope=rope, sliding_rope=sliding_rope, nope_layers=nope,
-        layer_windows=_parse_windows(c, family, layers, nope, path),
+        rope=rope, sliding_rope=sliding_rope, nope_layers=nope, layer_windows=_parse_windows(c, nope, path),
         max_positions=c.get("max_position_embeddings", 2048),
         eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
         hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None,
-        **(multipliers if family == "granite" else {}))
+        **{name: c[name] for name in FAMILIES["granite"] if family == "granite"})
 
 
 def _check_config(c, path):
     """Refuse what is not implemented, and sizes that cannot be."""
     if c.get("quantization_config"):
-        kind = c["quantization_config"].get("quant_method")
-        raise ValueError(f"{path}: this checkpoint is quantised ({kind}), and only plain float "
-                         "weights are read: fetch the original, or dequantise and save it")
+        raise ValueError(f"{path}: a checkpoint quantised by "
+                         f"{c['quantization_config'].get('quant_method')}, and only plain floats "
+                         "are read: fetch the original, or dequantise and save it")
     if c.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path}: hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
-    hidden, heads = c["hidden_size"], c["num_attention_heads"]
-    kv_heads, separator = c.get("num_key_value_heads") or heads, c.get("separator_id")
-    for name, value, most in (
-            ("num_hidden_layers", c["num_hidden_layers"], 1024), ("hidden_size", hidden, 1 << 17),
-            ("num_attention_heads", heads, 4096), ("num_key_value_heads", kv_heads, 4096),
-            ("vocab_size", c["vocab_size"], 1 << 24),
-            ("intermediate_size", c["intermediate_size"], 1 << 20)):
-        if not (isinstance(value, int) and 1 <= value <= most):
-            raise ValueError(f"{path}: {name} = {value!r} is not an integer from 1 to {most}")
+    for name, most in (("num_hidden_layers", 1024), ("num_attention_heads", 4096),
+                       ("num_key_value_heads", 4096), ("hidden_size", 1 << 17),
+                       ("intermediate_size", 1 << 20), ("vocab_size", 1 << 24)):
+        if not (isinstance(c[name], int) and 1 <= c[name] <= most):
+            raise ValueError(f"{path}: {name} = {c[name]!r} is not an integer from 1 to {most}")
+    separator, heads = c.get("separator_id"), c["num_attention_heads"]
     if separator is not None and not (isinstance(separator, int) and 0 <= separator):
         raise ValueError(f"{path}: separator_id {separator!r} is no token id")
-    if heads % kv_heads:
+    if heads % c["num_key_value_heads"]:
         raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
-                         f"num_key_value_heads {kv_heads}")
-    if (c.get("head_dim") or hidden / heads) % 2:
-        raise ValueError(f"{path}: hidden_size {hidden} over {heads} heads gives no even head_dim")
+                         f"num_key_value_heads {c['num_key_value_heads']}")
+    if (c.get("head_dim") or c["hidden_size"] / heads) % 2:
+        raise ValueError(f"{path}: head_dim, or hidden_size over {heads} heads, is not even")
 
 
-def _parse_windows(c, family, layers, nope, path):
+def _parse_windows(c, nope, path):
     """The teacher's own sliding windows: one entry a layer, None for full attention."""
-    window, first = c.get("sliding_window"), c.get("max_window_layers", 28)
+    family, layers, window = c["model_type"], range(c["num_hidden_layers"]), c.get("sliding_window")
     if family in ("qwen2", "qwen3", "smollm3") and not c.get("use_sliding_window"):
         window = None  # their files name a width that is not in use
-    slides = {"mistral": lambda i: True, "ministral": lambda i: True,
-              "qwen2": lambda i: i >= first, "qwen3": lambda i: i >= first,
-              "olmo3": lambda i: (i + 1) % 4, "smollm3": lambda i: i in nope
-              }.get(family, lambda i: False)
-    kinds = ["sliding_attention" if slides(i) else "full_attention" for i in range(layers)]
-    if family in ("ministral", "qwen2", "qwen3", "olmo3", "smollm3"):
-        kinds = c.get("layer_types") or kinds
-    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise ValueError(f"{path}: layer_types must be {layers} times sliding_attention or "
-                         f"full_attention, not {kinds}")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    late = layers[c.get("max_window_layers", 28):]
+    sliding = {"mistral": layers, "ministral": layers, "qwen2": late, "qwen3": late,
+               "olmo3": [i for i in layers if (i + 1) % 4], "smollm3": nope}.get(family, ())
+    kinds = c.get("layer_types")
+    if kinds and family in ("ministral", "qwen2", "qwen3", "olmo3", "smollm3"):
+        if len(kinds) != len(layers) or not set(kinds) <= {"sliding_attention", "full_attention"}:
+            raise ValueError(f"{path}: layer_types must be {len(layers)} times sliding_attention "
+                             f"or full_attention, not {kinds}")
+        sliding = [i for i in layers if kinds[i] == "sliding_attention"]
+    return tuple(window if i in sliding else None for i in layers)
 
 
-def _parse_rope(c, family, path):
+def _parse_ropes(c, path):
     """RoPE settings -> (Rope of full-attention layers, Rope of sliding ones).
 
     They stand in rope_scaling beside rope_theta (old), in rope_parameters with theta inside (new),
     or there once for each kind of layer.
     """
-    theta = c.get("rope_theta") or 10000.0
-    settings = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
-    full, sliding = settings.get("full_attention"), settings.get("sliding_attention")
-    if full is None and sliding is None:
-        # Olmo 3 stretches its full-attention layers only; its sliding layers keep plain RoPE.
-        full, plain = settings, {"rope_theta": settings.get("rope_theta")}
-        sliding = plain if family == "olmo3" else full
+    r = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+    full = sliding = r
+    if "full_attention" in r or "sliding_attention" in r:
+        full, sliding = r.get("full_attention") or {}, r.get("sliding_attention") or {}
+    elif c["model_type"] == "olmo3":  # stretches its full-attention layers only
+        sliding = {"rope_theta": r.get("rope_theta")}
+    return _parse_rope(full, c, path), _parse_rope(sliding, c, path)
 
-    def rope(r):
-        kind = r.get("rope_type") or r.get("type") or "default"
-        base = r.get("rope_theta") or theta
-        if kind == "default":
-            return Rope(theta=base)
-        if kind not in ("linear", "llama3", "yarn"):
-            raise ValueError(f"{path}: rope type {kind!r} is not supported; supported: default, "
-                             "linear, llama3, yarn")
-        if r.get("mscale") or r.get("mscale_all_dim") or r.get("truncate", True) is not True:
-            raise ValueError(f"{path}: yarn's mscale and truncate settings are not supported")
-        factor = float(r["factor"])
-        given = {name: r[name] for name in ("low_freq_factor", "high_freq_factor", "beta_fast",
-                                            "beta_slow", "attention_factor") if r.get(name)}
-        if kind == "yarn" and factor > 1:
-            given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
-        key = "original_max_position_embeddings"
-        original = r.get(key) or c.get(key) or c.get("max_position_embeddings", 2048)
-        return Rope(theta=base, kind=kind, factor=factor, original=original, **given)
 
-    return rope(full or {}), rope(sliding or {})
+def _parse_rope(r, c, path):
+    """The RoPE settings of a kind of layer; the whole config c has what they leave out."""
+    kind = r.get("rope_type") or r.get("type") or "default"
+    theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0
+    if kind == "default":
+        return Rope(theta)
+    if (kind not in ("linear", "llama3", "yarn") or r.get("mscale") or r.get("mscale_all_dim")
+            or r.get("truncate", True) is not True):
+        raise ValueError(f"{path}: rope type {kind!r} with {sorted(r)} is not supported, only "
+                         "default, linear, llama3, and yarn without mscale and truncate")
+    factor, key = float(r["factor"]), "original_max_position_embeddings"
+    given = {name: r[name] for name in ("low_freq_factor", "high_freq_factor", "beta_fast",
+                                        "beta_slow", "attention_factor") if r.get(name)}
+    if kind == "yarn" and factor > 1:
+        given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
+    original = r.get(key) or c.get(key) or c.get("max_position_embeddings", 2048)
+    return Rope(theta, kind, factor, original, **given)
 
 
 def _as_tuple(value):
@@ -312,22 +300,21 @@ def sha256(*paths):
 
 
 def read_json(path, missing=None):
-    """A JSON file's object as a dict; `missing`, if one is given, where there is no such file.
+    """A JSON file's object as a dict; `missing`, if given, where there is no such file.
 
-    Raises FileNotFoundError, or ValueError with the remedy.
+    Raises FileNotFoundError, or ValueError, each with the remedy.
     """
-    path = Path(path)
-    if missing is not None and not path.exists():
-        return missing
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {str(value)[:40]!r}")
+        return value
     except FileNotFoundError:
+        if missing is not None:
+            return missing
         raise FileNotFoundError(f"{path} is missing: copy it from where the folder came") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError among them
-        raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; copy the file again")
-    return value
+        raise ValueError(f"{path} is no JSON object ({error}); copy the file again") from None
 
 
 def write_json(path, value):
@@ -1827,24 +1814,18 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {n for n in stored if not n.endswith("rotary_emb.inv_freq")}
-    if config.tied and {"lm_head.weight", "model.embed_tokens.weight"} <= found:
-        _check_tie(stored, config.vocab_size)
-        found.remove("lm_head.weight")  # some tied checkpoints ship a copy
-    wrong = [f"missing {n}" for n in sorted(expected.keys() - found)]
-    wrong += [f"unexpected {n}" for n in sorted(found - expected.keys())]
-    wrong += [f"{n} has shape {stored[n][1]}, config.json says {expected[n]}"
-              for n in sorted(expected.keys() & found) if stored[n][1] != expected[n]]
-    if wrong:
-        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit config.json: "
-                         + "; ".join(wrong))
+    copied = config.tied and "lm_head.weight" in stored  # some tied checkpoints ship a copy
+    _check_names(directory, expected, {
+        name: shape for name, (_, shape) in stored.items() if not (
+            copied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"))})
 
-    def stored_dtype(name):
-        name = name if is_new(name) else "model.embed_tokens.weight"
-        return _read_rows(stored[name][0], name, 0, 1).dtype
+    def read(name, a, b):
+        return _read_rows(stored[name][0], name, a, b)
 
     for name, shape in expected.items():
-        wanted = (dtype(name) if callable(dtype) else dtype) or stored_dtype(name)
+        wanted = dtype(name) if callable(dtype) else dtype
+        like = name if is_new(name) else "model.embed_tokens.weight"
+        wanted = wanted or read(like, 0, 1).dtype
         assign(model, name, nn.Parameter(torch.empty(shape, dtype=wanted, device="meta")))
     if prepare:
         prepare(model)
@@ -1854,9 +1835,25 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
         step = max(1, (1 << 22) * p.shape[0] // p.numel())  # rows of 4M numbers together
         for a in range(0, len(rows), step):
             b = min(a + step, len(rows))
-            rows[a:b] = _read_rows(stored[name][0], name, first + a, first + b)
+            rows[a:b] = piece = read(name, first + a, first + b)
+            if copied and name == "model.embed_tokens.weight" and not torch.equal(
+                    piece, read("lm_head.weight", first + a, first + b)):
+                raise ValueError(f"{directory}: lm_head.weight is not {name}, though config.json "
+                                 "ties them: set tie_word_embeddings to false there to use both, "
+                                 "as transformers does, or drop lm_head.weight")
     model.source = directory
     return _set_kernels(model, kernels)
+
+
+def _check_names(directory, expected, found):
+    """Compare the model's shapes by name with the files'; all differences in one ValueError."""
+    wrong = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    wrong += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    wrong += [f"{name} has shape {found[name]}, config.json says {expected[name]}"
+              for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]]
+    if wrong:
+        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit config.json: "
+                         + "; ".join(wrong))
 
 
 def local_rows(p):
@@ -1882,45 +1879,28 @@ def list_tensors(directory):
     if whole.exists() and index.exists():
         raise ValueError(f"{whole} has {index.name} beside it, which lists shards; transformers "
                          f"reads {whole.name} only: move away the one that is not meant")
-    if whole.exists():
-        weight_map, files = {}, {whole.name}
-    elif index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: there is no weight_map object; copy the file again")
-        files = set(weight_map.values())
-    else:
-        pickles = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth")]
-        raise FileNotFoundError(f"{directory} holds no model.safetensors" + (
-            f"; {pickles[0]} is a pickle, which can run code and is never read: convert it to "
-            "safetensors" if pickles else " and no model.safetensors.index.json"))
+    if not whole.exists() and not index.exists():
+        raise FileNotFoundError(f"{directory} holds neither {whole.name} nor {index.name}; pickles "
+                                "(.bin, .pt, .pth) can run code and are never read: convert them")
+    weight_map = read_json(index).get("weight_map") if index.exists() else {}
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: there is no weight_map object; copy the file again")
     tensors = {}
-    for file in sorted(files):
+    for file in sorted(set(weight_map.values())) or [whole.name]:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: shard name {file!r} is not a plain *.safetensors name")
         with _open_shard(directory / file) as f:
             for name in f.keys():
                 tensor = f.get_slice(name)
-                if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{directory / file}: {name} is {tensor.get_dtype()}, and only"
-                                     " plain floats are read: this looks like a quantised "
-                                     "checkpoint; fetch the original, or dequantise and save it")
                 tensors[name] = (directory / file, tuple(tensor.get_shape()))
+                if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{directory / file}: {name} is {tensor.get_dtype()}, as in "
+                                     "a quantised checkpoint, and only plain floats are read: "
+                                     "fetch the original, or dequantise and save it")
     for name, file in weight_map.items():
         if name not in tensors or tensors[name][0].name != file:
             raise ValueError(f"{directory / file}: tensor {name} of {index.name} is missing")
     return tensors
-
-
-def _check_tie(stored, rows, step=4096):
-    """Refuse a tied lm_head that the files hold with other values: transformers would use it."""
-    names = "lm_head.weight", "model.embed_tokens.weight"
-    for a in range(0, rows, step):
-        head, embedding = (_read_rows(stored[n][0], n, a, min(a + step, rows)) for n in names)
-        if head.shape != embedding.shape or (head != embedding).any():
-            raise ValueError(f"{stored[names[0]][0]}: {names[0]} and {names[1]} differ, though "
-                             "config.json says tie_word_embeddings: set it to false there to use "
-                             "both, as transformers does, or drop lm_head.weight")
 
 
 def _open_shard(path):
@@ -2041,22 +2021,21 @@ def _steps(node, key):
 
 def _piece_pattern(pre_tokenizer):
     """The one regex whose matches are the pieces; ValueError names what it cannot express."""
-    steps = _steps(pre_tokenizer, "pretokenizers")
-    *first, last = steps or [{"type": None}]
-    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
-        match first, last.get("use_regex", True):
-            case [], True:
-                return _GPT2
-            case [{"type": "Digits", "individual_digits": True}], True:
-                return _SMOLLM2
-            # Olmo writes Removed + invert: keep the matches only, which are all of the text.
-            case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} |
-                  {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed",
-                   "invert": True}], False:
-                return regex
-    raise ValueError(f"cannot express its pre_tokenizer {json.dumps(steps)}. Byte-level BPE as in "
-                     "Llama 3, Qwen, Olmo, GPT-2 and SmolLM2 is supported; SentencePiece (no "
-                     "pre_tokenizer, or Metaspace), as in Llama 2 and Mistral, is not")
+    match [{"use_regex": True, **step} for step in _steps(pre_tokenizer, "pretokenizers")]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return _GPT2
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return _SMOLLM2
+        # Olmo writes Removed + invert: keep the matches only, which are all of the text.
+        case [({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} |
+               {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed",
+                "invert": True}),
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return regex
+    raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported, only byte-level "
+                     "BPE as in Llama 3, Qwen, Olmo, GPT-2 and SmolLM2; SentencePiece (none, or "
+                     "Metaspace), as in Llama 2 and Mistral, is not")
 
 
 def _last_merge(token, priority):
@@ -2141,30 +2120,31 @@ class Tokenizer:
                        for name, x in config.items()
                        if name.endswith("_token") and isinstance(x, (str, dict))}
         self.chat_templates = _read_chat_templates(folder, config)
-        kind = config.get("tokenizer_class")
-        file = folder / ("tokenizer.json" if kind not in _SEQUENCES else
-                         "tokenizer_config.json" if kind == "bytes" else "vocab.txt")
-        self.path = str(file)
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing: copy it from the teacher's folder "
+        kind, self._nfc, self._pieces = config.get("tokenizer_class"), False, None
+        self.path = str(folder / ("vocab.txt" if kind in _SEQUENCES else "tokenizer.json"))
+        if kind != "bytes" and not os.path.exists(self.path):
+            raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
                                     "(tokenizer.model, SentencePiece, is not supported; bytes, "
                                     "k-mers and SMILES: see README, \"Sequences\")")
-        self._nfc, self._pieces, self.special, normalised = False, None, set(), ()
-        try:
-            if kind in _SEQUENCES:
-                pattern, ranks = self._read_sequences(file, kind)
-            else:
-                spec = read_json(file)
+        if kind in _SEQUENCES:
+            pattern, ranks, normalised = *self._read_sequences(kind), ()
+        else:
+            spec = read_json(self.path)
+            try:
                 normalised = [t["content"] for t in spec["added_tokens"] if t["normalized"]]
                 pattern, ranks = self._read_bpe(spec)
-            self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens={})
-            self._check_pattern(pattern)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is damaged, or no byte-level BPE ({error!r}): fetch the "
-                             "folder again") from error
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {error}") from None
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch "
+                                 "the folder again") from None
+        self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
+                                      special_tokens={})
+        # tiktoken loses what lies between matches. A pattern that matches a character of every
+        # Unicode category by itself leaves nothing there. (Sequences check each piece anyway.)
+        for char in {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values():
+            if not self._pieces and not self._bpe.encode_ordinary(char):
+                raise ValueError(f"{self.path}: pattern {pattern!r} does not match {char!r}")
         self._bytes |= {i: token.encode() for token, i in self.added.items()}
         self.vocab_size = 1 + max(self._bytes)
         # `tokenizers` first cuts the tokens that are "normalized": false out of the raw text, then
@@ -2173,73 +2153,67 @@ class Tokenizer:
         self._cuts = _one_of(self.added.keys() - set(normalised)), _one_of(respelt)
         self._id_of = {**respelt, **self.added}
 
-    def _read_sequences(self, file, kind):
+    def _read_sequences(self, kind):
         """Set up a tokenizer of sequences -> (pattern, tiktoken's table: here a rank is an id)."""
         marks = [self._marks.get("bos_token") or "<s>", self._marks.get("eos_token") or "</s>"]
         pattern, table = _SEQUENCES[kind], {bytes([b]): b for b in range(256)}
         self.added = dict(zip(marks, (256, 257)))
         if kind != "bytes":
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = Path(self.path).read_text(encoding="utf-8").splitlines()
             tokens = {token: i for i, token in enumerate(lines) if token}
             k = max((len(t) for t in tokens if re.fullmatch("[ACGT]+", t)), default=1)
             pattern = pattern.replace("K", str(k))
             table = {t.encode(): i for t, i in tokens.items()
                      if t not in marks and re.fullmatch(pattern, t)}
-            self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
             if not table:
-                raise ValueError(f"none of its {len(tokens)} lines is a token of {pattern!r}")
+                raise ValueError(f"{self.path}: none of its lines is a token of {pattern!r}")
+            self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
             self._pieces = re.compile(pattern)
         self.special = set(self.added.values())
-        self._id_of_rank = {i: i for i in table.values()}
-        self._bytes = {i: token for token, i in table.items()}
+        self._ranks, self._bytes = table, {i: token for token, i in table.items()}
+        self._id_of_rank = {i: i for i in self._bytes}
         self.bos_id = self.added.get(marks[0])
         self.adds_bos = self.bos_id is not None
         return pattern, table
 
     def _read_bpe(self, spec):
         """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table)."""
-        model, normalizer = spec["model"], spec["normalizer"]
-        for token in spec["added_tokens"]:
-            if token["lstrip"] or token["rstrip"] or token["single_word"]:
-                raise ValueError(f"lstrip, rstrip, single_word are not supported: {token}")
-        self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        self.special = {token["id"] for token in spec["added_tokens"] if token["special"]}
-        if any(step["type"] != "NFC" for step in _steps(normalizer, "normalizers")):
-            raise ValueError(f"normalizer {normalizer} is not supported, only NFC or null")
-        self._nfc = bool(_steps(normalizer, "normalizers"))
-        for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(key):
-                raise ValueError(f"model.{key} = {model[key]!r} is not supported")
+        model, added = spec["model"], spec["added_tokens"]
+        self.added = {token["content"]: token["id"] for token in added}
+        self.special = {token["id"] for token in added if token["special"]}
+        normalizers = _steps(spec["normalizer"], "normalizers")
+        refused = [f"normalizer {step}" for step in normalizers if step["type"] != "NFC"]
+        refused += [f"model.{key} = {model[key]!r}" for key in (
+            "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+            if model.get(key)]
+        refused += [f"lstrip, rstrip or single_word of {token}" for token in added
+                    if token["lstrip"] or token["rstrip"] or token["single_word"]]
+        self._nfc = bool(normalizers)
+        self._read_bos(spec["post_processor"])
         ranks, self._id_of_rank = _bpe_ranks(model, self.added)
         if model.get("unk_token") and not self._id_of_rank.keys() >= set(range(256)):
-            raise ValueError("model.unk_token is not supported where the vocabulary lacks bytes")
+            refused.append("model.unk_token where the vocabulary lacks bytes")
+        if refused:
+            raise ValueError(f"not supported: {'; '.join(refused)}")
         self._bytes = {i: bytes(_BYTE_OF[c] for c in token)
                        for token, i in model["vocab"].items() if token not in self.added}
-        self._read_bos(spec["post_processor"])
         return _piece_pattern(spec["pre_tokenizer"]), ranks
 
     def _read_bos(self, post_processor):
-        """Whether encode puts BOS in front, and which token that is."""
+        """Which token is BOS, and whether encode puts it in front."""
         self.bos_id, self.adds_bos = self.added.get(self._marks.get("bos_token")), False
         for step in _steps(post_processor, "processors"):
             match step:
                 case {"type": "TemplateProcessing",
                       "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
                     self.adds_bos, [self.bos_id] = True, step["special_tokens"][name]["ids"]
+                # These two add nothing; ByteLevel moves offsets, which nobody asks for here.
                 case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
                     pass
-                case {"type": "ByteLevel"}:  # moves offsets only
+                case {"type": "ByteLevel"}:
                     pass
                 case _:
                     raise ValueError(f"post_processor {json.dumps(step)} is not supported")
-
-    def _check_pattern(self, pattern):
-        """tiktoken loses what lies between matches: a pattern that matches a character of every
-        Unicode category by itself leaves nothing there. (Sequences refuse in `_encode_text`.)
-        """
-        for char in {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values():
-            if not self._pieces and not self._bpe.encode_ordinary(char):
-                raise ValueError(f"its pattern {pattern!r} does not match {char!r}")
 
     def _normalise(self, text):
         return unicodedata.normalize("NFC", text) if self._nfc else text
@@ -2294,12 +2268,11 @@ class Tokenizer:
         ValueError if the folder names no separator, or the sequence contains it.
         """
         if self.separator_id is None:
-            raise ValueError("sequences of a family need a separator: add \"separator_id\", the id "
-                             f"of a token, to config.json in {os.path.dirname(self.path)}")
+            raise ValueError("sequences of a family need a separator: add \"separator_id\", a "
+                             f"token's id, to config.json in {os.path.dirname(self.path)}")
         ids = self.encode(text, bos=False, specials=False)
         if self.separator_id in ids:
-            raise ValueError(f"the sequence {text[:40]!r} contains the separator, token "
-                             f"{self.separator_id}")
+            raise ValueError(f"sequence {text[:40]!r} contains separator {self.separator_id}")
         return ids + [self.separator_id]
 
     def decode(self, ids):
@@ -2315,18 +2288,16 @@ class Tokenizer:
             yield decoder.decode(self._bytes.get(int(i), b""))
         yield decoder.decode(b"", final=True)
 
-    def render_chat(self, messages, *, tools=None, generation_prompt=True):
+    def render_chat(self, messages, *, tools=None, generation_prompt=True, marks=("", "")):
         """A conversation as the folder's chat template writes it (transformers' text, to a byte).
 
         messages: [{"role": str, ...}, ...]. All of a message, its content as a string or a list of
         parts, tool_calls, reasoning_content, goes to the template, and so does tools, a list of
         objects or None: the template decides. generation_prompt: end with the header of the
-        assistant's next turn. Raises ValueError if the folder has no template, the messages are no
-        such list, or the template refuses them (with its own words).
+        assistant's next turn. marks: written around {% generation %} blocks. Raises ValueError if
+        the folder has no template, the messages are no such list, or the template refuses them
+        (with its own words).
         """
-        return self._render(messages, tools, generation_prompt)
-
-    def _render(self, messages, tools, generation_prompt, marks=("", "")):
         folder = os.path.dirname(self.path)
         name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
@@ -2359,18 +2330,22 @@ class Tokenizer:
         messages, tools, errors: as `render_chat`; and ValueError if no turn that is to be learnt
         can be found in the text, or a tool call or the tools are not in it.
         """
-        text = self._render(messages, tools, False)
-        if tools and self._render(messages, None, False) == text:
+        text = self.render_chat(messages, tools=tools, generation_prompt=False)
+        if tools and self.render_chat(messages, generation_prompt=False) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
+        for m in messages:
+            if not {m.get("train"), m.get("weight")} <= {None, 0, 1}:  # True is 1, False 0
+                raise ValueError(f'"train" and "weight" must be true, false, 1 or 0 in {m}')
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        wanted = [i for i in turns if _is_learnt(messages[i])]
         spans = self._turn_spans(text, messages, tools, turns)
-        found = [(i, spans[i]) for i in wanted if spans[i]]
+        wanted = [i for i in turns if 0 not in (messages[i].get("train"), messages[i].get("weight"))]
+        found = [i for i in wanted if spans[i]]
         if wanted and not found:
             raise ValueError(f"none of the assistant's {len(wanted)} turns can be found as it "
                              "was generated: the chat template rewrites or omits them")
         parts, done = [], 0
-        for i, (start, end) in found:
+        for i in found:
+            start, end = spans[i]
             for call in messages[i].get("tool_calls") or ():
                 if call.get("function", call).get("name", "") not in text[start:end]:
                     raise ValueError(f"the chat template does not write the tool call {call}")
@@ -2382,52 +2357,44 @@ class Tokenizer:
     def _turn_spans(self, text, messages, tools, turns):
         """Turn -> the (start, end) in text of what the assistant said there, or None.
 
-        A template with {% generation %} blocks says it itself. Of the others it is known by
-        rendering less of the conversation (`_turn_span`).
+        A template with {% generation %} blocks says it itself. With others, a turn starts behind
+        what stands before it with the generation prompt, and ends where the conversation up to it
+        ends. None where text does not begin with these: the template has rewritten them since.
         """
-        if not any("endgeneration" in t for t in self.chat_templates.values()):
-            return {i: self._turn_span(text, messages, tools, i) for i in turns}
-        marked = self._render(messages, tools, False, marks=_MARKS)
-        pieces = re.split("|".join(_MARKS), marked)  # outside, inside, outside, ...
-        if "".join(pieces) != text or len(pieces) // 2 != len(turns):
-            raise ValueError(f"the chat template has {len(pieces) // 2} generation blocks for "
-                             f"{len(turns)} assistant turns: which is whose is not known")
-        ends = [*itertools.accumulate(map(len, pieces))]
-        return dict(zip(turns, zip(ends[0::2], ends[1::2])))
+        def render(end, generation_prompt=False, marks=("", "")):
+            return self.render_chat(messages[:end], tools=tools,
+                                    generation_prompt=generation_prompt, marks=marks)
 
-    def _turn_span(self, text, messages, tools, i):
-        """It starts behind what stands before it with the generation prompt, and ends with its stop
-        token where the conversation up to it ends (spaces may follow: "<|im_end|>\\n"). None where
-        text, the whole conversation, does not begin with these.
-        """
-        specials = tuple(t for t in self.added if self.added[t] in self.special)
-        if i == 0:  # nothing to render before it: the header, found by what it adds to the end
-            longer = self._render(messages, tools, True)
-            header = longer[len(os.path.commonprefix((text, longer))):]
-            prompt = header in text and text[:text.find(header) + len(header)]
-        else:
-            prompt = self._render(messages[:i], tools, True)
-        turn = self._render(messages[:i + 1], tools, False)
-        if not prompt or not text.startswith(prompt):
-            return None
-        start, end, body = len(prompt), 0, turn.rstrip()
-        if text.startswith(turn):
-            end = len(body) if body.endswith(specials) else len(turn)
-        elif turn.startswith(prompt):  # Olmo 3's last turn has another stop token than earlier ones
-            said = body[start:]
-            while stop := next((s for s in specials if said.endswith(s)), None):
-                said = said.removesuffix(stop).rstrip()
-            stop = re.compile(rf"\s*(?:{_one_of(specials).pattern})").match(text, start + len(said))
-            end = stop.end() if stop and text.startswith(said, start) else 0
-        return (start, end) if end > start else None
+        if any("endgeneration" in template for template in self.chat_templates.values()):
+            pieces = re.split("|".join(_MARKS), render(None, marks=_MARKS))  # outside, inside, ...
+            if "".join(pieces) != text or len(pieces) // 2 != len(turns):
+                raise ValueError(f"the chat template has {len(pieces) // 2} generation blocks for "
+                                 f"{len(turns)} assistant turns: which is whose is not known")
+            ends = [*itertools.accumulate(map(len, pieces))]
+            return dict(zip(turns, zip(ends[0::2], ends[1::2])))
+        spans = {}
+        for i in turns:
+            if i:
+                prompt = render(i, generation_prompt=True)
+            else:  # nothing to render before it: the header, found by what it adds to the end
+                longer = render(None, generation_prompt=True)
+                header = longer[len(os.path.commonprefix((text, longer))):]
+                prompt = text[:text.find(header) + len(header)] if header else ""
+            end = self._end_of_turn(text, prompt, render(i + 1))
+            located = prompt and text.startswith(prompt) and end > len(prompt)
+            spans[i] = (len(prompt), end) if located else None
+        return spans
 
-
-def _is_learnt(message):
-    """Whether an assistant's message is to be learnt: its keys "train" and "weight" may say no."""
-    marks = [message[key] for key in ("train", "weight") if message.get(key) is not None]
-    if not set(marks) <= {0, 1}:  # True and False among them
-        raise ValueError(f'"train" and "weight" of a message must be true, false, 1 or 0: {marks}')
-    return all(marks)
+    def _end_of_turn(self, text, prompt, turn):
+        """Where in text ends the stop token of the turn that ends the rendering `turn`; or 0."""
+        special = _one_of(t for t, i in self.added.items() if i in self.special).pattern
+        if text.startswith(turn):  # white space may stand behind the stop token, or be it
+            closed = re.search(rf"(?:{special})\s*\Z", turn[len(prompt):])
+            return len(turn.rstrip()) if closed else len(turn)
+        # Olmo 3 ends the last turn with another stop token than earlier ones: compare without.
+        said = re.sub(rf"(?:\s|{special})*\Z", "", turn[len(prompt):])
+        stop = re.compile(rf"\s*(?:{special})").match(text, len(prompt + said))
+        return stop.end() if stop and text.startswith(prompt + said) else 0
 
 
 _MARKS = "\ufdd0", "\ufdd1"  # Unicode keeps these two for a program's own use: no text has them
@@ -2454,13 +2421,9 @@ def _compile_template(source):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)  # jinja's own escapes HTML
-
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = tojson
+    sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # no HTML escapes
     sandbox.globals["raise_exception"] = raise_exception
     # Llama 3.2 writes the day it is: render training data once and keep it.
     sandbox.globals["strftime_now"] = time.strftime
@@ -2468,19 +2431,18 @@ def _compile_template(source):
 
 
 def _read_chat_templates(folder, config):
-    """The folder's chat templates: name -> text. Its files have kept them in three places."""
+    """The folder's chat templates: name -> text. There are three places where one may stand."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return {"default": file.read_text(encoding="utf-8")}
-    template = config.get("chat_template") or read_json(
+    templates = config.get("chat_template") or read_json(
         folder / "chat_template.json", {}).get("chat_template") or []
-    if isinstance(template, str):
-        return {"default": template}
-    try:
-        return {t["name"]: t["template"] for t in template}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: chat_template is neither a text nor a list of objects with "
-                         f"name and template ({error!r})") from None
+    templates = templates if isinstance(templates, list) else [
+        {"name": "default", "template": templates}]
+    if not all(isinstance(t, dict) and isinstance(t.get("template"), str) for t in templates):
+        raise ValueError(f"{folder}: chat_template is neither a text nor a list of objects with a "
+                         "name and a template; copy tokenizer_config.json again")
+    return {t.get("name"): t["template"] for t in templates}
 
 
 _COMPLEMENT = str.maketrans("ACGTRYKMBDHVacgtrykmbdhv", "TGCAYRMKVHDBtgcayrmkvhdb")
@@ -2519,16 +2481,13 @@ def load_with_tokenizer(directory, *, device="cpu", dtype="auto"):
 # ----------------------------------------------------------------------------------------------
 
 
-def _enlarge(model, cache, length):
-    """A cache for `length` tokens that remembers what `cache` does; None: nothing."""
-    larger = Cache(model, 1, length)
-    for new, old in zip(larger.tensors(), cache.tensors() if cache else ()):
-        new[tuple(map(slice, old.shape))] = old  # a teacher's buffers grow, a student's never do
-    return larger
-
-
 def chat(model, tokenizer, prompts, run):
-    """Answer each prompt; the conversation stays in the cache, so that nothing is read twice."""
+    """Answer each prompt; the conversation stays in the cache, so that nothing is read twice.
+
+    What the cache has read is known as a text. The next prompt, rendered with all before it, must
+    begin with that text; only what follows is read. (Comparing ids would not do: a model may write
+    a word in other tokens than the tokenizer.)
+    """
     messages, text, held, count, cache = [], "", "", 0, None  # held: the text that cache has read
     for prompt in prompts:
         messages.append({"role": "user", "content": prompt})
@@ -2537,20 +2496,23 @@ def chat(model, tokenizer, prompts, run):
             print("(the chat template rewrote what was said: all is read again)")
             held, count, cache = "", 0, None
         bos = None if run.raw and not held else False  # a chat template writes its own
-        ids = tokenizer.encode(text.removeprefix(held), bos=bos)
-        cache = _enlarge(model, cache, count + len(ids) + run.max_new_tokens)
-        new, said, times = [], "", [time.perf_counter()]
-        steps = stream(model, torch.tensor([ids], device=run.device), cache=cache, seed=run.seed,
-                       max_new_tokens=run.max_new_tokens, temperature=run.temperature,
-                       top_p=run.top_p)
+        ids, new, times = tokenizer.encode(text[len(held):], bos=bos), [], [time.perf_counter()]
+        # A teacher's buffers must grow; a student's are the same at any length.
+        larger = Cache(model, 1, count + len(ids) + run.max_new_tokens)
+        for x, old in zip(larger.tensors(), cache.tensors() if cache else ()):
+            x[tuple(map(slice, old.shape))] = old
+        cache = larger
 
         def spoken():
-            for step in steps:
+            for step in stream(model, torch.tensor([ids], device=run.device), cache=cache,
+                               max_new_tokens=run.max_new_tokens, seed=run.seed,
+                               temperature=run.temperature, top_p=run.top_p):
                 new.append(int(step))
                 times.append(time.perf_counter())
                 if new[-1] not in model.config.eos_ids:
                     yield new[-1]
 
+        said = ""
         for piece in tokenizer.decode_stream(spoken()):
             said += piece
             print(piece, end="", flush=True)
@@ -2558,10 +2520,10 @@ def chat(model, tokenizer, prompts, run):
         held, count = text + tokenizer.decode(new[:-1]), count + len(ids) + len(new) - 1
         text += said
         messages.append({"role": "assistant", "content": said})
-        size, first = sum(x.nbytes for x in cache.tensors()), times[1] - times[0]
-        rate = (len(new) - 1) / (times[-1] - times[1]) if len(new) > 1 else 1 / first
-        print(f"\n[{len(ids)} tokens read in {first:.2f} s, {len(new)} written, {rate:,.1f} a "
-              f"second; cache {size / 1e6:,.1f} MB for {count} tokens]")
+        rate = max(len(new) - 1, 1) / (times[-1] - times[min(1, len(new) - 1)])
+        print(f"\n[{len(ids)} tokens read in {times[1] - times[0]:.2f} s, {len(new)} written, "
+              f"{rate:,.1f} a second; cache {sum(x.nbytes for x in cache.tensors()) / 1e6:,.1f} MB "
+              f"for {count} tokens]")
 
 
 def main(argv=None):
