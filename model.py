@@ -67,7 +67,12 @@ from torch.utils.checkpoint import checkpoint
 # Families differ in a dozen settings and in what their config.json leaves unsaid. Everything is
 # decided here, once; the model below asks a ModelConfig and never knows the file's spelling. A
 # setting that would change the logits and is not implemented is refused by name: a model that runs
-# with a setting overlooked looks healthy and is a worse teacher.
+# with a setting overlooked looks healthy and is a worse teacher (YaRN on the wrong layers, say,
+# still writes fluent text for a page).
+#
+# A student's folder describes itself in the same way: it has the teacher's config.json, and in it
+# one more object, "hybrid". So one loader serves both, and other programs that read the file find
+# the keys they know.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Rope:
 
     theta: float
     kind: str = "default"  # "default", "linear", "llama3" or "yarn"
-    factor: float = 1.0
+    factor: float = 1.0  # by how much the context is stretched
     original: int = 0  # context length of pretraining, before the stretch by `factor`
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -103,13 +108,13 @@ class ModelConfig:
     """Architecture of a teacher or a student; every setting that changes a logit is here."""
 
     family: str  # a key of FAMILIES
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
+    vocab_size: int  # V, rows of the embedding: may exceed the tokenizer's ids
+    hidden_size: int  # width of the residual stream
+    intermediate_size: int  # width inside the MLP
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D: H * D need not be hidden_size
     norm_eps: float
     tied: bool  # lm_head is the embedding matrix
     qkv_bias: bool
@@ -118,7 +123,7 @@ class ModelConfig:
     rope: Rope
     sliding_rope: Rope  # differs from `rope` only in Olmo 3
     layer_windows: tuple  # per layer: the TEACHER's own window (tokens, itself included) or None
-    max_positions: int
+    max_positions: int  # of the teacher's training; nothing here depends on it
     eos_ids: tuple  # ids that end a generation
     nope_layers: tuple = ()  # indices of layers that do not rotate q and k (SmolLM3)
     embedding_multiplier: float = 1.0  # Granite scales what enters the first layer,
@@ -155,8 +160,9 @@ class ModelConfig:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: a setting is missing or has the wrong type ({error!r})"
                              ) from None
-        # generation_config.json overrides config.json: instruct models stop at more ids. An id
-        # below 0 would never be sampled, one above the vocabulary has no embedding.
+        # generation_config.json overrides config.json: instruct models stop at more ids (Llama's
+        # at three). An id below 0 would never be sampled, so that no answer ends; one above the
+        # vocabulary has no embedding.
         generation = read_json(path.with_name("generation_config.json"), {})
         eos = _as_tuple(generation.get("eos_token_id")) or config.eos_ids
         if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in eos):
@@ -165,7 +171,10 @@ class ModelConfig:
         return dataclasses.replace(config, eos_ids=eos)
 
 
-# What a family's config.json means where it is silent, if that is not what Llama's would mean.
+# What a family's config.json means where it is silent, if that is not what Llama's would mean. A
+# published config.json often leaves out what its family's class in transformers has as default, so
+# these are read off there. A key whose value is null is not silent: "sliding_window": null is
+# Mistral's full attention.
 FAMILIES = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -188,7 +197,9 @@ def _parse_config(c, path):
     layers, heads = c["num_hidden_layers"], c["num_attention_heads"]
     c["num_key_value_heads"] = c.get("num_key_value_heads") or heads
     _check_config(c, path)
-    rotated = c.get("no_rope_layers")  # 1 means RoPE, whatever the name says
+    # SmolLM3 leaves every fourth layer without positions (NoPE, arXiv 2501.18795). In its list of
+    # no_rope_layers 1 means RoPE, whatever the name says.
+    rotated = c.get("no_rope_layers")
     if family == "smollm3" and not rotated:
         rotated = [(i + 1) % c.get("no_rope_layer_interval", 4) for i in range(layers)]
     nope = tuple(i for i in range(layers) if family == "smollm3" and not rotated[i])
@@ -203,7 +214,8 @@ def _parse_config(c, path):
         # Qwen2 always has biases on q, k, v and none on o, and no key that says so.
         qkv_bias=family == "qwen2" or attention_bias, o_bias=attention_bias and family != "qwen2",
         mlp_bias=family in ("llama", "smollm3", "granite") and c.get("mlp_bias", False),
-        rope=rope, sliding_rope=sliding_rope, nope_layers=nope, layer_windows=_parse_windows(c, nope, path),
+        rope=rope, sliding_rope=sliding_rope, nope_layers=nope,
+        layer_windows=_parse_windows(c, nope, path),
         max_positions=c.get("max_position_embeddings", 2048),
         eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
         hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None,
@@ -211,7 +223,10 @@ def _parse_config(c, path):
 
 
 def _check_config(c, path):
-    """Refuse what is not implemented, and sizes that cannot be."""
+    """Refuse what is not implemented, and sizes that cannot be.
+
+    The limits are ten times what any model has: a damaged file should not ask for a terabyte.
+    """
     if c.get("quantization_config"):
         raise ValueError(f"{path}: a checkpoint quantised by "
                          f"{c['quantization_config'].get('quant_method')}, and only plain floats "
@@ -234,7 +249,11 @@ def _check_config(c, path):
 
 
 def _parse_windows(c, nope, path):
-    """The teacher's own sliding windows: one entry a layer, None for full attention."""
+    """The teacher's own sliding windows: one entry a layer, None for full attention.
+
+    Which layers slide is said by layer_types, or by a rule of the family: all (Mistral), those
+    from max_window_layers on (Qwen), three of four (Olmo 3), those without RoPE (SmolLM3).
+    """
     family, layers, window = c["model_type"], range(c["num_hidden_layers"]), c.get("sliding_window")
     if family in ("qwen2", "qwen3", "smollm3") and not c.get("use_sliding_window"):
         window = None  # their files name a width that is not in use
@@ -268,7 +287,7 @@ def _parse_ropes(c, path):
 def _parse_rope(r, c, path):
     """The RoPE settings of a kind of layer; the whole config c has what they leave out."""
     kind = r.get("rope_type") or r.get("type") or "default"
-    theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0
+    theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0  # RoFormer's
     if kind == "default":
         return Rope(theta)
     if (kind not in ("linear", "llama3", "yarn") or r.get("mscale") or r.get("mscale_all_dim")
@@ -278,8 +297,9 @@ def _parse_rope(r, c, path):
     factor, key = float(r["factor"]), "original_max_position_embeddings"
     given = {name: r[name] for name in ("low_freq_factor", "high_freq_factor", "beta_fast",
                                         "beta_slow", "attention_factor") if r.get(name)}
-    if kind == "yarn" and factor > 1:
+    if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
         given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
+    # Without the key the stretched length itself is meant, as transformers reads it.
     original = r.get(key) or c.get(key) or c.get("max_position_embeddings", 2048)
     return Rope(theta, kind, factor, original, **given)
 
@@ -1788,9 +1808,15 @@ def _sample(logits, temperature, top_p, random):
 # 8. Weights on disk
 # ----------------------------------------------------------------------------------------------
 # Parameters have Hugging Face's names, so loading is the identity: every tensor of the files goes
-# to the parameter of its name, and anything left over on either side is an error. Two things keep
-# an 8B model at its own size in memory: it is built on the meta device, without memory, and files
-# are read a few rows at a time.
+# to the parameter of its name, and anything left over on either side is an error. The teacher's
+# names are a subset of its student's, which is how one loader serves both.
+#
+# Two things keep an 8B model at its own size in memory: it is built on the meta device, where a
+# tensor has a shape and no memory, and files are read a few rows at a time.
+#
+# safetensors is a header of names, types and offsets before raw numbers. Pickles (.bin, .pt) are
+# never read: opening one can run any code. Numbers that are no floats are never read either: int8
+# or fp8 weights mean something only together with their scales, which stand elsewhere.
 
 
 def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prepare=None):
@@ -1806,7 +1832,7 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
     stored = list_tensors(directory)  # name -> (file, shape)
-    try:
+    try:  # some devices exist by name only: find out before gigabytes are read
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device} cannot be used ({str(error).splitlines()[0]}): name "
@@ -1822,6 +1848,8 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     def read(name, a, b):
         return _read_rows(stored[name][0], name, a, b)
 
+    # Some checkpoints keep their norms in fp32 beside bf16 matrices. One dtype for all, that of the
+    # embedding, is what transformers computes in; only a student's gates and features are apart.
     for name, shape in expected.items():
         wanted = dtype(name) if callable(dtype) else dtype
         like = name if is_new(name) else "model.embed_tokens.weight"
@@ -1836,6 +1864,7 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
         for a in range(0, len(rows), step):
             b = min(a + step, len(rows))
             rows[a:b] = piece = read(name, first + a, first + b)
+            # transformers unties a copy with other values and warns; here the folder must decide.
             if copied and name == "model.embed_tokens.weight" and not torch.equal(
                     piece, read("lm_head.weight", first + a, first + b)):
                 raise ValueError(f"{directory}: lm_head.weight is not {name}, though config.json "
@@ -1882,6 +1911,8 @@ def list_tensors(directory):
     if not whole.exists() and not index.exists():
         raise FileNotFoundError(f"{directory} holds neither {whole.name} nor {index.name}; pickles "
                                 "(.bin, .pt, .pth) can run code and are never read: convert them")
+    # The index lists name -> shard. A shard is asked for by a plain name: a path could lead out of
+    # the folder.
     weight_map = read_json(index).get("weight_map") if index.exists() else {}
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: there is no weight_map object; copy the file again")
@@ -1941,6 +1972,8 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     config = read_json(model.source / "config.json")
     if model.config.hybrid is not None:
         config["hybrid"] = dataclasses.asdict(model.config.hybrid)
+    # Whoever finds the folder finds it whole: a rename is one step, a run that is killed leaves
+    # only the .tmp, and the next one clears that away.
     tmp = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -1967,7 +2000,7 @@ def save_tensors(tensors, path):
         raise OSError(f"{path} cannot be written ({error}): free some space; what was saved before "
                       "is whole") from None
     path.chmod(mode)
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # a checkpoint that only the cache knows is none
         os.fsync(file.fileno())
 
 
@@ -1995,7 +2028,16 @@ def _write_tensors(tensors, folder, max_shard_bytes):
 # ----------------------------------------------------------------------------------------------
 # Ids equal those of the `tokenizers` library when three things agree: the added tokens (such as
 # <|eot_id|>) are cut out first, the same regex cuts the rest into pieces, and the same merges
-# build each piece. What cannot be reproduced exactly is refused by name, never approximated.
+# build each piece. What cannot be reproduced exactly is refused by name, never approximated: a
+# tokenizer that differs on one word in a thousand shows in no loss curve.
+#
+#     "<|im_start|>user\nIt's 42"    added tokens out:   <|im_start|>   "user\nIt's 42"
+#     the regex:   "user" "\n" "It" "'s" " " "4" "2"    (Qwen; others keep up to three digits)
+#     the merges:  bytes of a piece, joined pair by pair, the pair that was learnt first first
+#
+# Special and ordinary added tokens: a special one (<|eot_id|>) steers, so text of strangers must
+# not be able to write it; an ordinary one ([MOL], Qwen's <tool_call>) is a word of the language
+# that happened to be added late, and is one token wherever it stands.
 
 # tokenizer.json writes each byte as one visible character, after GPT-2 ("Ġ" is a space).
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -2039,7 +2081,10 @@ def _piece_pattern(pre_tokenizer):
 
 
 def _last_merge(token, priority):
-    """Plain BPE on one token: the rank of the merge that completes it, None if none does."""
+    """Plain BPE on one token: the rank of the merge that completes it, None if none does.
+
+    priority: (left, right) -> rank. Of equal ranks the leftmost pair is joined first.
+    """
     parts, rank = list(token), None
     while len(parts) > 1:
         ranks = [priority.get(pair, math.inf) for pair in zip(parts, parts[1:])]
@@ -2115,7 +2160,8 @@ class Tokenizer:
         folder = Path(directory)
         self.separator_id = read_json(folder / "config.json", {}).get("separator_id")
         config = read_json(folder / "tokenizer_config.json", {})
-        # A mark such as "bos_token" is a string, or an object with its text as "content".
+        # A mark such as "bos_token" is a string, or an object with its text as "content". All of
+        # them are variables of the chat template.
         self._marks = {name: x["content"] if isinstance(x, dict) else x
                        for name, x in config.items()
                        if name.endswith("_token") and isinstance(x, (str, dict))}
@@ -2152,6 +2198,7 @@ class Tokenizer:
         respelt = {self._normalise(token): self.added[token] for token in normalised}
         self._cuts = _one_of(self.added.keys() - set(normalised)), _one_of(respelt)
         self._id_of = {**respelt, **self.added}
+        self._stops = _one_of(t for t, i in self.added.items() if i in self.special).pattern
 
     def _read_sequences(self, kind):
         """Set up a tokenizer of sequences -> (pattern, tiktoken's table: here a rank is an id)."""
@@ -2221,6 +2268,7 @@ class Tokenizer:
     def _cut(self, text, cut, specials):
         """Cut added tokens out: yield (the text before one, its id), at last (the rest, None)."""
         start = 0
+        # A special token that must stay text still hides an ordinary one inside it, as there.
         for found in cut.finditer(text):
             i = self._id_of[found[0]]
             if specials or i not in self.special:
@@ -2236,6 +2284,7 @@ class Tokenizer:
                                  f"{piece.start()} of a text of {len(text)}): clean the text; "
                                  "k-mers also need a length that k divides, unless the single "
                                  "letters are tokens")
+        # Where to cut, for tiktoken's sake: at the ends of runs of exactly the longest length.
         cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
                 if len(run[0]) == _LONGEST_SPACE]
         return [self._id_of_rank[rank]
@@ -2275,6 +2324,8 @@ class Tokenizer:
             raise ValueError(f"sequence {text[:40]!r} contains separator {self.separator_id}")
         return ids + [self.separator_id]
 
+    # A token may be part of a character: bytes are joined first and decoded then.
+
     def decode(self, ids):
         """The tokens' bytes as text, broken UTF-8 as U+FFFD; ids of padding rows give nothing."""
         return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", "replace")
@@ -2287,6 +2338,10 @@ class Tokenizer:
         for i in ids:
             yield decoder.decode(self._bytes.get(int(i), b""))
         yield decoder.decode(b"", final=True)
+
+    # A chat template is a program in Jinja that the folder brings. It is run as transformers runs
+    # it, and never recognised: ChatML alone is published with some ten different texts, which
+    # differ in the mark in front, the default system prompt, the end of the last turn.
 
     def render_chat(self, messages, *, tools=None, generation_prompt=True, marks=("", "")):
         """A conversation as the folder's chat template writes it (transformers' text, to a byte).
@@ -2333,12 +2388,13 @@ class Tokenizer:
         text = self.render_chat(messages, tools=tools, generation_prompt=False)
         if tools and self.render_chat(messages, generation_prompt=False) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
-        for m in messages:
-            if not {m.get("train"), m.get("weight")} <= {None, 0, 1}:  # True is 1, False 0
-                raise ValueError(f'"train" and "weight" must be true, false, 1 or 0 in {m}')
+        weights = [(m.get("train"), m.get("weight")) for m in messages]
+        if any(x not in (None, 0, 1) for pair in weights for x in pair):  # True is 1, False 0
+            raise ValueError('"train" and "weight" of a message must be true, false, 1 or 0')
+        # A turn that is not to be learnt is located all the same: generation blocks are counted.
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = self._turn_spans(text, messages, tools, turns)
-        wanted = [i for i in turns if 0 not in (messages[i].get("train"), messages[i].get("weight"))]
+        wanted = [i for i in turns if 0 not in weights[i]]
         found = [i for i in wanted if spans[i]]
         if wanted and not found:
             raise ValueError(f"none of the assistant's {len(wanted)} turns can be found as it "
@@ -2346,6 +2402,7 @@ class Tokenizer:
         parts, done = [], 0
         for i in found:
             start, end = spans[i]
+            # A template without tools renders a call as an empty answer: that must not be learnt.
             for call in messages[i].get("tool_calls") or ():
                 if call.get("function", call).get("name", "") not in text[start:end]:
                     raise ValueError(f"the chat template does not write the tool call {call}")
@@ -2355,11 +2412,20 @@ class Tokenizer:
         return [part for part in parts if part[0]], len(wanted) - len(found)
 
     def _turn_spans(self, text, messages, tools, turns):
-        """Turn -> the (start, end) in text of what the assistant said there, or None.
+        r"""Turn -> the (start, end) in text of what the assistant said there, or None.
 
-        A template with {% generation %} blocks says it itself. With others, a turn starts behind
-        what stands before it with the generation prompt, and ends where the conversation up to it
-        ends. None where text does not begin with these: the template has rewritten them since.
+        A template with {% generation %} blocks says it itself. With others, less of the
+        conversation is rendered. A turn starts behind what stands before it with the generation
+        prompt, and ends where the conversation up to it ends:
+
+            the text         <|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n<|user|>\nBye...
+            before, prompted <|user|>\nHi<|end|>\n<|assistant|>\n
+            up to the turn   <|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n
+            learnt                                            Hello<|end|>
+
+        None where the text does not begin with these: then the template writes this turn otherwise
+        now than it did when the turn was generated, and no token of it stands behind the context
+        that it will have in use.
         """
         def render(end, generation_prompt=False, marks=("", "")):
             return self.render_chat(messages[:end], tools=tools,
@@ -2378,8 +2444,9 @@ class Tokenizer:
                 prompt = render(i, generation_prompt=True)
             else:  # nothing to render before it: the header, found by what it adds to the end
                 longer = render(None, generation_prompt=True)
+                # (Should a template add nothing, no turn of it starts where generation does.)
                 header = longer[len(os.path.commonprefix((text, longer))):]
-                prompt = text[:text.find(header) + len(header)] if header else ""
+                prompt = header in text and text[:text.find(header) + len(header)]
             end = self._end_of_turn(text, prompt, render(i + 1))
             located = prompt and text.startswith(prompt) and end > len(prompt)
             spans[i] = (len(prompt), end) if located else None
@@ -2387,13 +2454,12 @@ class Tokenizer:
 
     def _end_of_turn(self, text, prompt, turn):
         """Where in text ends the stop token of the turn that ends the rendering `turn`; or 0."""
-        special = _one_of(t for t, i in self.added.items() if i in self.special).pattern
         if text.startswith(turn):  # white space may stand behind the stop token, or be it
-            closed = re.search(rf"(?:{special})\s*\Z", turn[len(prompt):])
+            closed = re.search(rf"(?:{self._stops})\s*\Z", turn[len(prompt):])
             return len(turn.rstrip()) if closed else len(turn)
         # Olmo 3 ends the last turn with another stop token than earlier ones: compare without.
-        said = re.sub(rf"(?:\s|{special})*\Z", "", turn[len(prompt):])
-        stop = re.compile(rf"\s*(?:{special})").match(text, len(prompt + said))
+        said = re.sub(rf"(?:\s|{self._stops})*\Z", "", turn[len(prompt):])
+        stop = re.compile(rf"\s*(?:{self._stops})").match(text, len(prompt + said))
         return stop.end() if stop and text.startswith(prompt + said) else 0
 
 
@@ -2401,7 +2467,12 @@ _MARKS = "\ufdd0", "\ufdd1"  # Unicode keeps these two for a program's own use: 
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: its text between the marks of `_render`."""
+    """{% generation %} ... {% endgeneration %}: its text, between the marks of `render_chat`.
+
+    Jinja lets a program add statements. This one reads its body as a macro (`caller`) and calls
+    `mark` in its place, with the two marks that the rendering was given; two empty ones change
+    nothing.
+    """
 
     tags = {"generation"}
 
@@ -2417,7 +2488,12 @@ class _Generation(jinja2.ext.Extension):
 
 @functools.cache
 def _compile_template(source):
-    """A chat template in the sandbox, and with the functions, that transformers gives it."""
+    """A chat template in the sandbox, and with the functions, that transformers gives it.
+
+    In the sandbox a template can neither reach Python's internals nor change the messages. The
+    functions are what published templates call: raise_exception to refuse a conversation, tojson
+    for tools and arguments, strftime_now for the date.
+    """
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
@@ -2425,7 +2501,7 @@ def _compile_template(source):
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # no HTML escapes
     sandbox.globals["raise_exception"] = raise_exception
-    # Llama 3.2 writes the day it is: render training data once and keep it.
+    # Llama 3.2 writes the day it is, so that the same row has other tokens tomorrow.
     sandbox.globals["strftime_now"] = time.strftime
     return sandbox.from_string(source)
 
@@ -2445,6 +2521,7 @@ def _read_chat_templates(folder, config):
     return {t.get("name"): t["template"] for t in templates}
 
 
+# A gene may stand on either strand: a model of DNA is asked about both, and their mean is the score.
 _COMPLEMENT = str.maketrans("ACGTRYKMBDHVacgtrykmbdhv", "TGCAYRMKVHDBtgcayrmkvhdb")
 
 
@@ -2495,14 +2572,18 @@ def chat(model, tokenizer, prompts, run):
         if not text.startswith(held):
             print("(the chat template rewrote what was said: all is read again)")
             held, count, cache = "", 0, None
-        bos = None if run.raw and not held else False  # a chat template writes its own
+        # BOS once, at the very beginning; a chat template writes its own.
+        bos = None if run.raw and not held else False
         ids, new, times = tokenizer.encode(text[len(held):], bos=bos), [], [time.perf_counter()]
-        # A teacher's buffers must grow; a student's are the same at any length.
+        # Room for the longest answer. A teacher's buffers grow with every turn, and are copied, not
+        # read again; a student's have the same size at any length.
         larger = Cache(model, 1, count + len(ids) + run.max_new_tokens)
         for x, old in zip(larger.tensors(), cache.tensors() if cache else ()):
             x[tuple(map(slice, old.shape))] = old
         cache = larger
 
+        # decode_stream holds a character back until all its bytes are there: an emoji is four
+        # bytes, and may be as many tokens.
         def spoken():
             for step in stream(model, torch.tensor([ids], device=run.device), cache=cache,
                                max_new_tokens=run.max_new_tokens, seed=run.seed,
@@ -2527,7 +2608,10 @@ def chat(model, tokenizer, prompts, run):
 
 
 def main(argv=None):
-    """The command: options, and prompts from --prompt or line by line."""
+    """`python model.py DIR`: options, and prompts from --prompt or line by line.
+
+    argv: list of strings (None: the command line's). Faults end in one sentence and exit code 2.
+    """
     parser = argparse.ArgumentParser(prog="python model.py", description="Talk to a teacher or a "
                                      "student: a prompt a line, the end of input or ^C leaves.")
     option = parser.add_argument
