@@ -374,17 +374,14 @@ def read_rows(path, start=0, stop=None):
                 line := file.readline()):
             place = Place(path, offset)
             try:
-                text = line.decode("utf-8" if offset else "utf-8-sig")
-                row = json.loads(text) if text.strip() else None
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{place}: not UTF-8 ({error}); convert the file") from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}: not a JSON object ({error})") from None
-            if not text.strip():
-                continue
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: expected a JSON object, found {text.strip()[:40]!r}")
-            yield place, row
+                text = line.decode("utf-8" if offset else "utf-8-sig").strip()
+                row = json.loads(text) if text else {}
+                if not isinstance(row, dict):
+                    raise ValueError(f"found {text[:40]!r}")
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError among them
+                raise ValueError(f"{place}: not a JSON object in UTF-8 ({error})") from None
+            if text:
+                yield place, row
 
 
 def keep_freed_memory():
