@@ -70,7 +70,7 @@ from tqdm import tqdm
 import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Tokenizer, Transformer, assign, generate, is_new,
-                   keep_freed_memory, load_pretrained, load_with_tokenizer, local_rows, read_json,
+                   load_pretrained, load_with_tokenizer, local_rows, read_json,
                    reverse_complement, save_pretrained, save_tensors, sha256, student_config,
                    student_from_teacher, write_json)
 
@@ -657,18 +657,17 @@ class _SparseKD(torch.autograd.Function):
 def teacher_layers(student, tokens, document_ids, positions=None):
     """The teacher's forward pass inside its student, as far as stage I needs it, layer by layer.
 
-    Yields the student's mixer, what both read (normed input, raw and rotated q, k, v), and the
-    teacher's softmax output (B, H, T, D), which goes on to the next layer.
+    Yields the student's mixer, what both read (`model.Heads`), and the teacher's softmax output
+    (B, H, T, D), which goes on to the next layer.
     """
     if positions is None:
         positions = student.positions(tokens, document_ids=document_ids)
     x, layers = student.embed(tokens), student.model["layers"]
     for block, tables in zip(layers, student.rope_tables(positions, x.dtype)):
-        attention, a = block.self_attn, block.attention_input(x)
-        raw = attention.project(a)
-        qkv = attention.split(*raw, tables)
-        target = Attention.mix(attention, a, raw, *qkv, document_ids=document_ids)
-        yield attention, (a, raw, *qkv), target
+        attention = block.self_attn
+        heads = attention.heads(block.attention_input(x), tables)
+        target = Attention.mix(attention, heads, document_ids=document_ids)
+        yield attention, heads, target
         if block is not layers[-1]:
             x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
 
@@ -683,9 +682,9 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
     Returns (layers,) fp32, detached.
     """
     losses = []
-    for attention, inputs, target in teacher_layers(student, tokens, document_ids, positions):
+    for attention, heads, target in teacher_layers(student, tokens, document_ids, positions):
         with torch.set_grad_enabled(backward_scale is not None):
-            h = attention.mix(*inputs, document_ids=document_ids)
+            h = attention.mix(heads, document_ids=document_ids)
             loss = (h.float() - target.float()).square().mean()
             if backward_scale is not None:
                 (loss * backward_scale).backward()
@@ -1439,7 +1438,7 @@ def show_plan(run):
     config, hf = ModelConfig.from_hf(directory), read_json(directory / "config.json")
     stored = hf.get("dtype", hf.get("torch_dtype"))  # the key's new and old name
     if not run.start:
-        config = student_config(config, run.window, run.sinks, run.mixer)
+        config = student_config(config, run.window, run.sinks, run.mixer, run.features)
     print(f"memory of one process, GB, at {run.micro_batch} x {run.context} tokens at once:")
     for stage in ("distil",) if why_no_align(run) else ("align", "distil"):
         needs = plan_memory(run, config, stage, stored)
@@ -1776,7 +1775,9 @@ def parse_arguments(argv):
     g = p.add_argument_group("student")
     g.add_argument("--mixer", choices=MIXERS, default="hybrid")
     g.add_argument("--window", type=int, default=512, help="W, tokens")
-    g.add_argument("--sinks", type=int, default=4, help="S, tokens")
+    g.add_argument("--sinks", type=int, default=4, help="tokens")
+    g.add_argument("--features", type=int, choices=(1, 2, 4, 8), default=4, help="width of the "
+                   "mLSTM's keys as a multiple of the heads'; the paper's is 1")
 
     g = p.add_argument_group("both stages")
     g.add_argument("--context", type=int, default=4096, help="tokens a row")
@@ -1884,7 +1885,8 @@ def new_student(run, teacher):
                              f"{run.teacher}")
     else:
         student = student_from_teacher(teacher, window=run.window, sinks=run.sinks,
-                                       mixer=run.mixer, kernels=run.kernels)
+                                       mixer=run.mixer, features=run.features,
+                                       kernels=run.kernels)
     hybrid = student.config.hybrid
     if hybrid is None:
         raise ValueError(f"--start {run.start} is a teacher, not a student")
@@ -1911,7 +1913,6 @@ def main(argv=None):
     """One run from top to bottom: load, measure, align, distil, report."""
     run, started = parse_arguments(argv), time.time()
     check_arguments(run)
-    keep_freed_memory()
     torch.manual_seed(run.seed)
     start_processes(run)
     if run.plan:

@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (MIXERS, SMILES_PIECES, Cache, HybridAttention, ModelConfig, Rope, Transformer,
-                   generate, keep_freed_memory, load_pretrained, load_with_tokenizer,
+                   generate, load_pretrained, load_with_tokenizer,
                    reverse_complement, sha256, student_from_teacher, write_json)
 
 # ----------------------------------------------------------------------------------------------
@@ -1496,7 +1496,6 @@ def parse_arguments(argv):
 def main(argv=None):
     """One of the four commands."""
     run = parse_arguments(argv)
-    keep_freed_memory()
     run.run(run)
 
 

@@ -6,7 +6,7 @@ attention reads all T previous tokens, so its cache grows with T. The hybrid mix
 whose memory is constant:
 
     window + sinks   exact softmax attention, over the last W tokens and the first few
-    mLSTM            a D x D matrix per head that every token is written into and fades from
+    mLSTM            a matrix per head that every token is written into and fades from
 
 and a learned scalar gate per head and token chooses between them (Eq. 11).
 
@@ -20,13 +20,14 @@ Contents: 1 configuration · 2 norm, RoPE, softmax attention · 3 the mLSTM · 4
 
 Glossary (code: meaning, symbol in the paper)
     B, T, V         batch, tokens, vocabulary
-    H, K, G         query heads, key/value heads, query heads per key/value head (H = K * G)
-    D, E            width of a query or key head, of a value head (D = E in every teacher here)
-    W, S            window length, number of sink tokens; (S, z, m) is the mLSTM's state
-    log_i           input-gate preactivation, log i_t
-    log_f           log sigmoid(forget-gate preactivation), log f_t
+    H, K            query heads, key/value heads; H / K query heads, a group, share one of K
+    R               heads with input and forget gates, and so a state, of their own: H, or K
+    D, E            width of a head of queries or keys, of values (the same in every teacher here)
+    F, width        features of a query or key in the mLSTM (the paper's: D; F is also torch's)
     S, z, m         mLSTM matrix state, normaliser, stabiliser; the true state is (S, z) * e^m
-    o               output gate, o_t
+    log_i, log_f    log input gate (its preactivation), log forget gate (log sigmoid of its own)
+    W, L            tokens a window sees; tokens of a chunk or block computed at once
+    o               output gate, o_t: 0 the window speaks, 1 the mLSTM
 
 Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), scoring
 (evaluate.py), merging (merge.py), GPU kernels (kernels.py).
@@ -34,7 +35,6 @@ Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), 
 
 import argparse
 import codecs
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -48,6 +48,7 @@ import sys
 import time
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -58,7 +59,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------
@@ -100,6 +100,8 @@ class Hybrid:
     window: int = 512  # W: tokens the softmax branch sees, the current one included
     sinks: int = 4  # first tokens of the document that every later token sees
     mixer: str = "hybrid"  # a key of MIXERS
+    features: int = 1  # width of the mLSTM's keys as a multiple of D (`FeatureMap`); paper: 1
+    shared_gates: bool = False  # input and forget gates per key/value head; paper: per query head
     folded: bool = False  # output gate folded into one map of x (`fold_output_gate`)
 
 
@@ -384,21 +386,6 @@ def read_rows(path, start=0, stop=None):
                 yield place, row
 
 
-def keep_freed_memory():
-    """Have glibc keep the memory of freed tensors of up to 64 MB for the next ones.
-
-    By default it returns large blocks to the kernel, which hands them out again a page at a time,
-    zeroed: on two cores a tenth of the small teacher's stage I, a quarter of a prefill of 8 rows.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return  # another C library, another allocator
-    # M_MMAP_THRESHOLD: larger tensors still go back. An older glibc takes no more than 32 MB.
-    libc.mallopt(-3, 1 << 26) or libc.mallopt(-3, 1 << 25)
-    libc.mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD: so much stays free at the heap's end
-
-
 # ----------------------------------------------------------------------------------------------
 # 2. Norm, rotary positions, softmax attention: the parts a teacher and its student share
 # ----------------------------------------------------------------------------------------------
@@ -413,31 +400,11 @@ class RMSNorm(nn.Module):
         self.eps, self.round_last = eps, round_last
 
     def forward(self, x):
-        return _RMSNorm.apply(x, self.weight, self.eps, self.round_last)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one number a row; autograd would keep x in fp32 and its normed form too."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, round_last):
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        if round_last:  # Olmo: multiply in fp32, round once
-            return (weight * (wide * scale)).to(x.dtype)
-        return weight.to(x.dtype) * (wide * scale).to(x.dtype)  # Llama, Qwen, Mistral: round first
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, scale = ctx.saved_tensors
-        normed, dy = x.float() * scale, dy.float()
-        dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype) if (
-            ctx.needs_input_grad[1]) else None  # not of a frozen norm
-        dy = dy * weight
-        share = (dy * normed).mean(-1, keepdim=True)
-        return dy.sub_(normed.mul_(share)).mul_(scale).to(x.dtype), dweight, None, None
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.round_last:  # Olmo: multiply in fp32, round once
+            return (self.weight * normed).to(x.dtype)
+        return self.weight.to(x.dtype) * normed.to(x.dtype)  # Llama, Qwen, Mistral: round first
 
 
 def rope_frequencies(rope, head_dim):
@@ -491,11 +458,6 @@ def document_starts(document_ids):
     return torch.where(first, index, 0).cummax(dim=1).values
 
 
-def _pad_starts(starts, length):
-    """Lengthen starts (B, T) to (B, length): padding belongs to the last document."""
-    return torch.cat((starts, starts[:, -1:].expand(-1, length - starts.shape[1])), dim=1)
-
-
 def _grouped_attention(q, k, v, visible):
     """Softmax attention of q (B, H, L, D) on fewer heads k, v (B, K, N, D), as mask says.
 
@@ -540,6 +502,18 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
     return torch.cat(outputs, dim=2)
 
 
+class Heads(NamedTuple):
+    """What a mixer may read of one layer. The teacher's needs the last three only."""
+
+    x: torch.Tensor  # (B, T, hidden), the block's normed input: for gates
+    raw: tuple  # projections of x before norm and rotation, q (B, T, H D), k and v (B, T, K D)
+    q_plain: torch.Tensor  # (B, H, T, D) and
+    k_plain: torch.Tensor  # (B, K, T, D), normed and not rotated: content without position
+    q: torch.Tensor  # the same two, rotated
+    k: torch.Tensor
+    v: torch.Tensor  # (B, K, T, D)
+
+
 class Attention(nn.Module):
     """The teacher's attention block: project, normalise and rotate, mix over time, project back.
 
@@ -560,35 +534,29 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim if per_head else q_width, c.norm_eps, c.is_olmo)
             self.k_norm = RMSNorm(c.head_dim if per_head else kv_width, c.norm_eps, c.is_olmo)
 
-    def project(self, x):
-        """x (B, T, hidden) -> q (B, T, H D), k and v (B, T, K D).  Eq. 1"""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-
-    def split(self, q, k, v, tables):
-        """Projections -> per-head q (B, H, T, D), k and v (B, K, T, D), q and k rotated."""
+    def heads(self, x, tables):
+        """x (B, T, hidden) and RoPE tables -> `Heads`.  Eq. 1"""
         D, norm = self.config.head_dim, self.config.qk_norm
+        raw = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = raw
         if norm == "projection":  # Olmo: over the whole width, before the heads are split
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.unflatten(-1, (-1, D)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in (q, k, v))
         if norm == "head":  # Qwen3
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.attention_multiplier:  # Granite: scores are q.k times this, not 1/sqrt(D)
             q = q * (self.config.attention_multiplier * math.sqrt(D))
-        return rotate(q, tables), rotate(k, tables), v
+        return Heads(x, raw, q, k, rotate(q, tables), rotate(k, tables), v)
 
-    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
-        """How heads look back: rotated q, k and v -> h (B, H, T, D).
-
-        x (B, T, hidden) and raw (projections before norm and rotation) are for subclasses'
-        gates. cache: this layer's `KVCache`, or None.
-        """
+    def mix(self, heads, *, document_ids=None, cache=None):
+        """How heads look back: `Heads` -> h (B, H, T, D). cache: this layer's, or None."""
+        _, _, _, _, q, k, v = heads
         if cache is not None:
             return cache.attention(q, k, v, window=self.window)
         return softmax_attention(q, k, v, window=self.window, document_ids=document_ids)
 
     def forward(self, x, tables, *, document_ids=None, cache=None):
-        raw = self.project(x)
-        h = self.mix(x, raw, *self.split(*raw, tables), document_ids=document_ids, cache=cache)
+        h = self.mix(self.heads(x, tables), document_ids=document_ids, cache=cache)
         return self.o_proj(h.transpose(1, 2).flatten(2))
 
     def new_cache(self, batch, max_length, like):
@@ -596,49 +564,65 @@ class Attention(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. The mLSTM: definition, then the chunkwise form that trains
+# 3. The mLSTM: definition, then the chunkwise form that trains, then one step
 # ----------------------------------------------------------------------------------------------
-# The input gate is an exponential, so S and z are kept divided by e^m, m a running maximum of the
-# exponents. The factor cancels in h = q S / q z: no clamp of the denominator, no epsilon, no
+# A linear attention that can forget. Every token writes the outer product of its key and value
+# into a matrix S; a query reads a weighted mean of all values back, as in softmax attention, where
+# the weight of token s for query t is
+#
+#     (phi(q_t) . phi(k_s)) * i_s * f_{s+1} ... f_t         normalised to sum 1: that is q . z
+#
+# phi makes positive features (section 5), so the sum that normalises is positive and the plain
+# ratio is safe. The gates say how strongly a token is written and how fast it fades.
+#
+# One numerical idea carries all three forms. The input gate is an exponential, so S and z would
+# overflow: they are kept divided by e^m, where m is the largest exponent so far. The factor is the
+# same above and below the fraction and cancels: no clamp of the denominator, no epsilon, no
 # 1/sqrt(D). (xLSTM's max(|q z|, e^-m) belongs to the version with a norm layer behind it.)
 # Everything here runs in fp32: bf16 gates alone would cost up to 1 % of the output.
 
-EMPTY = -1e30  # log of nothing: the stabiliser of an empty state (finite, so EMPTY - EMPTY = 0)
+EMPTY = -1e30  # log of nothing: m of an empty state. Finite, because -inf - -inf is NaN
+FORGET = -1e4  # log of a forget gate that forgets all: e^-1e4 is exactly 0, and sums stay exact
 
 
-def empty_state(batch, heads, D, E, device):
-    """The mLSTM state before the first token: S (B, H, D, E), z (B, H, D), m (B, H), fp32."""
-    return (torch.zeros(batch, heads, D, E, device=device),
-            torch.zeros(batch, heads, D, device=device),
+def empty_state(batch, heads, width, E, device):
+    """The mLSTM's state before the first token, fp32: S (B, R, F, E), z (B, R, F), m (B, R).
+
+    R heads that have gates of their own, features of width F, values of width E.
+    """
+    return (torch.zeros(batch, heads, width, E, device=device),
+            torch.zeros(batch, heads, width, device=device),
             torch.full((batch, heads), EMPTY, device=device))
 
 
 def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
     """The definition (Eq. 8-10), one token at a time.
 
-    q (B, H, T, D), k (B, K, T, D): feature-mapped, non-negative. v (B, K, T, E).
-    log_i, log_f (B, H, T) fp32: log input gate, log forget gate (at most 0).
+    q (B, H, T, F), k (B, K, T, F): feature-mapped, non-negative. v (B, K, T, E).
+    log_i, log_f (B, R, T) fp32: log input gate, log forget gate (at most 0). R = H: a gate for
+    every query head, as in the paper; R = K: one for each key/value head, whose queries then read
+    one state together.
     state: (S, z, m) of the tokens before, fp32 (`empty_state` when None).
     Returns h (B, H, T, E) in v's dtype and the state after the last token. In float64 inputs the
     whole computation is float64: that is the tests' reference.
     """
-    dtype = v.dtype
-    B, H, T, D = q.shape
-    S, z, m = state or empty_state(B, H, D, v.shape[-1], q.device)
+    (B, H, T, width), R, dtype = q.shape, log_i.shape[1], v.dtype
+    S, z, m = state or empty_state(B, R, width, v.shape[-1], q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = (x.to(wide).repeat_interleave(H // x.shape[1], dim=1) for x in (q, k, v))
-    log_i, log_f = log_i.to(wide), log_f.to(wide)
+    k, v = (x.to(wide).repeat_interleave(R // x.shape[1], dim=1) for x in (k, v))  # (B, R, T, .)
+    q = q.to(wide).unflatten(1, (R, H // R))  # (B, R, H / R, T, F)
     h = []
     for t in range(T):
-        i, f, k_t, v_t, q_t = log_i[:, :, t], log_f[:, :, t], k[:, :, t], v[:, :, t], q[:, :, t]
+        i, f = log_i[:, :, t].to(wide), log_f[:, :, t].to(wide)
+        k_t, v_t, q_t = k[:, :, t], v[:, :, t], q[:, :, :, t]
         m_new = torch.maximum(m + f, i)
         keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()[..., None]
         S = keep[..., None] * S + (write * k_t)[..., None] * v_t[..., None, :]  # Eq. 8
         z = keep * z + write * k_t                                              # Eq. 9
         m = m_new
-        den = (q_t * z).sum(-1, keepdim=True).clamp_min(1e-30)  # only against 0 / 0
-        h.append((q_t[..., None, :] @ S).squeeze(-2) / den)                     # Eq. 10
-    return torch.stack(h, dim=2).to(dtype), (S, z, m)
+        den = (q_t @ z[..., None]).clamp_min(1e-30)  # only against 0 / 0
+        h.append((q_t @ S) / den)                                               # Eq. 10
+    return torch.stack(h, dim=3).flatten(1, 2).to(dtype), (S, z, m)
 
 
 def mlstm_step(q, k, v, log_i, log_f, state):
@@ -646,404 +630,106 @@ def mlstm_step(q, k, v, log_i, log_f, state):
 
     state is updated in place, so that its memory never moves: no gradients.
     """
-    S, z, m = state
-    (B, K, _, D), dtype = k.shape, v.dtype
+    (S, z, m), dtype = state, v.dtype
     q, k, v, i, f = (x.squeeze(2).to(S.dtype) for x in (q, k, v, log_i, log_f))
+    k, v = (x.repeat_interleave(i.shape[1] // x.shape[1], dim=1) for x in (k, v))
     m_new = torch.maximum(m + f, i)
-    keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()
+    keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()[..., None]
     m.copy_(m_new)
-    k = write.view(B, K, -1, 1) * k[:, :, None]  # (B, K, G, D)
-    S.mul_(keep[..., None])
-    S.view(B, K, -1, D, S.shape[-1]).addcmul_(k[..., None], v[:, :, None, None])
-    z.mul_(keep).add_(k.flatten(1, 2))
-    den = (q * z).sum(-1, keepdim=True).clamp_min(1e-30)
-    return ((q[:, :, None] @ S) / den[..., None]).to(dtype)
+    k = write * k
+    S.mul_(keep[..., None]).addcmul_(k[..., None], v[..., None, :])
+    z.mul_(keep).add_(k)
+    q = q.unflatten(1, (i.shape[1], -1))  # (B, R, H / R, F)
+    h = (q @ S) / (q @ z[..., None]).clamp_min(1e-30)
+    return h.flatten(1, 2)[:, :, None].to(dtype)
 
 
-def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chunk_size=None):
-    """The same function as `mlstm_recurrent`, a chunk of L tokens at a time.
+# The loop above does O(1) work a token in T serial steps: far too many to train with. Now let a
+# chunk of L tokens be one step. What a query gets from tokens of its own chunk is an attention with
+# a small (L, L) matrix of weights; what it gets from all before comes from the state at the
+# chunk's start. Both are matrix products. With b_t the sum of log_f from the chunk's start up to
+# and with t, token s has at time t the log-weight b_t + c_s, where c_s = log_i_s - b_s; b_t is the
+# same for the whole row and cancels in the ratio, as any r_t does that is put in its place:
+#
+#     W_ts = e^(c_s - r_t) for s <= t      carry_t = e^(m - r_t)       r_t = max(m, c_1 .. c_t)
+#     h_t = (sum_s W_ts (q_t.k_s) v_s + carry_t q_t S) / (the same with 1 for v_s, z for S)
+#     keep = e^(m + b_L - m')    write_s = e^(c_s + b_L - m')          m' = b_L + max(m, c_1 .. c_L)
+#     S' = keep S + sum_s write_s k_s (x) v_s
+#
+# No exponent is above 0. The gates' part has no products of widths in it, only numbers a head and
+# token, so it is done for all chunks at once, in float64: b reaches thousands where forget gates
+# are nearly closed, while its differences matter to 1e-6.
 
-    Inside a chunk: attention with the decay matrix W_ts = exp(log_i_s + sum of log_f after s up
-    to t). Between chunks: the state. One loop over a few chunks at a time, whose working set stays
-    in the processor's cache; no (T, T) matrix; any T; differentiable in all inputs and both states.
 
-    Shapes as in `mlstm_recurrent`. document_ids (B, T): the state restarts where they change; a
-    given `state` belongs to the first document, the returned one to the last. chunk_size None: L
-    is the heads' width within 32 and 64 (measured), where weights cost what states do.
+def _chunk_gates(log_i, log_f, m, document_ids, L):
+    """Gates (B, R, T) and the first m -> c, r (B, R, N, L), m (B, R, N + 1), total (B, R, N).
+
+    float64. m: the stabiliser before every chunk, and last the one after all. total: b_L.
     """
-    (B, H, T, D), E = q.shape, v.shape[-1]
-    L = min(chunk_size or max(32, min(64, D)), T)
-    starts = None if document_ids is None else document_starts(document_ids)
-    S, z, m = state or empty_state(B, H, D, E, q.device)
+    log_f = log_f.double()
+    if document_ids is not None:  # a document's first token forgets the document before
+        first = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+        log_f = log_f.masked_fill(first[:, None], FORGET)
+    pad = -log_i.shape[-1] % L  # padding writes nothing and forgets nothing
+    b = F.pad(log_f.clamp_min(FORGET), (0, pad)).unflatten(2, (-1, L)).cumsum(-1)
+    c = F.pad(log_i.double().clamp_min(EMPTY), (0, pad), value=EMPTY).unflatten(2, (-1, L)) - b
+    total = b[..., -1]
+    # m' = total + max(m, max c), chunk after chunk, is a running maximum once the totals of all
+    # chunks before are taken off. Rounded as it will be stored, and only then used: S and z are
+    # divided by this very e^m, and another rounding would scale them in silence.
+    before = F.pad(total.cumsum(-1), (1, 0))  # (B, R, N + 1)
+    steps = torch.cat((m[..., None].double(), c.amax(-1) - before[..., :-1]), dim=-1)
+    m = (steps.cummax(-1).values + before).to(m.dtype).double()
+    r = torch.maximum(m[..., :-1, None], c.cummax(-1).values)
+    # r cancels, so its gradient may be anything. With c's, that of W_tt = e^(c_t - r_t) is exactly
+    # 0, and does not drown the forget gates' small gradients in its rounding.
+    return c, r.detach() + (c - c.detach()), m, total
+
+
+def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chunk_size=64):
+    """The same function as `mlstm_recurrent`, a chunk of `chunk_size` tokens at a time.
+
+    Shapes as there. document_ids (B, T): the state restarts where they change; a given `state`
+    belongs to the first document, the returned one to the last. (Exactly, unless input gates of
+    neighbouring documents differ by more than e^9900.) Any T; differentiable in all inputs.
+
+    The loop goes over chunks, not over all of them in one batch: memory is what costs, and a batch
+    was 2 to 4 times slower (13 with the backward). `split` and `unbind`, not slices: the gradient
+    of a slice fills a tensor of the whole length, for every chunk (5 times slower at 4096 tokens).
+    """
+    (B, H, T, width), R, E, dtype = q.shape, log_i.shape[1], v.shape[-1], v.dtype
+    wide, L, rows = torch.promote_types(q.dtype, torch.float32), chunk_size, H // R
     with torch.autocast(q.device.type, enabled=False):
-        h, *state = _MLSTM.apply(q, k, v, log_i, log_f, S, z, m, starts, L)
-    return h, tuple(state)
-
-
-# A chunk. c_s = log_i_s - (log_f up to and with s), sums from the start of the chunk, or of the
-# document if that is later. Then log W_ts = c_s + (a number of t alone, which cancels in h), and
-# any r_t that is not below the c_s it meets keeps the exponentials in range:
-#     W_ts = e^(c_s - r_t),  carry_t = e^(m - r_t)      weights in row t of token s, of the state
-#     P = (q k^T) * W,  den = P 1 + carry (q z),  h = (P v + carry (q S)) / den
-#     keep = e^(m + f - m'),  write_s = e^(c_s + f - m')      f: total log_f; m before, m' after
-#     S' = keep S + (write k)^T v,  z' = keep z + (write k)^T 1
-# Gradients, with dh' = dh / den, delta = dh' . h and dP = (dh' v^T - delta) * W:
-#     dq = dP k + carry (dh' S^T - delta z)         dk = dP^T q + write (v dS'^T + dz')
-#     dv = P^T dh' + write (k dS')
-#     dS = keep dS' + (carry q)^T dh'               dz = keep dz' - (carry q)^T delta
-#     X = (q k^T) * dP: of log W.  A gate multiplies weights: log_i_s those of token s, log_f_u
-#     those that reach over u: W_ts with s < u <= t, the carry of t >= u, the write of s < u, keep
-
-
-def _chunk_documents(starts, L):
-    """Where each chunk's documents start: starts (B, T) or None -> three tensors (or Nones).
-
-    first (N, B, 1, L): index in the chunk of the first token of t's document; continues (same):
-    that document was open before the chunk; is_last: it is open at the chunk's end.
-    """
-    if starts is None:
-        return None, None, None
-    B, T = starts.shape
-    starts = _pad_starts(starts, T + -T % L).int().view(B, -1, 1, L).transpose(0, 1)
-    begin = torch.arange(0, T, L, dtype=torch.int32, device=starts.device).view(-1, 1, 1, 1)
-    return ((starts - begin).clamp_min(0), starts <= (begin - 1).clamp_min(0),
-            starts == starts[..., -1:])
-
-
-def _only(seen, x):
-    return x if seen is None else torch.where(seen, x, -math.inf)
-
-
-def _exp(x):
-    """e^x in place. Below -87 fp32 has nothing left: exactly 0, without asking exp, which takes 100
-    times as long there (measured).
-    """
-    return F.threshold_(x.clamp_min_(-87.0).exp_(), 2e-38, 0.0)
-
-
-def _chunk_gates(log_i, log_f, m, documents, L, dtype):
-    """What the gates give every chunk: c, r, carry, write (N, B, H, L), keep (N, B, H), and m'.
-
-    In float64, for (B, H, T) numbers are nothing beside k and v: c reaches thousands where forget
-    gates are near 0 while differences matter to 1e-6. So c is returned in two parts: multiples of
-    1/64, which fp32 holds and subtracts exactly, and the rest. r is a multiple of 1/64 as well.
-    Numbers of a document come from its own gates alone, to the last bit.
-    """
-    def chunks(x, value):
-        x = F.pad(x, (0, -x.shape[-1] % L), value=value) if x.shape[-1] % L else x
-        x = x.unflatten(-1, (-1, L)).movedim(2, 0)
-        return x.to(torch.float64, memory_format=torch.contiguous_format)
-
-    first, continues, is_last = documents
-    c = chunks(log_i, EMPTY)  # padding writes nothing
-    f = chunks(log_f.clamp_min(-2.0 ** 18 / L), 0.0)  # sums fit fp32's multiples of 1/64
-    if first is None:
-        sums = f.cumsum(-1)
-    else:  # less what comes before the document; exact, as all are multiples of 2^-34 below 2^18
-        f = (f * 2.0 ** 34).round() * 2.0 ** -34
-        sums = f.cumsum(-1)
-        sums = sums - (sums - f).gather(-1, first.long().expand_as(f))
-    c, total = c - sums, sums[..., -1]
-
-    # m: two operations a chunk, everything else for all chunks at once. What a chunk brings on top
-    # of the m before: the total of the chunk before, or the end of that document.
-    survives = None if first is None else continues[..., -1]
-    before = _only(survives, F.pad(total[:-1], (0, 0, 0, 0, 1, 0)))
-    ms = [m.double()]
-    for change, largest in zip(before, _only(is_last, c).amax(-1)):
-        ms.append(torch.maximum(ms[-1] + change, largest))
-    # Rounded as it will be stored, and only then used: S and z are divided by this very e^m.
-    m_next = (torch.stack(ms[1:]) + total).to(dtype)
-    m = torch.cat((m[None].double(), m_next[:-1].double()))  # (N, B, H)
-
-    # r in units of 1/64: the running maximum of c in each document, or m. The shift lifts every
-    # document above all earlier ones, and is exact.
-    shift = 0.0 if first is None else first.double() * 2.0 ** 42
-    running = ((c * 64).ceil().clamp(-2.0 ** 40, 2.0 ** 40) + shift).cummax(-1).values - shift
-    r = torch.maximum(running, _only(continues, m[..., None] * 64)).ceil() / 64
-    coarse = (c * 64).round() / 64
-    carry = _only(continues, m[..., None] - r)
-    write = _only(is_last, c + (total - m_next)[..., None])
-    keep = _exp(_only(survives, m + total - m_next).to(dtype).contiguous())
-    gates = torch.stack([x.to(dtype) for x in (coarse, c - coarse, r, carry, write)])
-    _exp(gates[3:])
-    return *gates, keep, m_next[-1]
-
-
-def _cut(x, K, L):
-    """x (B, H, T, D) in N chunks of L tokens, heads in K groups: a view (N, B, K, H / K, L, D).
-
-    Where L does not divide T it is a view of a copy that ends in zeros.
-    """
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % L)) if x.shape[2] % L else x
-    return x.unflatten(2, (-1, L)).unflatten(1, (K, -1)).movedim(3, 0)
-
-
-def _matrices(x):
-    """Some chunks of `_cut` (n, B, K, G, L, D) as one batch of matrices (R = n B K, G L, D)."""
-    return x.flatten(3, 4).flatten(0, 2)
-
-
-def _reader(x, K, L, blocks, dtype):
-    """A function of a block -> x (B, H, T, D) there, as matrices (R = n B K, H / K L, D) in dtype.
-
-    They lie in one buffer each time: fresh memory comes a page at a time and costs more than they.
-    """
-    x = _cut(x, K, L)
-    buffer = x.new_empty(blocks[0].stop, *x.shape[1:], dtype=dtype)
-    return lambda now: _matrices(buffer[:now.stop - now.start].copy_(x[now]))
-
-
-def _blocks(N, numbers, device):
-    """Slices of range(N): as many chunks at once, of so many `numbers` each, as fit a cache.
-
-    Larger operations cost less each and divide better between cores.
-    """
-    n = max(1, (1 << 20 if device.type == "cpu" else 1 << 24) // numbers)
-    return [slice(a, min(a + n, N)) for a in range(0, N, n)]
-
-
-def _spans(N, numbers, device):
-    """`_blocks`, and how many of them are a span: 8 chunks, or one block of more.
-
-    Forward keeps the state before every span, and backward forms those within it again: to keep all
-    would cost more memory than q and k.
-    """
-    blocks = _blocks(N, numbers, device)
-    return blocks, max(1, 8 // blocks[0].stop)
-
-
-def _chunk_limits(first, L, like):
-    """A function of chunks (slice) -> (L, L) or (n, B, 1, L, L): 0 where t sees s, else -inf.
-
-    The exponent of what is seen is never above 0.
-    """
-    causal = like.new_full((L, L), -math.inf).triu_(1)
-    if first is None:
-        return lambda now: causal
-    s = torch.arange(L, dtype=torch.int32, device=like.device)
-    return lambda now: torch.where(s >= first[now, ..., None], causal, -math.inf)
-
-
-def _chunk_weights(coarse, fine, r, limit, out):
-    """W of n chunks into out[:n] (n, B, H, L, L): e^(c_s - r_t) where t sees s, else exactly 0."""
-    out = torch.sub(coarse[..., None, :], r[..., None], out=out[:len(r)]).add_(fine[..., None, :])
-    return _exp(torch.minimum(out, limit, out=out))
-
-
-def _view(scratch, *shape):
-    """The first numbers of a flat buffer, in a shape, for what only the next operations read.
-
-    One buffer for all such things, because every further one pushes others out of the cache.
-    """
-    return scratch[:math.prod(shape)].view(shape)
-
-
-def _weighted_keys(k, write, scratch):
-    """k (R, L, D), write (n, B, H, L) -> write k (R, L, H / K, D) in scratch; write (.., 1)."""
-    R, L, D = k.shape
-    write = write.view(R, -1, L).transpose(1, 2).contiguous()[..., None]  # so products are, too
-    return torch.mul(k[:, :, None], write, out=_view(scratch, R, L, write.shape[2], D)), write
-
-
-def _scan(S, z, keep):
-    """In place S[i + 1] += keep[i] S[i], and z: lists of (B H, D, E), (B H, D) and (B H, 1)."""
-    for i, f in enumerate(keep):
-        S[i + 1].addcmul_(S[i], f[..., None])
-        z[i + 1].addcmul_(z[i], f)
-
-
-def _fill_states(k, v, write, keep, S, z, scratch):
-    """S (n + 1, B H, D, E), z: given the first, fill in those that n chunks leave."""
-    kw = _weighted_keys(k, write, scratch)[0].flatten(2)
-    torch.bmm(kw.transpose(1, 2), v, out=S[1:].view(len(k), -1, S.shape[-1]))
-    torch.sum(kw, 1, out=z[1:].view(len(k), -1))
-    _scan(S.unbind(), z.unbind(), keep.view(*z[1:].shape[:2], 1).unbind())
-
-
-class _MLSTM(torch.autograd.Function):
-    """n chunks at once, as R = n B K matrices: heads that share keys and values lie along queries.
-
-    In the loops qn, kn, .. are those of these chunks; Ss, zs: the states before and after each.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, log_i, log_f, S, z, m, starts, L):
-        (B, H, T, D), (K, E), dtype = q.shape, (v.shape[1], v.shape[3]), v.dtype
-        wide = torch.promote_types(q.dtype, torch.float32)
-        documents = _chunk_documents(starts, L)
-        *gates, m_end = _chunk_gates(log_i, log_f, m, documents, L, wide)
-        coarse, fine, r, carry, write, keep = gates
-        N, limit = len(keep), _chunk_limits(documents[0], L, carry)
-        blocks, span = _spans(N, 2 * B * H * (L * L + D * E), q.device)
-        size = blocks[0].stop
-        h, dens = carry.new_empty(B, H, N * L, E), carry.new_empty(N, B * H, L, 1)
-        P = carry.new_empty(size * B * K, H // K * L, L)
-        scratch = carry.new_empty(size * B * H * L * max(L, D, E))
-        Ss, zs = carry.new_empty(size + 1, B * H, D, E), carry.new_empty(size + 1, B * H, D)
-        Ss[0], zs[0] = S.flatten(0, 1), z.flatten(0, 1)  # that before, then after each chunk
-        spans = -(-len(blocks) // span)
-        kept_S, kept_z = (x.new_empty(spans + 1, *x.shape[1:]) for x in (Ss, zs))
-        readers, h_cut = [_reader(x, K, L, blocks, wide) for x in (q, k, v)], _cut(h, K, L)
-        for i, now in enumerate(blocks):
-            if i % span == 0:
-                kept_S[i // span], kept_z[i // span] = Ss[0], zs[0]
-            n = now.stop - now.start
-            qn, kn, vn = (read(now) for read in readers)
-            Pn, Sn, zn = P[:len(kn)], Ss[:n + 1], zs[:n + 1]
-            W = _chunk_weights(coarse[now], fine[now], r[now], limit(now),
-                               _view(scratch, n, B, H, L, L))
-            torch.bmm(qn, kn.transpose(1, 2), out=Pn).mul_(W.view_as(Pn))
-            _fill_states(kn, vn, write[now], keep[now], Sn, zn, scratch)
-            qc = qn.view(-1, L, D).mul_(carry[now].view(-1, L, 1))  # q is needed no more
-            hn = torch.bmm(qc, Sn[:n].view(-1, D, E), out=_view(scratch, len(qc), L, E))
-            den = torch.bmm(zn[:n].view(-1, 1, D), qc.transpose(1, 2))  # twice as fast as qc z
-            den.add_(Pn.sum(-1).view_as(den)).clamp_min_(1e-30)  # only against 0 / 0: padding
-            dens[now] = den.view_as(dens[now])
-            torch.div(hn.view(len(kn), -1, E).baddbmm_(Pn, vn).view_as(h_cut[now]),
-                      den.view(*h_cut[now].shape[:-1], 1), out=h_cut[now])
-            Ss[0], zs[0] = Sn[n], zn[n]
-        kept_S[-1], kept_z[-1] = Ss[0], zs[0]
-        # h in full precision: if v is bf16, a rounded one would bias delta.
-        ctx.save_for_backward(q, k, v, log_i, log_f, m, starts, h, dens, kept_S, kept_z,
-                              *documents, *gates)
-        ctx.set_materialize_grads(False)
-        return h[:, :, :T].to(dtype), Ss[0].view_as(S).clone(), zs[0].view_as(z).clone(), m_end
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dh, dS, dz, dm):
-        saved = ctx.saved_tensors  # asked for once only: activation checkpointing insists
-        with torch.autocast(saved[0].device.type, enabled=False):
-            return *_mlstm_backward(saved, dh, dS, dz, dm, ctx.needs_input_grad[2]), None, None
-
-
-def _mlstm_backward(saved, dh, dS, dz, dm, needs_dv):
-    """Gradients of h and the last state -> of q, k, v (or None), log_i, log_f, S, z, m."""
-    q, k, v, log_i, log_f, m, starts, h, dens, kept_S, kept_z, *documents = saved[:-6]
-    coarse, fine, r, carry, write, keep = saved[-6:]
-    (B, H, T, D), (K, E), (N, _, L, _) = q.shape, (v.shape[1], v.shape[3]), dens.shape
-    wide, limit = dens.dtype, _chunk_limits(documents[0], L, dens)
-    dh = torch.zeros_like(h) if dh is None else dh
-    grads = [x.new_empty(*x.shape[:2], N * L, x.shape[3]) for x in (q, k, v)]
-    blocks, span = _spans(N, 2 * B * H * (L * L + D * E), q.device)
-    size = blocks[0].stop
-    readers = [_reader(x, K, L, blocks, wide) for x in (q, k, v, dh)]
-    h, cut_grads = _cut(h, K, L), [_cut(x, K, L) for x in grads]
-    W, P, dP = dens.new_empty(3, size, B, H, L, L)
-    scratch = dens.new_empty(size * B * H * L * max(L, D, E))
-
-    # The states before and after the chunks of a span.
-    Ss, zs = (x.new_empty(span * size + 1, *x.shape[1:]) for x in (kept_S, kept_z))
-    # Gradients of the states before the chunks of a block and, last, after them.
-    dSs, dzs = (x.new_zeros(size + 1, *x.shape[1:]) for x in (kept_S, kept_z))
-    for x, dx in ((dSs, dS), (dzs, dz)):
-        if dx is not None:
-            x[-1] = dx.flatten(0, 1)
-    if any(x is not None for x in (dS, dz, dm)):  # S and z are divided by e^m
-        dm = (0 if dm is None else dm) - _dot(kept_S[-1], kept_z[-1], dSs[-1], dzs[-1]).view(B, H)
-    d_gates = []
-    for a in reversed(range(0, len(blocks), span)):
-        begin, here = blocks[a].start, blocks[a:a + span]
-        Ss[0], zs[0] = kept_S[a // span], kept_z[a // span]
-        for now in here:
-            kn, vn = (read(now) for read in readers[1:3])
-            after = slice(now.start - begin, now.stop - begin + 1)
-            _fill_states(kn, vn, write[now], keep[now], Ss[after], zs[after], scratch)
-        for now in reversed(here):
-            n, before = now.stop - now.start, slice(now.start - begin, now.stop - begin)
-            qn, kn, vn, dhn = (read(now) for read in readers)
-            dhn.div_(dens[now].view(len(kn), -1, 1))
-            hn = h[now]
-            delta = torch.mul(dhn.view_as(hn), hn, out=_view(scratch, *hn.shape)).sum(-1)
-            Wn = _chunk_weights(coarse[now], fine[now], r[now], limit(now), W)
-            *found, di, start, step = _chunk_gradients(
-                qn, kn, vn, dhn, delta, Wn, P[:n], dP[:n], scratch, Ss[before], zs[before],
-                dSs[-n - 1:], dzs[-n - 1:], carry[now], write[now], keep[now], needs_dv)
-            for x, xn in zip(cut_grads, found):
-                if xn is not None:
-                    x[now] = xn.view_as(x[now])
-            d_gates.append((di, start, step))
-            dSs[-1], dzs[-1] = dSs[-n - 1], dzs[-n - 1]
-    di, start, step = (torch.cat(x[::-1]).unflatten(1, (B, H)) for x in zip(*d_gates))
-    dS, dz = dSs[-1], dzs[-1]
-    dm0 = _dot(kept_S[0], kept_z[0], dS, dz).view(B, H)
-    di, df, dm0 = _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts, documents)
-    dq, dk, dv = (x[:, :, :T] for x in grads)
-    dS, dz = dS.view(B, H, D, E), dz.view(B, H, D)
-    return dq, dk, dv if needs_dv else None, di, df, dS, dz, dm0
-
-
-def _dot(S, z, dS, dz):
-    """What a gradient of states (.., D, E), (.., D) is worth to the log of their scale: float64."""
-    return ((S * dS).sum((-2, -1)) + (z * dz).sum(-1)).double()
-
-
-def _chunk_gradients(q, k, v, dh, delta, W, P, dP, scratch, S, z, dS, dz, carry, write, keep,
-                     needs_dv):
-    """dq, dk, dv of n chunks, and for the gates di, start, step (`_gate_gradients`), float64.
-
-    S (n, B H, D, E), z: the states that enter the chunks. dS (n + 1, ..), dz: gradients of those
-    and, last, of the state that leaves the last chunk, which is given. dh is divided by den.
-    """
-    (R, L, D), (n, N, _, E) = k.shape, S.shape  # N = B H heads, R = n B K matrices
-    G, W, carry, per_head = n * N // R, W.view(R, -1, L), carry.view(-1, L, 1), (n * N, L, -1)
-    P, dP, keep = P.view_as(W), dP.view_as(W), keep.view(n, N, 1)
-    torch.bmm(q, k.transpose(1, 2), out=P)
-    torch.bmm(dh, v.transpose(1, 2), out=dP).sub_(delta.view(R, -1, 1)).mul_(W)
-    X = torch.mul(P, dP, out=_view(scratch, *P.shape)).view(n * N, L, L)
-    P.mul_(W)
-    own = X.diagonal(dim1=1, dim2=2).clone()  # of no forget gate; the rest is small beside it
-    X.diagonal(dim1=1, dim2=2).zero_()
-    begins, ends = X.sum(1).double(), X.sum(2).double()
-
-    q_head, dh_head, delta = q.view(per_head), dh.view(per_head), delta.view(per_head)
-    qc = torch.mul(q_head, carry, out=_view(scratch, *q_head.shape))
-    torch.bmm(qc.transpose(1, 2), dh_head, out=dS[:-1].view(-1, D, E))
-    torch.sum(qc.mul_(delta.neg()), 1, out=dz[:-1].view(-1, D))
-    _scan(dS.unbind()[::-1], dz.unbind()[::-1], keep.unbind()[::-1])
-    dS, dz = dS[1:], dz[1:]
-
-    dq = torch.bmm(dh_head, S.view(-1, D, E).transpose(1, 2))
-    dq.baddbmm_(delta, z.view(-1, 1, D), alpha=-1).mul_(carry)
-    d_carry = torch.mul(dq, q_head, out=_view(scratch, *dq.shape)).sum(-1).double()
-    dq = dq.view_as(q).baddbmm_(dP, k)
-    (kw, write), dS_group = _weighted_keys(k, write, scratch), dS.view(R, G * D, E)
-    dv = torch.bmm(P.transpose(1, 2), dh).baddbmm_(kw.flatten(2), dS_group) if needs_dv else None
-    dkw = torch.baddbmm(dz.view(R, 1, G * D), v, dS_group.transpose(1, 2)).view_as(kw)
-    d_write = kw.mul_(dkw).sum(-1).transpose(1, 2).reshape(n * N, L).double()
-    dk = dkw.mul_(write).sum(2).baddbmm_(dP.transpose(1, 2), q)
-
-    start = _dot(S, z, dS, dz) * keep[..., 0] + d_carry.sum(-1).view(n, N)
-    begins = begins + d_write
-    step = begins - ends - d_carry
-    return dq, dk, dv, (begins + own).view(n, N, L), start, step.view(n, N, L)
-
-
-def _gate_gradients(di, start, step, dm0, dm, log_i, log_f, m, starts, documents):
-    """Gradients of log_i, log_f (B, H, T) and of the first m (B, H).
-
-    di, step (N, B, H, L), start (N, B, H): what reaches over u is what came into the chunk
-    (`start`), less what ends before u, plus what begins before u (`step`). A sum over all s <= t
-    alone would be simpler and lose small gradients beside the large ones of X's diagonal.
-    """
-    T, L = log_i.shape[-1], di.shape[-1]
-    df, start, (first, continues, _) = step.cumsum(-1) - step, start[..., None], documents
-    if first is not None:
-        df = df - df.gather(-1, first.long().expand_as(df))
-        start = torch.where(continues, start, 0)
-    di, df = (x.movedim(0, 2).flatten(2)[..., :T] for x in (di, df + start))
-    if dm is None:
-        return di, df, dm0
-    # The last m is the largest log-weight of the last document: a token's (at), or the first m.
-    starts = torch.zeros_like(di[:, 0], dtype=torch.long) if starts is None else starts
-    in_last = (starts == starts[:, -1:])[:, None]
-    c = log_i.double() - log_f.double().clamp_min(-2.0 ** 18 / L).cumsum(-1)
-    top, at = torch.where(in_last, c, -math.inf).max(-1)
-    at = torch.where((m >= top) & (starts[:, None, -1] == 0), -1, at)
-    token, dm = torch.arange(T, device=di.device), dm[..., None]
-    return (di + dm * (token == at[..., None]), df + dm * (in_last & (token > at[..., None])),
-            dm0 + dm[..., 0] * (at == -1))
+        S, z, m = state or empty_state(B, R, width, E, q.device)
+        S = torch.cat((S, z[..., None]), dim=-1).flatten(0, 1).to(wide)  # (B R, F, E + 1): see v
+        c, r, m, total = _chunk_gates(log_i, log_f, m.to(wide), document_ids, L)
+        carry = (m[..., :-1, None] - r).exp()
+        write = (c + (total - m[..., 1:])[..., None]).exp()
+        keep = (m[..., :-1] + total - m[..., 1:]).exp()[..., None, None]
+        gates = [x.flatten(0, 1).unbind(1) for x in (
+            c, r, *(x.to(wide) for x in (carry, write, keep)))]  # each: N of (B R, L)
+        v = F.pad(v, (0, 1), value=1.0)  # the normaliser z is the state of one more value, 1
+        q, k, v = (x.unflatten(1, (heads, -1)).flatten(0, 1).split(L, dim=2)
+                   for x, heads in ((q, R), (k, k.shape[1]), (v, v.shape[1])))
+        future = torch.ones(L, L, dtype=torch.bool, device=c.device).triu(1)
+        h = []
+        for q_n, k_n, v_n, c_n, r_n, carry_n, write_n, keep_n in zip(q, k, v, *gates):
+            l = q_n.shape[2]  # L, or what is left
+            q_n = q_n.to(wide).flatten(1, 2)  # (B R, H / R l, F): one product for a group
+            k_n, v_n = (x[:, 0].to(wide).repeat_interleave(B * R // len(x), dim=0)
+                        for x in (k_n, v_n))  # (B R, l, F or E + 1)
+            # Mask before the exponential: behind it the future overflows, and its gradient is NaN.
+            W = (c_n[:, None, :l] - r_n[:, :l, None]).to(wide)
+            W = W.masked_fill(future[:l, :l], -torch.inf).exp()[:, None]  # (B R, 1, l, l)
+            P = (q_n @ k_n.transpose(1, 2)).unflatten(1, (rows, l)) * W
+            carried = carry_n[:, :l].repeat(1, rows)[..., None] * (q_n @ S)
+            h_n = torch.baddbmm(carried, P.flatten(1, 2), v_n)
+            h.append(h_n.unflatten(1, (rows, l)))
+            S = torch.baddbmm(keep_n * S, (write_n[:, :l, None] * k_n).transpose(1, 2), v_n)
+        h = torch.cat(h, dim=2).view(B, H, T, E + 1)
+        S = S.unflatten(0, (B, R))
+        h = h[..., :E] / h[..., E:].clamp_min(1e-30)  # only against 0 / 0
+    return h.to(dtype), (S[..., :E], S[..., E], m[..., -1].to(wide))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1057,126 +743,35 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
     q (B, H, T, D), k and v (B, K, T, D), rotated; document_ids (B, T) or None. The current token
     counts as one of the window; a sink inside the window counts once. Returns (B, H, T, D).
 
-    Queries go in blocks of L, whose keys are the sinks and the band of L + W - 1 tokens that ends
-    with the block: no (T, T) mask exists. Blocks are small, so that weights stay in the cache; the
-    backward pass forms them again, so that only q, k, v and h are kept.
+    A mask over all keys would be (T, T). So queries go in blocks of L, and each block gets its own
+    keys: the band of L + W tokens that ends with it, and in front of them the sinks of the document
+    that its first query belongs to. (Documents that begin later have theirs inside the band.)
     """
-    starts = torch.zeros_like(q[:1, 0, :, 0], dtype=torch.long) if document_ids is None else (
+    (B, H, T, D), K, W = q.shape, k.shape[1], min(window, q.shape[2])
+    L = max(32, min(W, 256))  # wide blocks waste products, small ones copy keys more often
+    N = -(-T // L)  # blocks
+    pad = N * L - T
+    starts = q.new_zeros(1, T, dtype=torch.long) if document_ids is None else (
         document_starts(document_ids))
-    with torch.autocast(q.device.type, enabled=False):
-        return _Window.apply(q, k, v, starts, min(window, q.shape[2]), sinks)
+    t = torch.arange(N * L, device=q.device).view(N, L, 1)
+    s = t[:, :1] - W + torch.arange(W + L, device=q.device)  # (N, 1, W + L): the band
+    start = F.pad(starts, (0, pad), value=T).view(-1, N, L, 1)  # (B or 1, N, L, 1)
+    sink = start[:, :, :1] + torch.arange(sinks, device=q.device)  # (B or 1, N, 1, sinks)
+    see_sink = (sink >= start) & (sink < s[..., :1])  # unless it is in the band already
+    see_band = (s <= t) & (s >= start) & ((s > t - W) | (s < start + sinks))
+    visible = torch.cat((see_sink, see_band), dim=-1)  # (B or 1, N, L, sinks + W + L)
+    at = sink.clamp(max=T - 1).view(len(sink), 1, N * sinks, 1).expand(B, K, -1, D)
 
+    def blocks(x):
+        """x (B, K, T, D) -> the keys or values of every block: (B N, K, sinks + W + L, D)."""
+        band = F.pad(x, (0, 0, W, pad)).unfold(2, W + L, L).transpose(-1, -2)
+        x = torch.cat((x.gather(2, at).unflatten(2, (N, sinks)), band), dim=3)
+        return x.transpose(1, 2).flatten(0, 1)
 
-def _window_blocks(B, H, T, L, width, device):
-    """Slices of the blocks of L queries that go at once: their weights for `width` keys (sinks and
-    band) fit a cache."""
-    return _blocks(-(-T // L), 2 * B * H * L * width, device)
-
-
-def _window_views(blocks, starts, L, window, sinks):
-    """Who sees whom in some blocks of queries after others. Yields now, low, sink, visible:
-
-    now: a slice of blocks, n of them. low: how many columns of their band lie before token 0 in
-    all of them. sink (B, n S): their sinks. visible (n, B, L, S + band - low): whether a query sees
-    a key. Of tokens before the band only the sinks of the first query's document count: documents
-    that start later have theirs inside the band.
-    """
-    T, band, N = starts.shape[1], L + window - 1, blocks[-1].stop
-    index = functools.partial(torch.arange, dtype=torch.int32, device=starts.device)
-    starts = _pad_starts(starts, N * L).int().unflatten(1, (N, L)).movedim(1, 0)[..., None]
-    for now in blocks:
-        low = max(0, window - 1 - (now.stop - 1) * L)
-        first = index(now.start, now.stop).view(-1, 1, 1, 1) * L
-        begin, t, start = first - window + 1, first + index(L)[:, None], starts[now]
-        s, sink = begin + index(low, band), start[:, :, :1] + index(sinks)
-        see_sink = (sink >= start) & (sink < begin)  # unless it is in the band already
-        see_band = (s <= t) & (s >= start) & ((s > t - window) | (s < start + sinks))
-        sink = sink.clamp(max=T - 1).transpose(0, 1).flatten(1).long()
-        yield now, low, sink, torch.cat((see_sink, see_band), dim=-1)
-
-
-def _spread(sink, x):
-    """Positions (1 or B, n S) as an index for gather and scatter along x (..., B, K, T, D)."""
-    return sink[:, None, :, None].expand(*x.shape[:-2], -1, x.shape[-1])
-
-
-def _window_keys(x, now, low, sink, L, window, scratch):
-    """Keys or values of some blocks: x (B, K, T, D) -> (n, B, K, S + band - low, D) in scratch."""
-    n, a, b = now.stop - now.start, now.start * L - window + 1, now.stop * L
-    S = sink.shape[1] // n
-    bands = x[:, :, max(a, 0):b]
-    if a < 0 or b > x.shape[2]:
-        bands = F.pad(bands, (0, 0, max(-a, 0), max(b - x.shape[2], 0)))
-    bands = bands.unfold(2, L + window - 1, L)[..., low:].movedim((2, 4), (0, 3))
-    keys = _view(scratch, *bands.shape[:3], S + bands.shape[3], x.shape[3])
-    keys[..., :S, :] = x.gather(2, _spread(sink, x)).unflatten(2, (n, S)).movedim(2, 0)
-    keys[..., S:, :] = bands
-    return keys
-
-
-class _Window(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, starts, window, sinks):
-        (B, H, T, D), K, L = q.shape, k.shape[1], max(32, window // 2)
-        width = sinks + L + window - 1
-        h, blocks = q.new_empty(B, H, T + -T % L, D), _window_blocks(B, H, T, L, width, q.device)
-        q_cut, h_cut = (_cut(x, 1, L) for x in (q, h))  # (N, B, 1, H, L, D)
-        keys = k.new_empty(2, blocks[0].stop * B * K * width * D)
-        for now, low, sink, visible in _window_views(blocks, starts, L, window, sinks):
-            kn, vn = (_window_keys(x, now, low, sink, L, window, y) for x, y in zip((k, v), keys))
-            hn = _grouped_attention(*(x.flatten(0, 1) for x in (q_cut[now, :, 0], kn, vn)),
-                                    visible.expand(-1, B, -1, -1).flatten(0, 1))
-            h_cut[now] = hn.view_as(h_cut[now])
-        h = h[:, :, :T]
-        ctx.save_for_backward(q, k, v, starts, h)
-        ctx.sizes = window, sinks
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dh):
-        q, k, v, starts, h = ctx.saved_tensors
-        with torch.autocast(q.device.type, enabled=False):
-            return *_window_backward(q, k, v, starts, h, dh, *ctx.sizes), None, None, None
-
-
-def _window_backward(q, k, v, starts, h, dh, window, sinks):
-    """P = softmax(q k^T / sqrt D):  dP = P * (dh v^T - dh . h), and from it dq, dk, dv.
-
-    The sums over a group's heads are part of the products, as its queries are rows of one matrix.
-    """
-    (B, H, T, D), K, wide = q.shape, k.shape[1], torch.promote_types(q.dtype, torch.float32)
-    # Small blocks, so that P stays in a cache, and yet not many times fewer queries than keys.
-    L, scale = max(32, min(128 if window >= 512 else 64, window)), D ** -0.5
-    dq, dkv = q.new_empty(B, H, T + -T % L, D), q.new_zeros(2, *k.shape, dtype=wide)
-    q_cut, h_cut, dh_cut, dq_cut = (_cut(x, K, L) for x in (q, h, dh, dq))
-    width = sinks + L + window - 1
-    blocks = _window_blocks(B, H, T, L, width, q.device)
-    size = blocks[0].stop * B * width  # of buffers: fresh memory would cost more than the sums
-    keys, dns = q.new_empty(2, 2, size * K * D, dtype=wide)
-    weights = q.new_empty(2, size * H * L, dtype=wide)
-    for now, low, sink, visible in _window_views(blocks, starts, L, window, sinks):
-        kn, vn = (_window_keys(x, now, low, sink, L, window, y).flatten(0, 2)
-                  for x, y in zip((k, v), keys))
-        qn, hn, dhn = (_matrices(x[now]).to(wide) for x in (q_cut, h_cut, dh_cut))
-        qn = qn * scale
-        dP, P = (_view(x, *qn.shape[:2], kn.shape[1]) for x in weights)
-        limit = torch.where(visible, 0.0, -math.inf).to(wide)[:, :, None, None]
-        torch.bmm(qn, kn.transpose(1, 2), out=dP).view(*q_cut[now].shape[:-1], -1).add_(limit)
-        torch.softmax(dP, -1, out=P)
-        torch.bmm(dhn, vn.transpose(1, 2), out=dP).sub_((dhn * hn).sum(-1, keepdim=True)).mul_(P)
-        dq_cut[now] = torch.bmm(dP, kn).mul_(scale).view_as(dq_cut[now])
-        dn = _view(dns.view(-1), 2, *kn.shape)
-        torch.bmm(dP.transpose(1, 2), qn, out=dn[0])
-        torch.bmm(P.transpose(1, 2), dhn, out=dn[1])
-        dn = dn.view(2, -1, B, K, *kn.shape[1:])
-        for i in range(dn.shape[1]):
-            begin = (now.start + i) * L - window + 1 + low
-            a, b = max(begin, 0), min((now.start + i + 1) * L, T)
-            dkv[:, :, :, a:b] += dn[:, i, :, :, sinks + a - begin:sinks + b - begin]
-        dkv.scatter_add_(3, _spread(sink, dkv), dn[..., :sinks, :].movedim(1, 3).flatten(3, 4))
-    dk, dv = dkv.to(k.dtype)
-    return dq[:, :, :T], dk, dv
+    q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (N, L)).transpose(1, 2).flatten(0, 1)
+    visible = visible.expand(B, -1, -1, -1).flatten(0, 1)
+    h = _grouped_attention(q, blocks(k), blocks(v), visible)  # (B N, H, L, D)
+    return h.unflatten(0, (B, N)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1216,18 +811,25 @@ def _kernels():
 class FeatureMap(nn.Module):
     """phi(x) = softmax(x W) over the FEATURES, one W per head (Hedgehog, arXiv 2402.04347).
 
-    (B, heads, T, D) -> the same shape in fp32, positive, each feature vector summing to 1.
+    Paper: D features of the rotated x. Here F = `features` * D, and from 2 on the first half reads
+    the rotated x and the second half the unrotated one, because memory is a matter of width: S
+    holds about as many distinct keys as they have features, and keys that carry their position
+    only cannot be looked up by content. What each is worth: README, "The student's memory".
     """
 
-    def __init__(self, heads, width):
+    def __init__(self, heads, D, features):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, width, width))
+        self.weight = nn.Parameter(torch.empty(heads, D, features * D))
 
-    def forward(self, x, kernels="torch"):
+    def forward(self, x, plain, kernels="torch"):
+        """Rotated x and unrotated `plain` (B, heads, T, D) -> (B, heads, T, F) fp32, sum 1."""
+        D, width = self.weight.shape[1:]
         if kernels == "triton":
-            return _kernels().feature_map(x, self.weight)
-        features = x @ self.weight.to(x.dtype)
-        return features.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+            return _kernels().feature_map(x, self.weight, None if width == D else plain)
+        W = self.weight.to(x.dtype)
+        logits = x @ W if width == D else torch.cat(
+            (x @ W[..., :width // 2], plain @ W[..., width // 2:]), dim=-1)
+        return logits.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class OutputGate(nn.Module):
@@ -1272,18 +874,26 @@ class WindowAttention(Attention):
         exact = own is not None and own <= hybrid.window
         self.short_window, self.sinks = (own, 0) if exact else (hybrid.window, hybrid.sinks)
 
-    def window_branch(self, q, k, v, document_ids, cache):
+    def window_branch(self, heads, document_ids, cache):
+        _, _, _, _, q, k, v = heads
         attend = _kernels().window_attention if self.kernels == "triton" else window_attention
         if cache is not None:
             return cache.window_attention(q, k, v, attend)
         return attend(q, k, v, window=self.short_window, sinks=self.sinks,
                       document_ids=document_ids)
 
-    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
-        return self.window_branch(q, k, v, document_ids, cache)
+    def mix(self, heads, *, document_ids=None, cache=None):
+        return self.window_branch(heads, document_ids, cache)
 
     def new_cache(self, batch, max_length, like):
-        return HybridCache(batch, self.config, self.short_window, self.sinks, like)
+        return HybridCache(batch, self.config, self.gate_heads, self.short_window, self.sinks,
+                           like)
+
+    @property
+    def gate_heads(self):
+        """R: how many heads have input and forget gates, and so a state, of their own."""
+        c = self.config
+        return c.num_kv_heads if c.hybrid.shared_gates else c.num_heads
 
 
 class LinearAttention(WindowAttention):
@@ -1291,18 +901,21 @@ class LinearAttention(WindowAttention):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.feature_map_q = FeatureMap(config.num_heads, config.head_dim)
-        self.feature_map_k = FeatureMap(config.num_kv_heads, config.head_dim)
+        c, features = config, config.hybrid.features
+        self.feature_map_q = FeatureMap(c.num_heads, c.head_dim, features)
+        self.feature_map_k = FeatureMap(c.num_kv_heads, c.head_dim, features)
 
     def log_gates(self, x):
-        ones = x.new_zeros(x.shape[0], self.config.num_heads, x.shape[1], dtype=torch.float32)
-        return ones, ones
+        """x (B, T, hidden) -> log input gate, log forget gate, each (B, R, T) fp32."""
+        zeros = x.new_zeros(x.shape[0], self.gate_heads, x.shape[1], dtype=torch.float32)
+        return zeros, zeros  # both gates are 1
 
-    def recurrent_branch(self, x, q, k, v, document_ids, cache):
+    def recurrent_branch(self, heads, document_ids, cache):
+        x, _, q_plain, k_plain, q, k, v = heads
         step = cache is not None and q.shape[2] == 1
         kernels = "torch" if step else self.kernels
-        args = (self.feature_map_q(q, kernels), self.feature_map_k(k, kernels), v,
-                *self.log_gates(x))
+        args = (self.feature_map_q(q, q_plain, kernels), self.feature_map_k(k, k_plain, kernels),
+                v, *self.log_gates(x))
         if step:
             return mlstm_step(*args, cache.state)
         mlstm = _kernels().mlstm if kernels == "triton" else mlstm_chunkwise
@@ -1313,8 +926,8 @@ class LinearAttention(WindowAttention):
             old.copy_(new)
         return h
 
-    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
-        return self.recurrent_branch(x, q, k, v, document_ids, cache)
+    def mix(self, heads, *, document_ids=None, cache=None):
+        return self.recurrent_branch(heads, document_ids, cache)
 
 
 class MLSTMAttention(LinearAttention):
@@ -1322,8 +935,8 @@ class MLSTMAttention(LinearAttention):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.input_gate = Gate(config.hidden_size, config.num_heads)
-        self.forget_gate = Gate(config.hidden_size, config.num_heads)
+        self.input_gate = Gate(config.hidden_size, self.gate_heads)
+        self.forget_gate = Gate(config.hidden_size, self.gate_heads)
 
     def log_gates(self, x):
         return self.input_gate(x), F.logsigmoid(self.forget_gate(x))  # i = exp, f = sigmoid
@@ -1341,13 +954,13 @@ class HybridAttention(MLSTMAttention):
         self.output_gate = Gate(config.hidden_size, config.num_heads) if folded else (
             OutputGate(config))
 
-    def mix(self, x, raw, q, k, v, *, document_ids=None, cache=None):
-        o = torch.sigmoid(self.output_gate(x, raw))  # (B, H, T)
-        mlstm = self.recurrent_branch(x, q, k, v, document_ids, cache)
-        swa = self.window_branch(q, k, v, document_ids, cache)
-        if self.kernels == "triton" and q.shape[2] > 1:
+    def mix(self, heads, *, document_ids=None, cache=None):
+        o = torch.sigmoid(self.output_gate(heads.x, heads.raw))  # (B, H, T)
+        mlstm = self.recurrent_branch(heads, document_ids, cache)
+        swa = self.window_branch(heads, document_ids, cache)
+        if self.kernels == "triton" and o.shape[2] > 1:
             return _kernels().gate_mix(o, mlstm, swa)
-        return torch.lerp(swa, mlstm, o[..., None].to(v.dtype))  # Eq. 11: o mlstm + (1 - o) swa
+        return torch.lerp(swa, mlstm, o[..., None].to(swa.dtype))  # Eq. 11: o mlstm + (1 - o) swa
 
 
 MIXERS = {"hybrid": HybridAttention, "mlstm+swa": HybridAttention, "mlstm": MLSTMAttention,
@@ -1368,11 +981,17 @@ def initialise_mixer(attention):
     """
     for name, p in attention.named_parameters():
         if "feature_map" in name:
-            p.copy_(torch.eye(p.shape[-1]).expand_as(p))
+            # Blocks of D columns: the identity, its negative (a softmax sees large values only,
+            # so each sign needs features of its own), then the same of a rotation at random.
+            D, features = p.shape[1], p.shape[2] // p.shape[1]
+            random = torch.randn(D, D, generator=torch.Generator().manual_seed(0))
+            rotation = torch.linalg.qr(random).Q
+            blocks = [torch.eye(D), -torch.eye(D), rotation, -rotation][:max(1, features // 2)]
+            p.copy_(torch.cat(blocks * min(features, 2), dim=-1).expand_as(p))  # both halves alike
         elif is_new(f".{name}"):
             p.zero_()
     if hasattr(attention, "forget_gate"):  # heads forget half after 256 ... 4096 tokens
-        keep = 0.5 ** (1 / torch.logspace(8, 12, attention.config.num_heads, base=2))
+        keep = 0.5 ** (1 / torch.logspace(8, 12, attention.gate_heads, base=2))
         attention.forget_gate.bias.copy_(torch.logit(keep))
     if hasattr(attention, "output_gate"):
         attention.output_gate.bias.fill_(-2.0)  # o = 0.12: mostly window
@@ -1561,7 +1180,7 @@ class Transformer(nn.Module):
         return head(h, self.lm_head_weight)
 
 
-def student_config(config, window, sinks, mixer):
+def student_config(config, window, sinks, mixer, features):
     """The `ModelConfig` of a teacher's student; raises as `student_from_teacher`."""
     if mixer not in MIXERS:
         raise ValueError(f"mixer {mixer!r} is unknown; known: {', '.join(MIXERS)}")
@@ -1569,7 +1188,9 @@ def student_config(config, window, sinks, mixer):
         raise ValueError(f"window {window} must be at least 1 and sinks {sinks} at least 0")
     if config.hybrid is not None:
         raise ValueError("a student is made from a teacher, and this model is a student")
-    hybrid = Hybrid(window, 0 if mixer == "mlstm+swa" else sinks, mixer)
+    if features not in (1, 2, 4, 8):
+        raise ValueError(f"features {features} must be 1 (the paper's), 2, 4 or 8")
+    hybrid = Hybrid(window, 0 if mixer == "mlstm+swa" else sinks, mixer, features)
     return dataclasses.replace(config, hybrid=hybrid)
 
 
@@ -1583,7 +1204,8 @@ def _set_kernels(model, wanted):
     return model
 
 
-def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid", kernels="auto"):
+def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid", features=4,
+                         kernels="auto"):
     """A student for `teacher`: every attention replaced, everything else shared.
 
     The copied weights are the teacher's OWN tensors, so an 8B student costs only its new
@@ -1593,7 +1215,7 @@ def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid", kernel
     kernels: `choose_kernels`. Raises ValueError for an unknown mixer, a window below 1, negative
     sinks, or kernels that cannot run.
     """
-    config = student_config(teacher.config, window, sinks, mixer)
+    config = student_config(teacher.config, window, sinks, mixer, features)
     device = teacher.lm_head_weight.device
     with torch.device("meta"):
         student = Transformer(config)
@@ -1655,18 +1277,19 @@ class KVCache:
 class HybridCache:
     """A student layer's memory, constant in the length of the text.
 
-    k, v (B, K, S + W, D) rotated: token t < S has slot t; later ones share a ring, slot
-    S + (t - S) % W. state: the mLSTM's (S, z, m). Keys keep the rotation of their true position,
+    k, v (B, K, sinks + W, D) rotated: token t < sinks has slot t; later ones share a ring, slot
+    sinks + (t - sinks) % W. state: the mLSTM's (S, z, m). Keys keep the rotation of their true position,
     so the order of slots does not matter to a softmax.
     """
 
-    def __init__(self, batch, config, window, sinks, like):
+    def __init__(self, batch, config, gate_heads, window, sinks, like):
         c = config
         self.k = like.new_zeros(batch, c.num_kv_heads, sinks + window, c.head_dim)
         self.v = torch.zeros_like(self.k)
         self.length = torch.zeros((), dtype=torch.long, device=like.device)
         self.window, self.sinks = window, sinks
-        self.state = empty_state(batch, c.num_heads, c.head_dim, c.head_dim, like.device)
+        self.state = empty_state(batch, gate_heads, c.hybrid.features * c.head_dim, c.head_dim,
+                                 like.device)
 
     def slots(self, positions):
         return torch.where(positions < self.sinks, positions,
@@ -1690,17 +1313,17 @@ class HybridCache:
             return self.step(q, k, v)
         # Put the remembered tokens in front, in order. Sinks that left the window are really
         # further away than they stand here, but a sink is visible from any distance.
-        old, S, W = int(self.length), self.sinks, self.window
-        ring = torch.arange(max(S, old - W), max(S, old), device=q.device)
-        slots = self.slots(torch.cat((torch.arange(min(S, old), device=q.device), ring)))
+        old, sinks, W = int(self.length), self.sinks, self.window
+        ring = torch.arange(max(sinks, old - W), max(sinks, old), device=q.device)
+        slots = self.slots(torch.cat((torch.arange(min(sinks, old), device=q.device), ring)))
         k_all, v_all = (torch.cat(pair, dim=2) for pair in (
             (self.k[:, :, slots], k), (self.v[:, :, slots], v)))
         q = F.pad(q, (0, 0, len(slots), 0))  # remembered tokens ask nothing: rows dropped below
-        h = attend(q, k_all, v_all, window=W, sinks=S)[:, :, len(slots):]
-        # Of many tokens the first S of the text and the last W stay.
+        h = attend(q, k_all, v_all, window=W, sinks=sinks)[:, :, len(slots):]
+        # Of many tokens the first ones of the text and the last W stay.
         end = old + k.shape[2]
         positions = torch.arange(old, end, device=k.device)
-        kept = (positions < S) | (positions >= end - W)
+        kept = (positions < sinks) | (positions >= end - W)
         slots = self.slots(positions[kept])
         self.k[:, :, slots], self.v[:, :, slots] = k[:, :, kept], v[:, :, kept]
         self.length.fill_(end)
@@ -2518,7 +2141,7 @@ def _read_chat_templates(folder, config):
     return {t.get("name"): t["template"] for t in templates}
 
 
-# A gene may stand on either strand: a model of DNA is asked about both, and their mean is the score.
+# A gene may stand on either strand: a model of DNA is asked about both, and the mean is its score.
 _COMPLEMENT = str.maketrans("ACGTRYKMBDHVacgtrykmbdhv", "TGCAYRMKVHDBtgcayrmkvhdb")
 
 
