@@ -50,7 +50,6 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tiktoken
@@ -67,8 +66,7 @@ from torch.utils.checkpoint import checkpoint
 # Families differ in a dozen settings and in what their config.json leaves unsaid. Everything is
 # decided here, once; the model below asks a ModelConfig and never knows the file's spelling. A
 # setting that would change the logits and is not implemented is refused by name: a model that runs
-# with a setting overlooked looks healthy and is a worse teacher (YaRN on the wrong layers, say,
-# still writes fluent text for a page).
+# with a setting overlooked looks healthy and is a worse teacher.
 #
 # A student's folder describes itself in the same way: it has the teacher's config.json, and in it
 # one more object, "hybrid". So one loader serves both, and other programs that read the file find
@@ -190,7 +188,12 @@ FAMILIES = {
 
 
 def _parse_config(c, path):
-    """config.json's dictionary -> ModelConfig, with each family's defaults where it is silent."""
+    """config.json's dictionary -> ModelConfig, with each family's defaults where it is silent.
+
+    Keys that change no logit (dropout, use_cache, initialisation, names of classes) are passed by.
+    A mixture of experts, multi-head latent attention and the like come under a model_type of their
+    own, which is refused.
+    """
     family = c.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
@@ -227,7 +230,7 @@ def _parse_config(c, path):
 def _check_config(c, path):
     """Refuse what is not implemented, and sizes that cannot be.
 
-    The limits are ten times what any model has: a damaged file should not ask for a terabyte.
+    The limits lie well above any model's: a damaged file should not ask for a terabyte.
     """
     if c.get("quantization_config"):
         raise ValueError(f"{path}: a checkpoint quantised by "
@@ -287,7 +290,11 @@ def _parse_ropes(c, path):
 
 
 def _parse_rope(r, c, path):
-    """The RoPE settings of a kind of layer; the whole config c has what they leave out."""
+    """The RoPE settings of a kind of layer; the whole config c has what they leave out.
+
+    The key was "type" before it was "rope_type". A factor stretches the context: by slower angles
+    for all features (linear), for the slow ones only (llama3), by a ramp over features (yarn).
+    """
     kind = r.get("rope_type") or r.get("type") or "default"
     theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0  # RoFormer's
     if kind == "default":
@@ -312,7 +319,10 @@ def _as_tuple(value):
 
 
 def sha256(*paths):
-    """Hex digest of files' contents one after the other, read in pieces."""
+    """Hex digest of files' contents one after the other, read in pieces.
+
+    A run's report names what it was made of by these: a path says little once a folder was moved.
+    """
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as f:
@@ -340,7 +350,10 @@ def read_json(path, missing=None):
 
 
 def write_json(path, value):
-    """Replace a small JSON file in one step: readers see the old one or the new one, whole."""
+    """Replace a small JSON file in one step: readers see the old one or the new one, whole.
+
+    value: anything json writes. Raises OSError.
+    """
     tmp = Path(path).with_name(Path(path).name + ".tmp")
     tmp.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(tmp, path)
@@ -1459,8 +1472,9 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
                          "another, such as cpu") from None
     with torch.device("meta"):
         model = Transformer(config)
+    # A tied model has no lm_head among its parameters; some of their files ship a copy.
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    copied = config.tied and "lm_head.weight" in stored  # some tied checkpoints ship a copy
+    copied = config.tied and "lm_head.weight" in stored
     _check_names(directory, expected, {
         name: shape for name, (_, shape) in stored.items() if not (
             copied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"))})
@@ -1468,8 +1482,8 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     def read(name, a, b):
         return _read_rows(stored[name][0], name, a, b)
 
-    # Some checkpoints keep their norms in fp32 beside bf16 matrices. One dtype for all, that of the
-    # embedding, is what transformers computes in; only a student's gates and features are apart.
+    # Files may mix dtypes. All of a teacher gets one, that of its embedding; only a student's gates
+    # and features stay as they were trained, in fp32.
     for name, shape in expected.items():
         wanted = dtype(name) if callable(dtype) else dtype
         like = name if is_new(name) else "model.embed_tokens.weight"
@@ -1495,7 +1509,10 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
 
 
 def _check_names(directory, expected, found):
-    """Compare the model's shapes by name with the files'; all differences in one ValueError."""
+    """Compare the model's shapes by name with the files'; all differences in one ValueError.
+
+    A tensor too many is as bad as one too few: a bias that nobody adds changes every logit.
+    """
     wrong = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
     wrong += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
     wrong += [f"{name} has shape {found[name]}, config.json says {expected[name]}"
@@ -1518,7 +1535,7 @@ def local_rows(p):
 
 
 def list_tensors(directory):
-    """The folder's tensors: name -> (path of its file, shape).
+    """The folder's tensors: name -> (path of its file, shape). Reads headers only.
 
     Raises FileNotFoundError for a missing file, ValueError for a damaged one, for tensors that are
     no plain floats (a quantised checkpoint), and for an index beside a whole model.safetensors,
@@ -1571,6 +1588,7 @@ def _read_rows(path, name, start, stop):
         return f.get_slice(name)[start:stop]
 
 
+# What makes a folder complete beside its weights: copied along, never written anew.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "generation_config.json", "chat_template.jinja", "chat_template.json",
                    "vocab.txt")
@@ -1611,8 +1629,10 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
 def save_tensors(tensors, path):
     """Tensors by name -> one synced *.safetensors; OSError if the disk is full or fails."""
     path = Path(path)
+    # safetensors (since 0.6) writes a file that nobody else may read, and renames it: keep the mode
+    # that the umask gives every other file, or a colleague cannot load the student.
     path.touch()
-    mode = path.stat().st_mode  # what the umask says; safetensors makes files that none else reads
+    mode = path.stat().st_mode
     try:
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path,
                   metadata={"format": "pt"})
@@ -1625,7 +1645,10 @@ def save_tensors(tensors, path):
 
 
 def _write_tensors(tensors, folder, max_shard_bytes):
-    """Tensors by name -> model.safetensors, or numbered shards and their index."""
+    """Tensors by name -> model.safetensors, or numbered shards and their index.
+
+    In the model's order, so that a loader which reads layer by layer walks through the files once.
+    """
     shards, size = [{}], 0
     for name, p in tensors.items():
         if size + p.nbytes > max_shard_bytes and shards[-1]:
@@ -1635,6 +1658,7 @@ def _write_tensors(tensors, folder, max_shard_bytes):
         size += p.nbytes
     files = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    # Index and shards are named as transformers names them, so that other programs find them.
     for file, shard in zip(files, shards):  # one shard at a time leaves the accelerator
         save_tensors(shard, folder / file)
     if len(shards) > 1:
@@ -1821,7 +1845,12 @@ class Tokenizer:
         self._stops = _one_of(t for t, i in self.added.items() if i in self.special).pattern
 
     def _read_sequences(self, kind):
-        """Set up a tokenizer of sequences -> (pattern, tiktoken's table: here a rank is an id)."""
+        """Set up a tokenizer of sequences -> (pattern, tiktoken's table: here a rank is an id).
+
+        Nothing is merged: tiktoken looks a whole piece up before it tries to build it, and every
+        piece is in the table or refused (`_encode_text`). What vocab.txt lists beside pieces, such
+        as "<s>" or a tag for a species, is an added token.
+        """
         marks = [self._marks.get("bos_token") or "<s>", self._marks.get("eos_token") or "</s>"]
         pattern, table = _SEQUENCES[kind], {bytes([b]): b for b in range(256)}
         self.added = dict(zip(marks, (256, 257)))
@@ -1844,7 +1873,11 @@ class Tokenizer:
         return pattern, table
 
     def _read_bpe(self, spec):
-        """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table)."""
+        """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table).
+
+        An added token may take the white space around it along (lstrip, rstrip), or be one only
+        between other words (single_word); the byte-level families ask for neither.
+        """
         model, added = spec["model"], spec["added_tokens"]
         self.added = {token["content"]: token["id"] for token in added}
         self.special = {token["id"] for token in added if token["special"]}
@@ -1874,19 +1907,24 @@ class Tokenizer:
                 case {"type": "TemplateProcessing",
                       "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
                     self.adds_bos, [self.bos_id] = True, step["special_tokens"][name]["ids"]
-                # These two add nothing; ByteLevel moves offsets, which nobody asks for here.
-                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
-                    pass
-                case {"type": "ByteLevel"}:
+                # These add nothing; ByteLevel moves offsets, which nobody asks for here.
+                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]} | {
+                        "type": "ByteLevel"}:
                     pass
                 case _:
                     raise ValueError(f"post_processor {json.dumps(step)} is not supported")
+
+    # NFC writes an accented letter as one character wherever there is one: "e" + U+0301 is "é".
+    # Python's and tokenizers' Unicode versions differ in some hundred rare marks.
 
     def _normalise(self, text):
         return unicodedata.normalize("NFC", text) if self._nfc else text
 
     def _cut(self, text, cut, specials):
-        """Cut added tokens out: yield (the text before one, its id), at last (the rest, None)."""
+        """Cut added tokens out: yield (the text before one, its id), at last (the rest, None).
+
+        Of several that begin at one place the longest is taken (`_one_of`).
+        """
         start = 0
         # A special token that must stay text still hides an ordinary one inside it, as there.
         for found in cut.finditer(text):
@@ -1940,6 +1978,7 @@ class Tokenizer:
             raise ValueError("sequences of a family need a separator: add \"separator_id\", a "
                              f"token's id, to config.json in {os.path.dirname(self.path)}")
         ids = self.encode(text, bos=False, specials=False)
+        # A separator inside would make two members of one, and restart positions at it.
         if self.separator_id in ids:
             raise ValueError(f"sequence {text[:40]!r} contains separator {self.separator_id}")
         return ids + [self.separator_id]
@@ -1983,7 +2022,8 @@ class Tokenizer:
                 raise ValueError(f"{what} must be a list of objects, not {str(x)[:40]!r}")
         if not messages or not all(isinstance(m.get("role"), str) for m in messages):
             raise ValueError('messages must be at least one, each with a "role"')
-        # A key of value null is a key that is not there, as in transformers.
+        # A key of value null is a key that is not there, as in transformers: data sets in columns
+        # give every message every key, and a template asks for "tool_calls" by its presence.
         messages = [{k: x for k, x in m.items() if x is not None} for m in messages]
         try:
             return _compile_template(self.chat_templates[name]).render(
@@ -2006,6 +2046,8 @@ class Tokenizer:
         can be found in the text, or a tool call or the tools are not in it.
         """
         text = self.render_chat(messages, tools=tools, generation_prompt=False)
+        # What a template leaves out it leaves out without a word, so that is looked for: tools
+        # here, calls of tools below.
         if tools and self.render_chat(messages, generation_prompt=False) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
         weights = [(m.get("train"), m.get("weight")) for m in messages]
@@ -2022,7 +2064,7 @@ class Tokenizer:
         parts, done = [], 0
         for i in found:
             start, end = spans[i]
-            # A template without tools renders a call as an empty answer: that must not be learnt.
+            # Without its call the turn is an empty answer, and silence would be learnt.
             for call in messages[i].get("tool_calls") or ():
                 if call.get("function", call).get("name", "") not in text[start:end]:
                     raise ValueError(f"the chat template does not write the tool call {call}")
@@ -2073,8 +2115,13 @@ class Tokenizer:
         return spans
 
     def _end_of_turn(self, text, prompt, turn):
-        """Where in text ends the stop token of the turn that ends the rendering `turn`; or 0."""
-        if text.startswith(turn):  # white space may stand behind the stop token, or be it
+        """Where in text ends the stop token of the turn that ends the rendering `turn`; or 0.
+
+        White space behind a stop token ("<|im_end|>\\n") is the template's, which writes it before
+        the next turn: generation has ended by then. Where a template closes a turn by white space
+        alone, that is the stop, and learnt.
+        """
+        if text.startswith(turn):
             closed = re.search(rf"(?:{self._stops})\s*\Z", turn[len(prompt):])
             return len(turn.rstrip()) if closed else len(turn)
         # Olmo 3 ends the last turn with another stop token than earlier ones: compare without.
@@ -2127,7 +2174,11 @@ def _compile_template(source):
 
 
 def _read_chat_templates(folder, config):
-    """The folder's chat templates: name -> text. There are three places where one may stand."""
+    """The folder's chat templates: name -> text. There are three places where one may stand.
+
+    The newest wins, as in transformers: chat_template.jinja, then tokenizer_config.json, which may
+    hold several by name ("tool_use" for conversations with tools), then chat_template.json.
+    """
     file = folder / "chat_template.jinja"
     if file.exists():
         return {"default": file.read_text(encoding="utf-8")}
@@ -2176,6 +2227,10 @@ def load_with_tokenizer(directory, *, device="cpu", dtype="auto"):
 # ----------------------------------------------------------------------------------------------
 # 10. Talk to it: python model.py DIR
 # ----------------------------------------------------------------------------------------------
+# The quickest look at what a distillation has done: ask the teacher, then ask the student. The
+# numbers behind each answer show what it was for. A teacher's cache grows by the same bytes with
+# every token, a student's stays what it was at the first; and no prompt is read twice, because the
+# cache of one answer is where the next begins.
 
 
 def chat(model, tokenizer, prompts, run):
@@ -2183,7 +2238,11 @@ def chat(model, tokenizer, prompts, run):
 
     What the cache has read is known as a text. The next prompt, rendered with all before it, must
     begin with that text; only what follows is read. (Comparing ids would not do: a model may write
-    a word in other tokens than the tokenizer.)
+    a word in other tokens than the tokenizer.) A template that drops earlier thinking breaks this;
+    then a new cache reads everything, and that is said.
+
+    prompts: an iterable of str. run: the options of `main`. Raises ValueError as `stream` and
+    `render_chat` do.
     """
     messages, text, held, count, cache = [], "", "", 0, None  # held: the text that cache has read
     for prompt in prompts:
@@ -2195,8 +2254,8 @@ def chat(model, tokenizer, prompts, run):
         # BOS once, at the very beginning; a chat template writes its own.
         bos = None if run.raw and not held else False
         ids, new, times = tokenizer.encode(text[len(held):], bos=bos), [], [time.perf_counter()]
-        # Room for the longest answer. A teacher's buffers grow with every turn, and are copied, not
-        # read again; a student's have the same size at any length.
+        # Room for the longest answer that may come. A teacher's buffers grow with every turn, and
+        # are copied, not read again; a student's have the same size at any length.
         larger = Cache(model, 1, count + len(ids) + run.max_new_tokens)
         for x, old in zip(larger.tensors(), cache.tensors() if cache else ()):
             x[tuple(map(slice, old.shape))] = old
@@ -2217,10 +2276,12 @@ def chat(model, tokenizer, prompts, run):
         for piece in tokenizer.decode_stream(spoken()):
             said += piece
             print(piece, end="", flush=True)
-        # The last token was never given back to the model: the cache has not read it.
+        # The last token was never given back to the model: the cache has not read it. Mostly it is
+        # the stop token, which the next rendering may well spell in another way.
         held, count = text + tokenizer.decode(new[:-1]), count + len(ids) + len(new) - 1
         text += said
         messages.append({"role": "assistant", "content": said})
+        # Reading is timed up to the first token, writing from there on.
         rate = max(len(new) - 1, 1) / (times[-1] - times[min(1, len(new) - 1)])
         print(f"\n[{len(ids)} tokens read in {times[1] - times[0]:.2f} s, {len(new)} written, "
               f"{rate:,.1f} a second; cache {sum(x.nbytes for x in cache.tensors()) / 1e6:,.1f} MB "
@@ -2244,8 +2305,7 @@ def main(argv=None):
     option("--seed", type=int, help="of the sampling")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = parser.parse_args(argv)
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="replace")  # a terminal may not know every character
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     if run.max_new_tokens < 1:
         parser.error("--max-new-tokens must be at least 1")
     try:
@@ -2253,6 +2313,7 @@ def main(argv=None):
         if not run.raw and not tokenizer.chat_templates:
             print("(no chat template in this folder: plain continuation, as by --raw)")
             run.raw = True
+        # input() edits lines and keeps a history where Python has readline; its end is EOFError.
         lines = iter(lambda: input("> " if sys.stdin.isatty() else ""), None)
         chat(model, tokenizer, lines if run.prompt is None else [run.prompt], run)
     except (EOFError, KeyboardInterrupt):
