@@ -1980,7 +1980,7 @@ class Tokenizer:
         ids = self.encode(text, bos=False, specials=False)
         # A separator inside would make two members of one, and restart positions at it.
         if self.separator_id in ids:
-            raise ValueError(f"sequence {text[:40]!r} contains separator {self.separator_id}")
+            raise ValueError(f"sequence {text[:40]!r} contains the separator, {self.separator_id}")
         return ids + [self.separator_id]
 
     # A token may be part of a character: bytes are joined first and decoded then.
