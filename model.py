@@ -1467,7 +1467,7 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     stored = list_tensors(directory)  # name -> (file, shape)
     try:  # some devices exist by name only: find out before gigabytes are read
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {device} cannot be used ({str(error).splitlines()[0]}): name "
                          "another, such as cpu") from None
     with torch.device("meta"):
@@ -1830,11 +1830,8 @@ class Tokenizer:
                                  "the folder again") from None
         self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
                                       special_tokens={})
-        # tiktoken loses what lies between matches. A pattern that matches a character of every
-        # Unicode category by itself leaves nothing there. (Sequences check each piece anyway.)
-        for char in {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values():
-            if not self._pieces and not self._bpe.encode_ordinary(char):
-                raise ValueError(f"{self.path}: pattern {pattern!r} does not match {char!r}")
+        if not self._pieces:  # sequences check each piece instead
+            self._check_pattern(pattern)
         self._bytes |= {i: token.encode() for token, i in self.added.items()}
         self.vocab_size = 1 + max(self._bytes)
         # `tokenizers` first cuts the tokens that are "normalized": false out of the raw text, then
@@ -1843,6 +1840,14 @@ class Tokenizer:
         self._cuts = _one_of(self.added.keys() - set(normalised)), _one_of(respelt)
         self._id_of = {**respelt, **self.added}
         self._stops = _one_of(t for t, i in self.added.items() if i in self.special).pattern
+
+    def _check_pattern(self, pattern):
+        """tiktoken loses what lies between matches. A pattern that matches a character of every
+        Unicode category by itself leaves nothing there.
+        """
+        for char in {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values():
+            if not self._bpe.encode_ordinary(char):
+                raise ValueError(f"{self.path}: pattern {pattern!r} does not match {char!r}")
 
     def _read_sequences(self, kind):
         """Set up a tokenizer of sequences -> (pattern, tiktoken's table: here a rank is an id).
@@ -2050,13 +2055,10 @@ class Tokenizer:
         # here, calls of tools below.
         if tools and self.render_chat(messages, generation_prompt=False) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
-        weights = [(m.get("train"), m.get("weight")) for m in messages]
-        if any(x not in (None, 0, 1) for pair in weights for x in pair):  # True is 1, False 0
-            raise ValueError('"train" and "weight" of a message must be true, false, 1 or 0')
         # A turn that is not to be learnt is located all the same: generation blocks are counted.
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = self._turn_spans(text, messages, tools, turns)
-        wanted = [i for i in turns if 0 not in weights[i]]
+        wanted = [i for i in turns if _is_learnt(messages[i])]
         found = [i for i in wanted if spans[i]]
         if wanted and not found:
             raise ValueError(f"none of the assistant's {len(wanted)} turns can be found as it "
@@ -2128,6 +2130,14 @@ class Tokenizer:
         said = re.sub(rf"(?:\s|{self._stops})*\Z", "", turn[len(prompt):])
         stop = re.compile(rf"\s*(?:{self._stops})").match(text, len(prompt + said))
         return stop.end() if stop and text.startswith(prompt + said) else 0
+
+
+def _is_learnt(message):
+    """Whether an assistant's message is to be learnt: its keys "train" and "weight" may say no."""
+    marks = message.get("train"), message.get("weight")
+    if any(x not in (None, 0, 1) for x in marks):  # True is 1, False is 0
+        raise ValueError('"train" and "weight" of a message must be true, false, 1 or 0')
+    return 0 not in marks
 
 
 _MARKS = "\ufdd0", "\ufdd1"  # Unicode keeps these two for a program's own use: no text has them
