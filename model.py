@@ -15,7 +15,8 @@ inherits the projections and overrides `mix`. That override is the paper's contr
 part above it is all one needs to read first; caches, files and tokenizer follow and can wait.
 
 Contents: 1 configuration · 2 norm, RoPE, softmax attention · 3 the mLSTM · 4 window and sinks ·
-5 the hybrid mixer · 6 the Transformer · 7 cache, generation · 8 weights on disk · 9 tokenizer
+5 the hybrid mixer · 6 the Transformer · 7 cache, generation · 8 weights on disk · 9 tokenizer ·
+10 a conversation (python model.py DIR)
 
 Glossary (code: meaning, symbol in the paper)
     B, T, V         batch, tokens, vocabulary
@@ -32,19 +33,25 @@ Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), 
 (evaluate.py), merging (merge.py), GPU kernels (kernels.py).
 """
 
+import argparse
+import codecs
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import time
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2.ext
+import jinja2.sandbox
 import tiktoken
 import torch
 import torch.nn as nn
@@ -56,6 +63,14 @@ from torch.utils.checkpoint import checkpoint
 # ----------------------------------------------------------------------------------------------
 # 1. Configuration: what a folder's config.json says, in one vocabulary for all families
 # ----------------------------------------------------------------------------------------------
+# Families differ in a dozen settings and in what their config.json leaves unsaid. Everything is
+# decided here, once; the model below asks a ModelConfig and never knows the file's spelling. A
+# setting that would change the logits and is not implemented is refused by name: a model that runs
+# with a setting overlooked looks healthy and is a worse teacher.
+#
+# A student's folder describes itself in the same way: it has the teacher's config.json, and in it
+# one more object, "hybrid". So one loader serves both, and other programs that read the file find
+# the keys they know.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +79,16 @@ class Rope:
 
     theta: float
     kind: str = "default"  # "default", "linear", "llama3" or "yarn"
-    factor: float = 1.0
+    factor: float = 1.0  # by how much the context is stretched
     original: int = 0  # context length of pretraining, before the stretch by `factor`
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     attention_factor: float = 1.0  # yarn: multiplies cos AND sin, so q.k scales by its square
+
+
+NOPE = Rope(theta=1.0, kind="linear", factor=math.inf)  # all angles 0: no positions (SmolLM3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +107,14 @@ class Hybrid:
 class ModelConfig:
     """Architecture of a teacher or a student; every setting that changes a logit is here."""
 
-    family: str  # "llama", "mistral", "qwen2", "qwen3", "olmo2" or "olmo3"
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
+    family: str  # a key of FAMILIES
+    vocab_size: int  # V, rows of the embedding: may exceed the tokenizer's ids
+    hidden_size: int  # width of the residual stream
+    intermediate_size: int  # width inside the MLP
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D: H * D need not be hidden_size
     norm_eps: float
     tied: bool  # lm_head is the embedding matrix
     qkv_bias: bool
@@ -105,8 +123,13 @@ class ModelConfig:
     rope: Rope
     sliding_rope: Rope  # differs from `rope` only in Olmo 3
     layer_windows: tuple  # per layer: the TEACHER's own window (tokens, itself included) or None
-    max_positions: int
+    max_positions: int  # of the teacher's training; nothing here depends on it
     eos_ids: tuple  # ids that end a generation
+    nope_layers: tuple = ()  # indices of layers that do not rotate q and k (SmolLM3)
+    embedding_multiplier: float = 1.0  # Granite scales what enters the first layer,
+    residual_multiplier: float = 1.0  # what a branch adds,
+    attention_multiplier: float | None = None  # q.k (None: by 1/sqrt(D)),
+    logits_scaling: float = 1.0  # and divides the logits
     separator_id: int | None = None  # token at which positions restart, between sequences
     hybrid: Hybrid | None = None  # None: a teacher
 
@@ -127,121 +150,167 @@ class ModelConfig:
         Raises FileNotFoundError when there is no config.json, ValueError naming the file and the
         setting when the family or a setting is one this file does not implement.
         """
-        path = Path(directory) / "config.json"
-        c = read_json(path)
+        path, snapshots = Path(directory, "config.json"), [*Path(directory).glob("snapshots/*")]
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; " + (
+                f"name the snapshot inside: {snapshots[0]}" if snapshots else
+                "name a folder, such as this makes: hf download org/name --local-dir DIR"))
         try:
-            config = _parse_config(c, path)
-        except KeyError as missing:
-            raise ValueError(f"{path}: key {missing} is missing; copy the file again") from None
-        except TypeError as wrong:
-            raise ValueError(f"{path}: a setting has the wrong type ({wrong})") from None
-        generation = Path(directory) / "generation_config.json"
-        if generation.exists():  # overrides config.json: instruct models stop at more ids
-            eos = _as_tuple(read_json(generation).get("eos_token_id"))
-            config = dataclasses.replace(config, eos_ids=eos or config.eos_ids)
-        return config
+            config = _parse_config(read_json(path), path)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: a setting is missing or has the wrong type ({error!r})"
+                             ) from None
+        # generation_config.json overrides config.json: instruct models stop at more ids (Llama's
+        # at three). An id below 0 would never be sampled, so that no answer ends; one above the
+        # vocabulary has no embedding.
+        generation = read_json(path.with_name("generation_config.json"), {})
+        eos = _as_tuple(generation.get("eos_token_id")) or config.eos_ids
+        if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in eos):
+            raise ValueError(f"{path} or generation_config.json: eos_token_id {eos} is outside the "
+                             f"vocabulary of {config.vocab_size}")
+        return dataclasses.replace(config, eos_ids=eos)
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo3")
+# What a family's config.json means where it is silent, if that is not what Llama's would mean. A
+# published config.json often leaves out what its family's class in transformers has as default, so
+# these are read off there. A key whose value is null is not silent: "sliding_window": null is
+# Mistral's full attention.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"sliding_window": 4096}, "qwen3": {"sliding_window": 4096, "head_dim": 128},
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+    "granite": {"embedding_multiplier": 1.0, "residual_multiplier": 1.0,
+                "attention_multiplier": 1.0, "logits_scaling": 1.0}}
 
 
 def _parse_config(c, path):
-    """config.json's dictionary -> ModelConfig, with each family's defaults where it is silent."""
-    family, separator = c.get("model_type"), c.get("separator_id")
+    """config.json's dictionary -> ModelConfig, with each family's defaults where it is silent.
+
+    Keys that change no logit (dropout, use_cache, initialisation, names of classes) are passed by.
+    A mixture of experts, multi-head latent attention and the like come under a model_type of their
+    own, which is refused.
+    """
+    family = c.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
                          + ", ".join(FAMILIES))
-    if c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
-    layers, hidden, heads = c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"]
-    kv_heads = c.get("num_key_value_heads") or (8 if family == "mistral" else heads)
-    for name, value, most in (
-            ("num_hidden_layers", layers, 1024), ("hidden_size", hidden, 1 << 17),
-            ("num_attention_heads", heads, 4096), ("num_key_value_heads", kv_heads, 4096),
-            ("vocab_size", c["vocab_size"], 1 << 24),
-            ("intermediate_size", c["intermediate_size"], 1 << 20)):
-        if not (isinstance(value, int) and 1 <= value <= most):
-            raise ValueError(f"{path}: {name} = {value!r} is not an integer from 1 to {most}")
-    if separator is not None and not (isinstance(separator, int) and 0 <= separator):
-        raise ValueError(f"{path}: separator_id {separator!r} is no token id")
-    if heads % kv_heads:
-        raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
-                         f"num_key_value_heads {kv_heads}")
-    head_dim = c.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
-    if head_dim % 2 or (c.get("head_dim") is None and family != "qwen3" and hidden % heads):
-        raise ValueError(f"{path}: hidden_size {hidden} over {heads} heads gives no even head_dim")
-    rope, sliding_rope = _parse_rope(c, family, head_dim, path)
+    c = {**FAMILIES[family], **c}
+    layers, heads = c["num_hidden_layers"], c["num_attention_heads"]
+    c["num_key_value_heads"] = c.get("num_key_value_heads") or heads
+    _check_config(c, path)
+    # SmolLM3 leaves every fourth layer without positions (NoPE, arXiv 2501.18795). In its list of
+    # no_rope_layers 1 means RoPE, whatever the name says.
+    rotated = c.get("no_rope_layers")
+    if family == "smollm3" and not rotated:
+        rotated = [(i + 1) % c.get("no_rope_layer_interval", 4) for i in range(layers)]
+    nope = tuple(i for i in range(layers) if family == "smollm3" and not rotated[i])
+    rope, sliding_rope = _parse_ropes(c, path)
     attention_bias = c.get("attention_bias", False)
     return ModelConfig(
-        family=family, vocab_size=c["vocab_size"], hidden_size=hidden,
+        family=family, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
         intermediate_size=c["intermediate_size"], num_layers=layers, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=head_dim,
-        norm_eps=c.get("rms_norm_eps", 1e-5 if family in ("olmo2", "olmo3") else 1e-6),
-        tied=c.get("tie_word_embeddings", False),
+        num_kv_heads=c["num_key_value_heads"],
+        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+        norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
         # Qwen2 always has biases on q, k, v and none on o, and no key that says so.
         qkv_bias=family == "qwen2" or attention_bias, o_bias=attention_bias and family != "qwen2",
-        mlp_bias=family == "llama" and c.get("mlp_bias", False),
-        rope=rope, sliding_rope=sliding_rope, layer_windows=_parse_windows(c, family, layers, path),
+        mlp_bias=family in ("llama", "smollm3", "granite") and c.get("mlp_bias", False),
+        rope=rope, sliding_rope=sliding_rope, nope_layers=nope,
+        layer_windows=_parse_windows(c, nope, path),
         max_positions=c.get("max_position_embeddings", 2048),
-        eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=separator,
-        hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None)
+        eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
+        hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None,
+        **{name: c[name] for name in FAMILIES["granite"] if family == "granite"})
 
 
-def _parse_windows(c, family, layers, path):
-    """The teacher's own sliding windows: one entry a layer, None for full attention."""
-    window = c.get("sliding_window", 4096 if family in ("mistral", "olmo3") else None)
-    if family == "mistral":
-        return (window,) * layers
-    if family in ("qwen2", "qwen3"):
-        window = window if c.get("use_sliding_window") else None
-        first = c.get("max_window_layers", 28)
-        default = ["sliding_attention" if i >= first and window else "full_attention"
-                   for i in range(layers)]
-    elif family == "olmo3":
-        default = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention"
-                   for i in range(layers)]
-    else:
-        return (None,) * layers
-    kinds = c.get("layer_types") or default
-    if len(kinds) != layers:
-        raise ValueError(f"{path}: layer_types has {len(kinds)} entries for {layers} layers")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+def _check_config(c, path):
+    """Refuse what is not implemented, and sizes that cannot be.
+
+    The limits lie well above any model's: a damaged file should not ask for a terabyte.
+    """
+    if c.get("quantization_config"):
+        raise ValueError(f"{path}: a checkpoint quantised by "
+                         f"{c['quantization_config'].get('quant_method')}, and only plain floats "
+                         "are read: fetch the original, or dequantise and save it")
+    if c.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
+    for name, most in (("num_hidden_layers", 1024), ("num_attention_heads", 4096),
+                       ("num_key_value_heads", 4096), ("hidden_size", 1 << 17),
+                       ("intermediate_size", 1 << 20), ("vocab_size", 1 << 24)):
+        if not (isinstance(c[name], int) and 1 <= c[name] <= most):
+            raise ValueError(f"{path}: {name} = {c[name]!r} is not an integer from 1 to {most}")
+    separator, heads = c.get("separator_id"), c["num_attention_heads"]
+    if separator is not None and not (isinstance(separator, int) and 0 <= separator):
+        raise ValueError(f"{path}: separator_id {separator!r} is no token id")
+    if heads % c["num_key_value_heads"]:
+        raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
+                         f"num_key_value_heads {c['num_key_value_heads']}")
+    if (c.get("head_dim") or c["hidden_size"] / heads) % 2:
+        raise ValueError(f"{path}: head_dim, or hidden_size over {heads} heads, is not even")
 
 
-def _parse_rope(c, family, head_dim, path):
-    """The three ways to write RoPE settings -> (Rope of full layers, Rope of sliding layers)."""
-    theta = c.get("rope_theta") or (500000.0 if family == "olmo3" else 10000.0)
-    settings = c.get("rope_parameters") or {}
-    if "full_attention" in settings or "sliding_attention" in settings:  # nested: one per kind
-        full, sliding = (settings.get(kind) or {} for kind in ("full_attention",
-                                                               "sliding_attention"))
-    else:  # flat, old (rope_scaling + rope_theta) or new (rope_parameters with theta inside)
-        full = {**settings, **(c.get("rope_scaling") or {})}
-        # Olmo 3 stretches its full-attention layers only; its sliding layers keep plain RoPE.
-        sliding = {"rope_theta": full.get("rope_theta", theta)} if family == "olmo3" else full
+def _parse_windows(c, nope, path):
+    """The teacher's own sliding windows: one entry a layer, None for full attention.
 
-    def rope(r):
-        kind = r.get("rope_type") or r.get("type") or "default"
-        base = r.get("rope_theta") or theta
-        if kind == "default":
-            return Rope(theta=base)
-        if kind not in ("linear", "llama3", "yarn"):
-            raise ValueError(f"{path}: rope type {kind!r} is not supported; supported: default, "
-                             "linear, llama3, yarn")
-        if r.get("mscale") or r.get("mscale_all_dim") or r.get("truncate", True) is not True:
-            raise ValueError(f"{path}: yarn's mscale and truncate settings are not supported")
-        factor = float(r["factor"])
-        stretch = 0.1 * math.log(factor) + 1.0 if kind == "yarn" and factor > 1 else 1.0
-        return Rope(theta=base, kind=kind, factor=factor,
-                    original=r.get("original_max_position_embeddings")
-                    or c.get("original_max_position_embeddings")
-                    or c.get("max_position_embeddings", 2048),
-                    low_freq_factor=r.get("low_freq_factor", 1.0),
-                    high_freq_factor=r.get("high_freq_factor", 4.0),
-                    beta_fast=r.get("beta_fast") or 32.0, beta_slow=r.get("beta_slow") or 1.0,
-                    attention_factor=r.get("attention_factor") or stretch)
+    Which layers slide is said by layer_types, or by a rule of the family: all (Mistral), those
+    from max_window_layers on (Qwen), three of four (Olmo 3), those without RoPE (SmolLM3).
+    """
+    family, layers, window = c["model_type"], range(c["num_hidden_layers"]), c.get("sliding_window")
+    if family in ("qwen2", "qwen3", "smollm3") and not c.get("use_sliding_window"):
+        window = None  # their files name a width that is not in use
+    late = layers[c.get("max_window_layers", 28):]
+    sliding = {"mistral": layers, "ministral": layers, "qwen2": late, "qwen3": late,
+               "olmo3": [i for i in layers if (i + 1) % 4], "smollm3": nope}.get(family, ())
+    kinds = c.get("layer_types")
+    if kinds and family in ("ministral", "qwen2", "qwen3", "olmo3", "smollm3"):
+        if len(kinds) != len(layers) or not set(kinds) <= {"sliding_attention", "full_attention"}:
+            raise ValueError(f"{path}: layer_types must be {len(layers)} times sliding_attention "
+                             f"or full_attention, not {kinds}")
+        sliding = [i for i in layers if kinds[i] == "sliding_attention"]
+    return tuple(window if i in sliding else None for i in layers)
 
-    return rope(full), rope(sliding)
+
+def _parse_ropes(c, path):
+    """RoPE settings -> (Rope of full-attention layers, Rope of sliding ones).
+
+    They stand in rope_scaling beside rope_theta (old), in rope_parameters with theta inside (new),
+    or there once for each kind of layer.
+    """
+    r = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+    full = sliding = r
+    if "full_attention" in r or "sliding_attention" in r:
+        full, sliding = r.get("full_attention") or {}, r.get("sliding_attention") or {}
+    elif c["model_type"] == "olmo3":  # stretches its full-attention layers only
+        sliding = {"rope_theta": r.get("rope_theta")}
+    return _parse_rope(full, c, path), _parse_rope(sliding, c, path)
+
+
+def _parse_rope(r, c, path):
+    """The RoPE settings of a kind of layer; the whole config c has what they leave out.
+
+    The key was "type" before it was "rope_type". A factor stretches the context: by slower angles
+    for all features (linear), for the slow ones only (llama3), by a ramp over features (yarn).
+    """
+    kind = r.get("rope_type") or r.get("type") or "default"
+    theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0  # RoFormer's
+    if kind == "default":
+        return Rope(theta)
+    if (kind not in ("linear", "llama3", "yarn") or r.get("mscale") or r.get("mscale_all_dim")
+            or r.get("truncate", True) is not True):
+        raise ValueError(f"{path}: rope type {kind!r} with {sorted(r)} is not supported, only "
+                         "default, linear, llama3, and yarn without mscale and truncate")
+    factor, key = float(r["factor"]), "original_max_position_embeddings"
+    given = {name: r[name] for name in ("low_freq_factor", "high_freq_factor", "beta_fast",
+                                        "beta_slow", "attention_factor") if r.get(name)}
+    if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
+        given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
+    # Without the key the stretched length itself is meant, as transformers reads it.
+    original = r.get(key) or c.get(key) or c.get("max_position_embeddings", 2048)
+    return Rope(theta, kind, factor, original, **given)
 
 
 def _as_tuple(value):
@@ -250,7 +319,10 @@ def _as_tuple(value):
 
 
 def sha256(*paths):
-    """Hex digest of files' contents one after the other, read in pieces."""
+    """Hex digest of files' contents one after the other, read in pieces.
+
+    A run's report names what it was made of by these: a path says little once a folder was moved.
+    """
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as f:
@@ -259,19 +331,29 @@ def sha256(*paths):
     return digest.hexdigest()
 
 
-def read_json(path):
-    """A JSON file's value; FileNotFoundError or ValueError with the remedy."""
+def read_json(path, missing=None):
+    """A JSON file's object as a dict; `missing`, if given, where there is no such file.
+
+    Raises FileNotFoundError, or ValueError, each with the remedy.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {str(value)[:40]!r}")
+        return value
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; name a folder with a Hugging Face "
-                                "config.json, *.safetensors and tokenizer.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy the file again") from None
+        if missing is not None:
+            return missing
+        raise FileNotFoundError(f"{path} is missing: copy it from where the folder came") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError among them
+        raise ValueError(f"{path} is no JSON object ({error}); copy the file again") from None
 
 
 def write_json(path, value):
-    """Replace a small JSON file in one step: readers see the old one or the new one, whole."""
+    """Replace a small JSON file in one step: readers see the old one or the new one, whole.
+
+    value: anything json writes. Raises OSError.
+    """
     tmp = Path(path).with_name(Path(path).name + ".tmp")
     tmp.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(tmp, path)
@@ -307,17 +389,14 @@ def read_rows(path, start=0, stop=None):
                 line := file.readline()):
             place = Place(path, offset)
             try:
-                text = line.decode("utf-8" if offset else "utf-8-sig")
-                row = json.loads(text) if text.strip() else None
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{place}: not UTF-8 ({error}); convert the file") from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{place}: not a JSON object ({error})") from None
-            if not text.strip():
-                continue
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: expected a JSON object, found {text.strip()[:40]!r}")
-            yield place, row
+                text = line.decode("utf-8" if offset else "utf-8-sig").strip()
+                row = json.loads(text) if text else {}
+                if not isinstance(row, dict):
+                    raise ValueError(f"found {text[:40]!r}")
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError among them
+                raise ValueError(f"{place}: not a JSON object in UTF-8 ({error})") from None
+            if text:
+                yield place, row
 
 
 # ----------------------------------------------------------------------------------------------
@@ -478,6 +557,8 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in (q, k, v))
         if norm == "head":  # Qwen3
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.attention_multiplier:  # Granite: scores are q.k times this, not 1/sqrt(D)
+            q = q * (self.config.attention_multiplier * math.sqrt(D))
         return Heads(x, raw, q, k, rotate(q, tables), rotate(k, tables), v)
 
     def mix(self, heads, *, document_ids=None, cache=None):
@@ -981,7 +1062,7 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.is_olmo = config.is_olmo
+        self.is_olmo, self.scale = config.is_olmo, config.residual_multiplier
         mixer = MIXERS[config.hybrid.mixer] if config.hybrid else Attention
         self.self_attn, self.mlp = mixer(config, layer), MLP(config)
         names = ("post_attention_layernorm", "post_feedforward_layernorm") if self.is_olmo else (
@@ -998,8 +1079,8 @@ class Block(nn.Module):
         if self.is_olmo:
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(x))
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x.add(y, alpha=self.scale)
+        return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.scale)
 
     def run(self, x, tables, document_ids, cache):
         y = self.self_attn(self.attention_input(x), tables, document_ids=document_ids, cache=cache)
@@ -1045,7 +1126,9 @@ class Transformer(nn.Module):
 
         full = tables(c.rope)
         sliding = full if c.sliding_rope == c.rope else tables(c.sliding_rope)
-        return [full if window is None else sliding for window in c.layer_windows]
+        nope = tables(NOPE) if c.nope_layers else None
+        return [nope if i in c.nope_layers else full if window is None else sliding
+                for i, window in enumerate(c.layer_windows)]
 
     def positions(self, tokens, *, document_ids=None, cache=None):
         """The positions RoPE rotates tokens (B, T) by when none are given: (B or 1, T) int64.
@@ -1066,7 +1149,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens):
         """tokens (B, T) -> (B, T, hidden): what enters the first layer."""
-        x = self.model["embed_tokens"](tokens)
+        x = self.model["embed_tokens"](tokens) * self.config.embedding_multiplier
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
@@ -1090,7 +1173,7 @@ class Transformer(nn.Module):
             x = block(x, tables, document_ids=document_ids, cache=layer_cache)
         if cache is not None:
             cache.position.copy_(positions[:, -1:] + 1)
-        return self.model["norm"](x)
+        return self.model["norm"](x) / self.config.logits_scaling
 
     def forward(self, tokens, *, document_ids=None, positions=None, cache=None, head=F.linear):
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype.
@@ -1353,6 +1436,16 @@ def _sample(logits, temperature, top_p, random):
 # ----------------------------------------------------------------------------------------------
 # 8. Weights on disk
 # ----------------------------------------------------------------------------------------------
+# Parameters have Hugging Face's names, so loading is the identity: every tensor of the files goes
+# to the parameter of its name, and anything left over on either side is an error. The teacher's
+# names are a subset of its student's, which is how one loader serves both.
+#
+# Two things keep an 8B model at its own size in memory: it is built on the meta device, where a
+# tensor has a shape and no memory, and files are read a few rows at a time.
+#
+# safetensors is a header of names, types and offsets before raw numbers. Pickles (.bin, .pt) are
+# never read: opening one can run any code. Numbers that are no floats are never read either: int8
+# or fp8 weights mean something only together with their scales, which stand elsewhere.
 
 
 def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prepare=None):
@@ -1362,32 +1455,35 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     is stored, and a student's new parameters as each is itself. kernels: a student's, see
     `choose_kernels`. prepare(model): called while the model has no memory yet, to shard it; then
     only this process's rows are read. Loading is strict: every missing, unexpected or misshapen
-    tensor is named in one ValueError. Files are read in pieces, so memory peaks at the model's own
-    size. Raises FileNotFoundError for missing files, ValueError for bad ones and for kernels that
-    cannot run.
+    tensor is named in one ValueError. Raises FileNotFoundError for missing files, ValueError for
+    bad ones, a device that this torch lacks, and kernels that cannot run.
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
     stored = list_tensors(directory)  # name -> (file, shape)
+    try:  # some devices exist by name only: find out before gigabytes are read
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device {device} cannot be used ({str(error).splitlines()[0]}): name "
+                         "another, such as cpu") from None
     with torch.device("meta"):
         model = Transformer(config)
+    # A tied model has no lm_head among its parameters; some of their files ship a copy.
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    ignored = {"lm_head.weight"} if config.tied else set()  # some tied checkpoints ship a copy
-    found = {n for n in stored if not n.endswith("rotary_emb.inv_freq")} - ignored
-    wrong = [f"missing {n}" for n in sorted(expected.keys() - found)]
-    wrong += [f"unexpected {n}" for n in sorted(found - expected.keys())]
-    wrong += [f"{n} has shape {stored[n][1]}, config.json says {expected[n]}"
-              for n in sorted(expected.keys() & found) if stored[n][1] != expected[n]]
-    if wrong:
-        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit config.json: "
-                         + "; ".join(wrong))
+    copied = config.tied and "lm_head.weight" in stored
+    _check_names(directory, expected, {
+        name: shape for name, (_, shape) in stored.items() if not (
+            copied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"))})
 
-    def stored_dtype(name):
-        name = name if is_new(name) else "model.embed_tokens.weight"
-        return _read_rows(stored[name][0], name, 0, 1).dtype
+    def read(name, a, b):
+        return _read_rows(stored[name][0], name, a, b)
 
+    # Files may mix dtypes. All of a teacher gets one, that of its embedding; only a student's gates
+    # and features stay as they were trained, in fp32.
     for name, shape in expected.items():
-        wanted = (dtype(name) if callable(dtype) else dtype) or stored_dtype(name)
+        wanted = dtype(name) if callable(dtype) else dtype
+        like = name if is_new(name) else "model.embed_tokens.weight"
+        wanted = wanted or read(like, 0, 1).dtype
         assign(model, name, nn.Parameter(torch.empty(shape, dtype=wanted, device="meta")))
     if prepare:
         prepare(model)
@@ -1397,9 +1493,29 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
         step = max(1, (1 << 22) * p.shape[0] // p.numel())  # rows of 4M numbers together
         for a in range(0, len(rows), step):
             b = min(a + step, len(rows))
-            rows[a:b] = _read_rows(stored[name][0], name, first + a, first + b)
+            rows[a:b] = piece = read(name, first + a, first + b)
+            # transformers unties a copy with other values and warns; here the folder must decide.
+            if copied and name == "model.embed_tokens.weight" and not torch.equal(
+                    piece, read("lm_head.weight", first + a, first + b)):
+                raise ValueError(f"{directory}: lm_head.weight is not {name}, though config.json "
+                                 "ties them: set tie_word_embeddings to false there to use both, "
+                                 "as transformers does, or drop lm_head.weight")
     model.source = directory
     return _set_kernels(model, kernels)
+
+
+def _check_names(directory, expected, found):
+    """Compare the model's shapes by name with the files'; all differences in one ValueError.
+
+    A tensor too many is as bad as one too few: a bias that nobody adds changes every logit.
+    """
+    wrong = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
+    wrong += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
+    wrong += [f"{name} has shape {found[name]}, config.json says {expected[name]}"
+              for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]]
+    if wrong:
+        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit config.json: "
+                         + "; ".join(wrong))
 
 
 def local_rows(p):
@@ -1415,28 +1531,36 @@ def local_rows(p):
 
 
 def list_tensors(directory):
-    """The folder's tensors: name -> (path of its file, shape)."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: there is no weight_map object; copy the file again")
-        files = sorted(set(weight_map.values()))
-        for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{index}: shard name {file!r} is not a plain *.safetensors name")
-    elif (directory / "model.safetensors").exists():
-        weight_map, files = {}, ["model.safetensors"]
-    else:
-        pickles = [p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth")]
-        raise FileNotFoundError(f"{directory} holds no model.safetensors" + (
-            f"; {pickles[0]} is a pickle, which can run code and is never read: convert it to "
-            "safetensors" if pickles else " and no model.safetensors.index.json"))
+    """The folder's tensors: name -> (path of its file, shape). Reads headers only.
+
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one, for tensors that are
+    no plain floats (a quantised checkpoint), and for an index beside a whole model.safetensors,
+    whose weights may be others.
+    """
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.exists() and index.exists():
+        raise ValueError(f"{whole} has {index.name} beside it, which lists shards; transformers "
+                         f"reads {whole.name} only: move away the one that is not meant")
+    if not whole.exists() and not index.exists():
+        raise FileNotFoundError(f"{directory} holds neither {whole.name} nor {index.name}; pickles "
+                                "(.bin, .pt, .pth) can run code and are never read: convert them")
+    # The index lists name -> shard. A shard is asked for by a plain name: a path could lead out of
+    # the folder.
+    weight_map = read_json(index).get("weight_map") if index.exists() else {}
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: there is no weight_map object; copy the file again")
     tensors = {}
-    for file in files:
+    for file in sorted(set(weight_map.values())) or [whole.name]:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: shard name {file!r} is not a plain *.safetensors name")
         with _open_shard(directory / file) as f:
             for name in f.keys():
-                tensors[name] = (directory / file, tuple(f.get_slice(name).get_shape()))
+                tensor = f.get_slice(name)
+                tensors[name] = (directory / file, tuple(tensor.get_shape()))
+                if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{directory / file}: {name} is {tensor.get_dtype()}, as in "
+                                     "a quantised checkpoint, and only plain floats are read: "
+                                     "fetch the original, or dequantise and save it")
     for name, file in weight_map.items():
         if name not in tensors or tensors[name][0].name != file:
             raise ValueError(f"{directory / file}: tensor {name} of {index.name} is missing")
@@ -1460,18 +1584,19 @@ def _read_rows(path, name, start, stop):
         return f.get_slice(name)[start:stop]
 
 
+# What makes a folder complete beside its weights: copied along, never written anew.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json", "chat_template.jinja", "vocab.txt")
+                   "generation_config.json", "chat_template.jinja", "chat_template.json",
+                   "vocab.txt")
 
 
 def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     """Write config.json, *.safetensors (+ index) and the source folder's tokenizer files.
 
-    extra: dict of more JSON files, name -> value.
-
-    The folder appears complete or not at all: it is written as "<directory>.tmp" and renamed.
-    Tensors keep their dtype. Raises ValueError if `directory` exists and is not empty (nothing is
-    ever overwritten) or the model has no `source` folder to take the small files from.
+    extra: dict of more JSON files, name -> value. The folder appears complete or not at all: it is
+    written as "<directory>.tmp" and renamed. Tensors keep their dtype. Raises ValueError if
+    `directory` exists and is not empty (nothing is ever overwritten) or the model has no `source`
+    folder to take the small files from.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -1481,6 +1606,8 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     config = read_json(model.source / "config.json")
     if model.config.hybrid is not None:
         config["hybrid"] = dataclasses.asdict(model.config.hybrid)
+    # Whoever finds the folder finds it whole: a rename is one step, a run that is killed leaves
+    # only the .tmp, and the next one clears that away.
     tmp = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
@@ -1488,8 +1615,7 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
         if path.name in TOKENIZER_FILES:
             shutil.copy(path, tmp)
     for name, value in {"config.json": config, **dict(extra)}.items():
-        (tmp / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
+        write_json(tmp / name, value)
     _write_tensors(dict(model.named_parameters()), tmp, max_shard_bytes)
     if directory.exists():
         directory.rmdir()
@@ -1498,18 +1624,27 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
 
 def save_tensors(tensors, path):
     """Tensors by name -> one synced *.safetensors; OSError if the disk is full or fails."""
+    path = Path(path)
+    # safetensors (since 0.6) writes a file that nobody else may read, and renames it: keep the mode
+    # that the umask gives every other file, or a colleague cannot load the student.
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path,
                   metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error}): free some space; what was saved before "
                       "is whole") from None
-    with open(path, "rb") as file:
+    path.chmod(mode)
+    with open(path, "rb") as file:  # a checkpoint that only the cache knows is none
         os.fsync(file.fileno())
 
 
 def _write_tensors(tensors, folder, max_shard_bytes):
-    """Tensors by name -> model.safetensors, or numbered shards and their index."""
+    """Tensors by name -> model.safetensors, or numbered shards and their index.
+
+    In the model's order, so that a loader which reads layer by layer walks through the files once.
+    """
     shards, size = [{}], 0
     for name, p in tensors.items():
         if size + p.nbytes > max_shard_bytes and shards[-1]:
@@ -1519,20 +1654,30 @@ def _write_tensors(tensors, folder, max_shard_bytes):
         size += p.nbytes
     files = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    # Index and shards are named as transformers names them, so that other programs find them.
     for file, shard in zip(files, shards):  # one shard at a time leaves the accelerator
         save_tensors(shard, folder / file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
-                 "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
+            "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}})
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. Tokenizer: byte-level BPE read from tokenizer.json and run by tiktoken; chat formats
+# 9. Tokenizer: byte-level BPE read from tokenizer.json and run by tiktoken; chat templates
 # ----------------------------------------------------------------------------------------------
 # Ids equal those of the `tokenizers` library when three things agree: the added tokens (such as
 # <|eot_id|>) are cut out first, the same regex cuts the rest into pieces, and the same merges
-# build each piece. What cannot be reproduced exactly is refused by name, never approximated.
+# build each piece. What cannot be reproduced exactly is refused by name, never approximated: a
+# tokenizer that differs on one word in a thousand shows in no loss curve.
+#
+#     "<|im_start|>user\nIt's 42"    added tokens out:   <|im_start|>   "user\nIt's 42"
+#     the regex:   "user" "\n" "It" "'s" " " "4" "2"    (Qwen; others keep up to three digits)
+#     the merges:  bytes of a piece, joined pair by pair, the pair that was learnt first first
+#
+# Special and ordinary added tokens: a special one (<|eot_id|>) steers, so text of strangers must
+# not be able to write it; an ordinary one ([MOL], Qwen's <tool_call>) is a word of the language
+# that happened to be added late, and is one token wherever it stands.
 
 # tokenizer.json writes each byte as one visible character, after GPT-2 ("Ġ" is a space).
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -1558,26 +1703,28 @@ def _steps(node, key):
 
 def _piece_pattern(pre_tokenizer):
     """The one regex whose matches are the pieces; ValueError names what it cannot express."""
-    steps = _steps(pre_tokenizer, "pretokenizers")
-    *first, last = steps or [{"type": None}]
-    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
-        match first, last.get("use_regex", True):
-            case [], True:
-                return _GPT2
-            case [{"type": "Digits", "individual_digits": True}], True:
-                return _SMOLLM2
-            # Olmo writes Removed + invert: keep the matches only, which are all of the text.
-            case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} |
-                  {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed",
-                   "invert": True}], False:
-                return regex
-    raise ValueError(f"cannot express its pre_tokenizer {json.dumps(steps)}. Byte-level BPE as in "
-                     "Llama 3, Qwen, Olmo, GPT-2 and SmolLM2 is supported; SentencePiece (no "
-                     "pre_tokenizer, or Metaspace), as in Llama 2 and Mistral, is not")
+    match [{"use_regex": True, **step} for step in _steps(pre_tokenizer, "pretokenizers")]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return _GPT2
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return _SMOLLM2
+        # Olmo writes Removed + invert: keep the matches only, which are all of the text.
+        case [({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} |
+               {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed",
+                "invert": True}),
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            return regex
+    raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported, only byte-level "
+                     "BPE as in Llama 3, Qwen, Olmo, GPT-2 and SmolLM2; SentencePiece (none, or "
+                     "Metaspace), as in Llama 2 and Mistral, is not")
 
 
 def _last_merge(token, priority):
-    """Plain BPE on one token: the rank of the merge that completes it, None if none does."""
+    """Plain BPE on one token: the rank of the merge that completes it, None if none does.
+
+    priority: (left, right) -> rank. Of equal ranks the leftmost pair is joined first.
+    """
     parts, rank = list(token), None
     while len(parts) > 1:
         ranks = [priority.get(pair, math.inf) for pair in zip(parts, parts[1:])]
@@ -1617,58 +1764,6 @@ def _bpe_ranks(model, added):
     return ranks, id_of_rank
 
 
-@dataclasses.dataclass(frozen=True)
-class ChatFormat:
-    """How one family writes a conversation; "{}" in the header is the role."""
-    evidence: tuple      # a folder has this format if its chat template contains all of these
-    header: str
-    user_end: str        # closes a system or user turn
-    assistant_end: str   # closes an assistant's turn: a stop token, perhaps a newline
-    last_end: str        # the same where that turn ends the conversation
-    start: str = ""
-    system: str | None = None  # the system prompt of a conversation that brings none
-    dates: str = ""      # Llama: these lines open the system prompt, and contents are stripped
-
-
-_CHATML = ChatFormat(  # Qwen2.5, SmolLM2: the default system prompt is read from the template
-    ("'<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n'",),
-    "<|im_start|>{}\n", "<|im_end|>\n", "<|im_end|>\n", "<|im_end|>\n")
-_LLAMA3 = ChatFormat(  # 3.1, 3.2 and 3.3
-    ("Cutting Knowledge Date: December 2023\n", "message.content | trim + '<|eot_id|>'"),
-    "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", "<|eot_id|>",
-    start="<|begin_of_text|>", system="",
-    dates="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n")
-_OLMO2 = ChatFormat(  # the role marks are plain text
-    ("{{ bos_token }}", "'<|user|>\n' + message.content + '\n'", "message.content + eos_token"),
-    "<|{}|>\n", "\n", "<|endoftext|>\n", "<|endoftext|>", start="<|endoftext|>")
-_OLMO3_SYSTEM = ("You are a helpful function-calling AI assistant. ",
-                 "You do not currently have access to any functions. <functions></functions>")
-_OLMO3 = dataclasses.replace(_CHATML, evidence=_OLMO3_SYSTEM, system="".join(_OLMO3_SYSTEM),
-                             last_end="<|endoftext|>")
-
-
-def _find_chat_format(template, added):
-    """The ChatFormat that a chat template (Jinja) stands for, or None."""
-    # Templates spell a newline and a message's field in either of two ways: make it one.
-    template = re.sub(r"""\[['"](\w+)['"]\]""", r".\1", template).replace("\\n", "\n")
-    form = next((f for f in (_LLAMA3, _OLMO2, _OLMO3, _CHATML)
-                 if all(text in template for text in f.evidence)), None)
-    # A template that knows <think> (Qwen3, Olmo 3 Think) rewrites earlier turns.
-    if form is None or "think" in template:
-        return None
-    if form is _CHATML and "system" in template:
-        default = re.search(r"""<\|im_start\|>system\n([^'"{}\\]+)<\|im_end\|>""", template)
-        if default is None:
-            return None
-        form = dataclasses.replace(form, system=default[1])
-    if form is _LLAMA3 and "strftime_now" in template:
-        # Llama 3.2 writes the day it is: render training data once and keep it.
-        form = dataclasses.replace(
-            form, dates=form.dates.replace("26 Jul 2024", time.strftime("%d %b %Y")))
-    marks = re.findall(r"<\|\w+\|>", form.start + form.user_end + form.last_end)
-    return form if added.keys() >= set(marks) else None
-
-
 # Tokenizers of sequences need no merges: a pattern cuts the pieces, and each is looked up whole.
 # A folder names one as "tokenizer_class" in tokenizer_config.json, beside bos_token and eos_token,
 # and lists its tokens in vocab.txt, one a line, its number (from 0) the id, empty lines unused.
@@ -1681,179 +1776,174 @@ _SEQUENCES = {
     "smiles": SMILES_PIECES}
 
 
-class Tokenizer:
-    """Text to token ids and back, as the files of a Hugging Face folder say.
+def _one_of(texts):
+    """A regex that finds the longest of some literal texts; (?!) never matches."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
-    Reads tokenizer.json, and tokenizer_config.json and chat_template.jinja where present. Takes
+
+class Tokenizer:
+    """Text to token ids and back, and conversations to text, as a Hugging Face folder's files say.
+
+    Reads tokenizer.json, and tokenizer_config.json and a chat template where present. Takes
     about 10 microseconds for each token of the vocabulary (_bpe_ranks). If tokenizer_config.json
     names a tokenizer of sequences (`_SEQUENCES`: bytes, k-mers, SMILES), that one instead.
 
     Attributes: vocab_size (1 + the highest id; an embedding may have more rows), bos_id (None if
-    the family has none), adds_bos (encode's default), added (added token -> id), separator_id
-    (config.json's: the token between the sequences of a family, or None).
+    the family has none), adds_bos (encode's default), added (added token -> id), special (the ids
+    of those flagged so), separator_id (config.json's: the token between the sequences of a family,
+    or None), chat_templates (name -> Jinja text; empty if the folder has none).
 
     Raises FileNotFoundError, or ValueError naming the file and what is not supported.
     """
 
     def __init__(self, directory):
-        config = Path(directory, "config.json")
-        self.separator_id = read_json(config).get("separator_id") if config.exists() else None
-        self.path = os.path.join(directory, "tokenizer.json")
-        if self._read_sequences(directory):
-            return
-        if not os.path.isfile(self.path):
+        folder = Path(directory)
+        self.separator_id = read_json(folder / "config.json", {}).get("separator_id")
+        config = read_json(folder / "tokenizer_config.json", {})
+        # A mark such as "bos_token" is a string, or an object with its text as "content". All of
+        # them are variables of the chat template.
+        self._marks = {name: x["content"] if isinstance(x, dict) else x
+                       for name, x in config.items()
+                       if name.endswith("_token") and isinstance(x, (str, dict))}
+        self.chat_templates = _read_chat_templates(folder, config)
+        kind, self._nfc, self._pieces = config.get("tokenizer_class"), False, None
+        self.path = str(folder / ("vocab.txt" if kind in _SEQUENCES else "tokenizer.json"))
+        if kind != "bytes" and not os.path.exists(self.path):
             raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
-                                    "(tokenizer.model, SentencePiece, is not supported; for bytes, "
-                                    "k-mers and SMILES see README, \"Sequences\")")
-        try:
-            with open(self.path, encoding="utf-8") as file:
-                spec = json.load(file)
-            self._read_added_tokens(spec)
-            self._read_bpe(spec)
-            self._read_bos_and_template(spec, directory)
-        except ValueError as error:  # JSON and UTF-8 errors among them
-            raise ValueError(f"{self.path}: {error}") from error
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch "
-                             "the folder again") from error
-
-    def encode_member(self, text):
-        """Ids of one sequence of a family, the separator behind it.
-
-        ValueError if the folder names no separator, or the sequence contains it.
-        """
-        if self.separator_id is None:
-            raise ValueError("sequences of a family need a separator: add \"separator_id\", the id "
-                             f"of a token, to config.json in {os.path.dirname(self.path)}")
-        ids = self.encode(text, bos=False, specials=False)
-        if self.separator_id in ids:
-            raise ValueError(f"the sequence {text[:40]!r} contains the separator, token "
-                             f"{self.separator_id}")
-        return ids + [self.separator_id]
-
-    def _read_sequences(self, directory):
-        """Set up a tokenizer of sequences; False if the folder's files name none."""
-        path = Path(directory) / "tokenizer_config.json"
-        config = read_json(path) if path.exists() else {}
-        pattern = _SEQUENCES.get(config.get("tokenizer_class"))
-        if pattern is None:
-            return False
-        marks = [config.get("bos_token") or "<s>", config.get("eos_token") or "</s>"]
-        marks = [m["content"] if isinstance(m, dict) else m for m in marks]
-        if config["tokenizer_class"] == "bytes":
-            table = {bytes([b]): b for b in range(256)}
-            self.path, self.added = str(path), {marks[0]: 256, marks[1]: 257}
+                                    "(tokenizer.model, SentencePiece, is not supported; bytes, "
+                                    "k-mers and SMILES: see README, \"Sequences\")")
+        if kind in _SEQUENCES:
+            pattern, ranks, normalised = *self._read_sequences(kind), ()
         else:
-            self.path = str(path.with_name("vocab.txt"))
-            if not os.path.isfile(self.path):
-                raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's "
-                                        "folder, or write one token a line, in order of their ids")
+            spec = read_json(self.path)
+            try:
+                normalised = [t["content"] for t in spec["added_tokens"] if t["normalized"]]
+                pattern, ranks = self._read_bpe(spec)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: {error}") from None
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch "
+                                 "the folder again") from None
+        self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
+                                      special_tokens={})
+        if not self._pieces:  # sequences check each piece instead
+            self._check_pattern(pattern)
+        self._bytes |= {i: token.encode() for token, i in self.added.items()}
+        self.vocab_size = 1 + max(self._bytes)
+        # `tokenizers` first cuts the tokens that are "normalized": false out of the raw text, then
+        # the others, in normalised spelling, out of what is left once that is normalised too.
+        respelt = {self._normalise(token): self.added[token] for token in normalised}
+        self._cuts = _one_of(self.added.keys() - set(normalised)), _one_of(respelt)
+        self._id_of = {**respelt, **self.added}
+        self._stops = _one_of(t for t, i in self.added.items() if i in self.special).pattern
+
+    def _check_pattern(self, pattern):
+        """tiktoken loses what lies between matches. A pattern that matches a character of every
+        Unicode category by itself leaves nothing there.
+        """
+        for char in {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values():
+            if not self._bpe.encode_ordinary(char):
+                raise ValueError(f"{self.path}: pattern {pattern!r} does not match {char!r}")
+
+    def _read_sequences(self, kind):
+        """Set up a tokenizer of sequences -> (pattern, tiktoken's table: here a rank is an id).
+
+        Nothing is merged: tiktoken looks a whole piece up before it tries to build it, and every
+        piece is in the table or refused (`_encode_text`). What vocab.txt lists beside pieces, such
+        as "<s>" or a tag for a species, is an added token.
+        """
+        marks = [self._marks.get("bos_token") or "<s>", self._marks.get("eos_token") or "</s>"]
+        pattern, table = _SEQUENCES[kind], {bytes([b]): b for b in range(256)}
+        self.added = dict(zip(marks, (256, 257)))
+        if kind != "bytes":
             lines = Path(self.path).read_text(encoding="utf-8").splitlines()
             tokens = {token: i for i, token in enumerate(lines) if token}
             k = max((len(t) for t in tokens if re.fullmatch("[ACGT]+", t)), default=1)
             pattern = pattern.replace("K", str(k))
             table = {t.encode(): i for t, i in tokens.items()
                      if t not in marks and re.fullmatch(pattern, t)}
-            self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
             if not table:
-                raise ValueError(f"{self.path}: none of its {len(tokens)} lines is a token of "
-                                 f"{pattern!r}")
-        self._nfc, self.chat_format = False, None
-        self._pieces = None if config["tokenizer_class"] == "bytes" else re.compile(pattern)
-        self._table, self._id_of_rank = table, {i: i for i in table.values()}
-        self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=table,
-                                      special_tokens={})
-        self._bytes = {i: token for token, i in table.items()}
-        self._bytes |= {i: token.encode() for token, i in self.added.items()}
-        self.vocab_size = 1 + max(self._bytes)
+                raise ValueError(f"{self.path}: none of its lines is a token of {pattern!r}")
+            self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
+            self._pieces = re.compile(pattern)
+        self.special = set(self.added.values())
+        self._ranks, self._bytes = table, {i: token for token, i in table.items()}
+        self._id_of_rank = {i: i for i in self._bytes}
         self.bos_id = self.added.get(marks[0])
         self.adds_bos = self.bos_id is not None
-        self._set_cut()
-        return True
-
-    def _check_pieces(self, text):
-        """Refuse text with a piece that is no token: tiktoken would panic."""
-        for piece in self._pieces.finditer(text):
-            if piece[0].encode() not in self._table:
-                raise ValueError(f"{self.path} has no token {piece[0]!r} (character "
-                                 f"{piece.start()} of a text of {len(text)}): clean the text; "
-                                 "k-mers also need a length that k divides, unless the single "
-                                 "letters are tokens")
-
-    def _read_added_tokens(self, spec):
-        for token in spec["added_tokens"]:
-            if token["lstrip"] or token["rstrip"] or token["single_word"]:
-                raise ValueError(f"lstrip, rstrip, single_word are not supported: {token}")
-        self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        self._set_cut()
-
-    def _set_cut(self):
-        # One alternation over the raw text, longest first, lest a token hide a longer one.
-        # The group makes re.split return the tokens too; (?!), if there are none, never matches.
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self._cut = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+        return pattern, table
 
     def _read_bpe(self, spec):
-        model, normalizer, self._pieces = spec["model"], spec["normalizer"], None
-        if any(step["type"] != "NFC" for step in _steps(normalizer, "normalizers")):
-            raise ValueError(f"normalizer {normalizer} is not supported, only NFC or null")
-        self._nfc = bool(_steps(normalizer, "normalizers"))
-        pattern = _piece_pattern(spec["pre_tokenizer"])
-        for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(key):
-                raise ValueError(f"model.{key} = {model[key]!r} is not supported")
+        """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table).
+
+        An added token may take the white space around it along (lstrip, rstrip), or be one only
+        between other words (single_word); the byte-level families ask for neither.
+        """
+        model, added = spec["model"], spec["added_tokens"]
+        self.added = {token["content"]: token["id"] for token in added}
+        self.special = {token["id"] for token in added if token["special"]}
+        normalizers = _steps(spec["normalizer"], "normalizers")
+        refused = [f"normalizer {step}" for step in normalizers if step["type"] != "NFC"]
+        refused += [f"model.{key} = {model[key]!r}" for key in (
+            "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+            if model.get(key)]
+        refused += [f"lstrip, rstrip or single_word of {token}" for token in added
+                    if token["lstrip"] or token["rstrip"] or token["single_word"]]
+        self._nfc = bool(normalizers)
+        self._read_bos(spec["post_processor"])
         ranks, self._id_of_rank = _bpe_ranks(model, self.added)
         if model.get("unk_token") and not self._id_of_rank.keys() >= set(range(256)):
-            raise ValueError("model.unk_token is not supported where the vocabulary lacks bytes")
-        self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
-                                      special_tokens={})
-        # tiktoken loses what lies between matches. A pattern that matches a character of every
-        # Unicode category by itself leaves nothing there.
-        for char in {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values():
-            if not self._bpe.encode_ordinary(char):
-                raise ValueError(f"its pattern {pattern!r} does not match {char!r}")
+            refused.append("model.unk_token where the vocabulary lacks bytes")
+        if refused:
+            raise ValueError(f"not supported: {'; '.join(refused)}")
         self._bytes = {i: bytes(_BYTE_OF[c] for c in token)
                        for token, i in model["vocab"].items() if token not in self.added}
-        self._bytes |= {i: token.encode() for token, i in self.added.items()}
-        self.vocab_size = 1 + max(self._bytes)
+        return _piece_pattern(spec["pre_tokenizer"]), ranks
 
-    def _read_bos_and_template(self, spec, directory):
-        def read(name):
-            path = os.path.join(directory, name)
-            if not os.path.isfile(path):
-                return ""
-            with open(path, encoding="utf-8") as file:
-                return file.read()
-
-        try:
-            config = json.loads(read("tokenizer_config.json") or "{}")
-        except ValueError as error:
-            raise ValueError(f"tokenizer_config.json beside it is damaged ({error})") from error
-        bos = config.get("bos_token")
-        self.bos_id = self.added.get(bos["content"] if isinstance(bos, dict) else bos)
-        self.adds_bos = False
-        for step in _steps(spec["post_processor"], "processors"):
+    def _read_bos(self, post_processor):
+        """Which token is BOS, and whether encode puts it in front."""
+        self.bos_id, self.adds_bos = self.added.get(self._marks.get("bos_token")), False
+        for step in _steps(post_processor, "processors"):
             match step:
                 case {"type": "TemplateProcessing",
                       "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
                     self.adds_bos, [self.bos_id] = True, step["special_tokens"][name]["ids"]
-                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
-                    pass
-                case {"type": "ByteLevel"}:  # moves offsets only
+                # These add nothing; ByteLevel moves offsets, which nobody asks for here.
+                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]} | {
+                        "type": "ByteLevel"}:
                     pass
                 case _:
                     raise ValueError(f"post_processor {json.dumps(step)} is not supported")
-        template = read("chat_template.jinja") or config.get("chat_template") or ""
-        if isinstance(template, list):  # several, by name
-            template = {t["name"]: t["template"] for t in template}.get("default", "")
-        self.chat_format = _find_chat_format(template, self.added)
+
+    # NFC writes an accented letter as one character wherever there is one: "e" + U+0301 is "é".
+    # Python's and tokenizers' Unicode versions differ in some hundred rare marks.
+
+    def _normalise(self, text):
+        return unicodedata.normalize("NFC", text) if self._nfc else text
+
+    def _cut(self, text, cut, specials):
+        """Cut added tokens out: yield (the text before one, its id), at last (the rest, None).
+
+        Of several that begin at one place the longest is taken (`_one_of`).
+        """
+        start = 0
+        # A special token that must stay text still hides an ordinary one inside it, as there.
+        for found in cut.finditer(text):
+            i = self._id_of[found[0]]
+            if specials or i not in self.special:
+                yield text[start:found.start()], i
+                start = found.end()
+        yield text[start:], None
 
     def _encode_text(self, text):
-        """Ids of text without added tokens."""
-        if self._pieces is not None:
-            self._check_pieces(text)
-        if self._nfc:  # about 100 rare marks differ: Unicode versions do
-            text = unicodedata.normalize("NFC", text)
+        """Ids of normalised text without added tokens."""
+        for piece in self._pieces.finditer(text) if self._pieces else ():
+            if piece[0].encode() not in self._ranks:  # tiktoken would panic
+                raise ValueError(f"{self.path} has no token {piece[0]!r} (character "
+                                 f"{piece.start()} of a text of {len(text)}): clean the text; "
+                                 "k-mers also need a length that k divides, unless the single "
+                                 "letters are tokens")
+        # Where to cut, for tiktoken's sake: at the ends of runs of exactly the longest length.
         cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
                 if len(run[0]) == _LONGEST_SPACE]
         return [self._id_of_rank[rank]
@@ -1866,62 +1956,249 @@ class Tokenizer:
 
         bos: whether bos_id stands first; None does as the folder's post-processor says. A
         rendered chat brings its own: pass False.
-        specials: whether added tokens written in the text are parsed. Pass False for text of
-        strangers, in which "<|eot_id|>" must remain ten ordinary characters.
+        specials: whether special tokens written in the text are parsed. Pass False for text of
+        strangers, in which "<|eot_id|>" must remain ten ordinary characters. Added tokens that
+        the folder does not flag as special ("[MOL]", Qwen's "<tool_call>") always are.
         """
         bos = self.adds_bos if bos is None else bos
         if bos and self.bos_id is None:
             raise ValueError(f"{self.path}: bos=True, but this tokenizer has no BOS token")
-        ids = [self.bos_id] if bos else []
-        for i, part in enumerate(self._cut.split(text) if specials else [text]):
-            ids += [self.added[part]] if i % 2 else self._encode_text(part)
-        return ids
+        ids, (raw, normalised) = [self.bos_id if bos else None], self._cuts
+        for stretch, token in self._cut(text, raw, specials):
+            for part, inner in self._cut(self._normalise(stretch), normalised, specials):
+                ids += [*self._encode_text(part), inner]
+            ids.append(token)
+        return [i for i in ids if i is not None]  # None: no token stood there
+
+    def encode_member(self, text):
+        """Ids of one sequence of a family, the separator behind it.
+
+        ValueError if the folder names no separator, or the sequence contains it.
+        """
+        if self.separator_id is None:
+            raise ValueError("sequences of a family need a separator: add \"separator_id\", a "
+                             f"token's id, to config.json in {os.path.dirname(self.path)}")
+        ids = self.encode(text, bos=False, specials=False)
+        # A separator inside would make two members of one, and restart positions at it.
+        if self.separator_id in ids:
+            raise ValueError(f"sequence {text[:40]!r} contains the separator, {self.separator_id}")
+        return ids + [self.separator_id]
+
+    # A token may be part of a character: bytes are joined first and decoded then.
 
     def decode(self, ids):
         """The tokens' bytes as text, broken UTF-8 as U+FFFD; ids of padding rows give nothing."""
         return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", "replace")
 
-    def render_chat_parts(self, messages):
-        """A conversation as [(text, is_assistant), ...]; the texts join to render_chat(...,
-        generation_prompt=False). An assistant's part is its content and stop token.
-
-        Training encodes the parts one by one (bos=False), so that an answer's tokens start where
-        generation starts, and takes its loss on the assistant's.
-
-        messages: [{"role": "system" | "user" | "assistant", "content": str}, ...]; a system
-        message comes first or not at all. ValueError otherwise, or if the format is unknown.
+    def decode_stream(self, ids):
+        """Yield the text of ids one by one, "" where a character is not yet complete: the texts
+        join to `decode(ids)`.
         """
-        form = self.chat_format
-        if form is None:
-            raise ValueError(f"{os.path.dirname(self.path)}: no chat template, or an unknown one "
-                             "(known: Llama 3.1 to 3.3, Qwen2.5, OLMo 2, Olmo 3 Instruct, SmolLM2; "
-                             "not Qwen3 and Olmo 3 Think, whose templates rewrite earlier turns)")
-        roles = [message["role"] for message in messages]
-        if not re.fullmatch("(system )?((user|assistant) )*", " ".join([*roles, ""])) or not roles:
-            raise ValueError(f"roles must be system (or not), then user and assistant: {roles}")
-        if roles[0] != "system" and form.system is not None:
-            messages = [{"role": "system", "content": form.system}, *messages]
-        parts, text = [], form.start  # text: what the assistant did not say, up to its next turn
-        for i, message in enumerate(messages, start=1):
-            role, content = message["role"], message["content"]
-            content = content.strip() if form.dates else content
-            text += form.header.format(role)
-            if role == "assistant":
-                end = form.last_end if i == len(messages) else form.assistant_end
-                stop = end.rstrip("\n")
-                parts += [(text, False), (content + stop, True)]
-                text = end[len(stop):]
-            else:
-                text += (form.dates if role == "system" else "") + content + form.user_end
-        return parts + [(text, False)] * bool(text)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            yield decoder.decode(self._bytes.get(int(i), b""))
+        yield decoder.decode(b"", final=True)
 
-    def render_chat(self, messages, *, generation_prompt=True):
-        """The conversation as the teacher's chat template writes it; see render_chat_parts.
-        generation_prompt: end with the header of the assistant's next turn."""
-        text = "".join(text for text, _ in self.render_chat_parts(messages))
-        return text + (self.chat_format.header.format("assistant") if generation_prompt else "")
+    # A chat template is a program in Jinja that the folder brings. It is run as transformers runs
+    # it, and never recognised: ChatML alone is published with some ten different texts, which
+    # differ in the mark in front, the default system prompt, the end of the last turn.
+
+    def render_chat(self, messages, *, tools=None, generation_prompt=True, marks=("", "")):
+        """A conversation as the folder's chat template writes it (transformers' text, to a byte).
+
+        messages: [{"role": str, ...}, ...]. All of a message, its content as a string or a list of
+        parts, tool_calls, reasoning_content, goes to the template, and so does tools, a list of
+        objects or None: the template decides. generation_prompt: end with the header of the
+        assistant's next turn. marks: written around {% generation %} blocks. Raises ValueError if
+        the folder has no template, the messages are no such list, or the template refuses them
+        (with its own words).
+        """
+        folder = os.path.dirname(self.path)
+        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        if name not in self.chat_templates:
+            raise ValueError(f"{folder} has no chat template: copy chat_template.jinja or "
+                             "tokenizer_config.json from the instruct model, or use plain text")
+        for what, x in (("messages", messages), ("tools", tools or [])):
+            if not isinstance(x, list) or not all(isinstance(item, dict) for item in x):
+                raise ValueError(f"{what} must be a list of objects, not {str(x)[:40]!r}")
+        if not messages or not all(isinstance(m.get("role"), str) for m in messages):
+            raise ValueError('messages must be at least one, each with a "role"')
+        # A key of value null is a key that is not there, as in transformers: data sets in columns
+        # give every message every key, and a template asks for "tool_calls" by its presence.
+        messages = [{k: x for k, x in m.items() if x is not None} for m in messages]
+        try:
+            return _compile_template(self.chat_templates[name]).render(
+                **self._marks, messages=messages, tools=tools or None, documents=None,
+                add_generation_prompt=generation_prompt, generation_marks=marks)
+        except Exception as error:  # a template is a program of strangers: anything may come
+            raise ValueError(f"the chat template of {folder} refuses this conversation: "
+                             + " ".join(str(error).split())) from None
+
+    def render_chat_parts(self, messages, *, tools=None):
+        """A conversation cut into what is learnt and what is given: (parts, skipped).
+
+        parts: [(text, learnt), ...], which join to render_chat(..., generation_prompt=False).
+        Learnt is what an assistant's turn holds behind its header up to its stop token: encoded
+        part by part (bos=False), an answer starts where generation starts. A turn with "train":
+        false or "weight": 0 is not learnt. skipped: turns that cannot be, because the template
+        writes them differently once others follow (Qwen3 drops earlier thinking).
+
+        messages, tools, errors: as `render_chat`; and ValueError if no turn that is to be learnt
+        can be found in the text, or a tool call or the tools are not in it.
+        """
+        text = self.render_chat(messages, tools=tools, generation_prompt=False)
+        # What a template leaves out it leaves out without a word, so that is looked for: tools
+        # here, calls of tools below.
+        if tools and self.render_chat(messages, generation_prompt=False) == text:
+            raise ValueError("the chat template does not write the tools: leave them out")
+        # A turn that is not to be learnt is located all the same: generation blocks are counted.
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        spans = self._turn_spans(text, messages, tools, turns)
+        wanted = [i for i in turns if _is_learnt(messages[i])]
+        found = [i for i in wanted if spans[i]]
+        if wanted and not found:
+            raise ValueError(f"none of the assistant's {len(wanted)} turns can be found as it "
+                             "was generated: the chat template rewrites or omits them")
+        parts, done = [], 0
+        for i in found:
+            start, end = spans[i]
+            # Without its call the turn is an empty answer, and silence would be learnt.
+            for call in messages[i].get("tool_calls") or ():
+                if call.get("function", call).get("name", "") not in text[start:end]:
+                    raise ValueError(f"the chat template does not write the tool call {call}")
+            parts += [(text[done:start], False), (text[start:end], True)]
+            done = end
+        parts.append((text[done:], False))
+        return [part for part in parts if part[0]], len(wanted) - len(found)
+
+    def _turn_spans(self, text, messages, tools, turns):
+        r"""Turn -> the (start, end) in text of what the assistant said there, or None.
+
+        A template with {% generation %} blocks says it itself. With others, less of the
+        conversation is rendered. A turn starts behind what stands before it with the generation
+        prompt, and ends where the conversation up to it ends:
+
+            the text         <|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n<|user|>\nBye...
+            before, prompted <|user|>\nHi<|end|>\n<|assistant|>\n
+            up to the turn   <|user|>\nHi<|end|>\n<|assistant|>\nHello<|end|>\n
+            learnt                                            Hello<|end|>
+
+        None where the text does not begin with these: then the template writes this turn otherwise
+        now than it did when the turn was generated, and no token of it stands behind the context
+        that it will have in use.
+        """
+        def render(end, generation_prompt=False, marks=("", "")):
+            return self.render_chat(messages[:end], tools=tools,
+                                    generation_prompt=generation_prompt, marks=marks)
+
+        if any("endgeneration" in template for template in self.chat_templates.values()):
+            pieces = re.split("|".join(_MARKS), render(None, marks=_MARKS))  # outside, inside, ...
+            if "".join(pieces) != text or len(pieces) // 2 != len(turns):
+                raise ValueError(f"the chat template has {len(pieces) // 2} generation blocks for "
+                                 f"{len(turns)} assistant turns: which is whose is not known")
+            ends = [*itertools.accumulate(map(len, pieces))]
+            return dict(zip(turns, zip(ends[0::2], ends[1::2])))
+        spans = {}
+        for i in turns:
+            if i:
+                prompt = render(i, generation_prompt=True)
+            else:  # nothing to render before it: the header, found by what it adds to the end
+                longer = render(None, generation_prompt=True)
+                # (Should a template add nothing, no turn of it starts where generation does.)
+                header = longer[len(os.path.commonprefix((text, longer))):]
+                prompt = header in text and text[:text.find(header) + len(header)]
+            end = self._end_of_turn(text, prompt, render(i + 1))
+            located = prompt and text.startswith(prompt) and end > len(prompt)
+            spans[i] = (len(prompt), end) if located else None
+        return spans
+
+    def _end_of_turn(self, text, prompt, turn):
+        """Where in text ends the stop token of the turn that ends the rendering `turn`; or 0.
+
+        White space behind a stop token ("<|im_end|>\\n") is the template's, which writes it before
+        the next turn: generation has ended by then. Where a template closes a turn by white space
+        alone, that is the stop, and learnt.
+        """
+        if text.startswith(turn):
+            closed = re.search(rf"(?:{self._stops})\s*\Z", turn[len(prompt):])
+            return len(turn.rstrip()) if closed else len(turn)
+        # Olmo 3 ends the last turn with another stop token than earlier ones: compare without.
+        said = re.sub(rf"(?:\s|{self._stops})*\Z", "", turn[len(prompt):])
+        stop = re.compile(rf"\s*(?:{self._stops})").match(text, len(prompt + said))
+        return stop.end() if stop and text.startswith(prompt + said) else 0
 
 
+def _is_learnt(message):
+    """Whether an assistant's message is to be learnt: its keys "train" and "weight" may say no."""
+    marks = message.get("train"), message.get("weight")
+    if any(x not in (None, 0, 1) for x in marks):  # True is 1, False is 0
+        raise ValueError('"train" and "weight" of a message must be true, false, 1 or 0')
+    return 0 not in marks
+
+
+_MARKS = "\ufdd0", "\ufdd1"  # Unicode keeps these two for a program's own use: no text has them
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}: its text, between the marks of `render_chat`.
+
+    Jinja lets a program add statements. This one reads its body as a macro (`caller`) and calls
+    `mark` in its place, with the two marks that the rendering was given; two empty ones change
+    nothing.
+    """
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        call = self.call_method("mark", [jinja2.nodes.Name("generation_marks", "load")])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def mark(self, marks, caller):
+        return marks[0] + caller() + marks[1]
+
+
+@functools.cache
+def _compile_template(source):
+    """A chat template in the sandbox, and with the functions, that transformers gives it.
+
+    In the sandbox a template can neither reach Python's internals nor change the messages. The
+    functions are what published templates call: raise_exception to refuse a conversation, tojson
+    for tools and arguments, strftime_now for the date.
+    """
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # no HTML escapes
+    sandbox.globals["raise_exception"] = raise_exception
+    # Llama 3.2 writes the day it is, so that the same row has other tokens tomorrow.
+    sandbox.globals["strftime_now"] = time.strftime
+    return sandbox.from_string(source)
+
+
+def _read_chat_templates(folder, config):
+    """The folder's chat templates: name -> text. There are three places where one may stand.
+
+    The newest wins, as in transformers: chat_template.jinja, then tokenizer_config.json, which may
+    hold several by name ("tool_use" for conversations with tools), then chat_template.json.
+    """
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return {"default": file.read_text(encoding="utf-8")}
+    templates = config.get("chat_template") or read_json(
+        folder / "chat_template.json", {}).get("chat_template") or []
+    templates = templates if isinstance(templates, list) else [
+        {"name": "default", "template": templates}]
+    if not all(isinstance(t, dict) and isinstance(t.get("template"), str) for t in templates):
+        raise ValueError(f"{folder}: chat_template is neither a text nor a list of objects with a "
+                         "name and a template; copy tokenizer_config.json again")
+    return {t.get("name"): t["template"] for t in templates}
+
+
+# A gene may stand on either strand: a model of DNA is asked about both, and the mean is its score.
 _COMPLEMENT = str.maketrans("ACGTRYKMBDHVacgtrykmbdhv", "TGCAYRMKVHDBtgcayrmkvhdb")
 
 
@@ -1944,10 +2221,113 @@ def load_with_tokenizer(directory, *, device="cpu", dtype="auto"):
     tokenizer has more ids than the embedding has rows.
     """
     if dtype == "auto":
-        dtype = torch.float32 if torch.device(device).type == "cpu" else None
+        dtype = torch.float32 if str(device).startswith("cpu") else None
     model = load_pretrained(directory, device=device, dtype=dtype)
     tokenizer = Tokenizer(directory)
     if tokenizer.vocab_size > model.config.vocab_size:  # fewer is fine: padding rows
-        raise ValueError(f"{directory}: tokenizer.json has {tokenizer.vocab_size} ids, the "
-                         f"embedding {model.config.vocab_size} rows; they are not of one model")
+        raise ValueError(f"{tokenizer.path} has {tokenizer.vocab_size} ids, the embedding "
+                         f"{model.config.vocab_size} rows; they are not of one model")
     return model, tokenizer
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. Talk to it: python model.py DIR
+# ----------------------------------------------------------------------------------------------
+# The quickest look at what a distillation has done: ask the teacher, then ask the student. The
+# numbers behind each answer show what it was for. A teacher's cache grows by the same bytes with
+# every token, a student's stays what it was at the first; and no prompt is read twice, because the
+# cache of one answer is where the next begins.
+
+
+def chat(model, tokenizer, prompts, run):
+    """Answer each prompt; the conversation stays in the cache, so that nothing is read twice.
+
+    What the cache has read is known as a text. The next prompt, rendered with all before it, must
+    begin with that text; only what follows is read. (Comparing ids would not do: a model may write
+    a word in other tokens than the tokenizer.) A template that drops earlier thinking breaks this;
+    then a new cache reads everything, and that is said.
+
+    prompts: an iterable of str. run: the options of `main`. Raises ValueError as `stream` and
+    `render_chat` do.
+    """
+    messages, text, held, count, cache = [], "", "", 0, None  # held: the text that cache has read
+    for prompt in prompts:
+        messages.append({"role": "user", "content": prompt})
+        text = text + prompt if run.raw else tokenizer.render_chat(messages)
+        if not text.startswith(held):
+            print("(the chat template rewrote what was said: all is read again)")
+            held, count, cache = "", 0, None
+        # BOS once, at the very beginning; a chat template writes its own.
+        bos = None if run.raw and not held else False
+        ids, new, times = tokenizer.encode(text[len(held):], bos=bos), [], [time.perf_counter()]
+        # Room for the longest answer that may come. A teacher's buffers grow with every turn, and
+        # are copied, not read again; a student's have the same size at any length.
+        larger = Cache(model, 1, count + len(ids) + run.max_new_tokens)
+        for x, old in zip(larger.tensors(), cache.tensors() if cache else ()):
+            x[tuple(map(slice, old.shape))] = old
+        cache = larger
+
+        # decode_stream holds a character back until all its bytes are there: an emoji is four
+        # bytes, and may be as many tokens.
+        def spoken():
+            for step in stream(model, torch.tensor([ids], device=run.device), cache=cache,
+                               max_new_tokens=run.max_new_tokens, seed=run.seed,
+                               temperature=run.temperature, top_p=run.top_p):
+                new.append(int(step))
+                times.append(time.perf_counter())
+                if new[-1] not in model.config.eos_ids:
+                    yield new[-1]
+
+        said = ""
+        for piece in tokenizer.decode_stream(spoken()):
+            said += piece
+            print(piece, end="", flush=True)
+        # The last token was never given back to the model: the cache has not read it. Mostly it is
+        # the stop token, which the next rendering may well spell in another way.
+        held, count = text + tokenizer.decode(new[:-1]), count + len(ids) + len(new) - 1
+        text += said
+        messages.append({"role": "assistant", "content": said})
+        # Reading is timed up to the first token, writing from there on.
+        rate = max(len(new) - 1, 1) / (times[-1] - times[min(1, len(new) - 1)])
+        print(f"\n[{len(ids)} tokens read in {times[1] - times[0]:.2f} s, {len(new)} written, "
+              f"{rate:,.1f} a second; cache {sum(x.nbytes for x in cache.tensors()) / 1e6:,.1f} MB "
+              f"for {count} tokens]")
+
+
+def main(argv=None):
+    """`python model.py DIR`: options, and prompts from --prompt or line by line.
+
+    argv: list of strings (None: the command line's). Faults end in one sentence and exit code 2.
+    """
+    parser = argparse.ArgumentParser(prog="python model.py", description="Talk to a teacher or a "
+                                     "student: a prompt a line, the end of input or ^C leaves.")
+    option = parser.add_argument
+    option("directory", help="folder with config.json, *.safetensors and tokenizer.json")
+    option("--prompt", help="answer this one and leave")
+    option("--raw", action="store_true", help="continue plain text, without the chat template")
+    option("--temperature", type=float, default=0.0, help="0: always the most likely token")
+    option("--top-p", type=float, default=1.0, help="sample from so much of the probability")
+    option("--max-new-tokens", type=int, default=256, help="an answer (default: 256)")
+    option("--seed", type=int, help="of the sampling")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+    if run.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be at least 1")
+    try:
+        model, tokenizer = load_with_tokenizer(run.directory, device=run.device)
+        if not run.raw and not tokenizer.chat_templates:
+            print("(no chat template in this folder: plain continuation, as by --raw)")
+            run.raw = True
+        # input() edits lines and keeps a history where Python has readline; its end is EOFError.
+        lines = iter(lambda: input("> " if sys.stdin.isatty() else ""), None)
+        chat(model, tokenizer, lines if run.prompt is None else [run.prompt], run)
+    except (EOFError, KeyboardInterrupt):
+        print()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

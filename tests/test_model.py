@@ -210,8 +210,11 @@ def test_broken_folders_are_refused_in_one_sentence(folders, tmp_path):
         return change
 
     def index(weight_map):
-        return lambda folder: (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": weight_map}))
+        def change(folder):
+            (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+            (folder / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": weight_map}))
+        return change
 
     def truncate(folder):
         data = (folder / "model.safetensors").read_bytes()
@@ -226,7 +229,7 @@ def test_broken_folders_are_refused_in_one_sentence(folders, tmp_path):
     assert "plain" in damaged(index({norm: "../model.safetensors"}))
     assert "plain" in damaged(index({norm: "/etc/model.safetensors"}))
     assert "missing" in damaged(index({norm: "gone.safetensors"}))
-    assert "nothing" in damaged(index({"nothing": "model.safetensors"}))
+    assert "nothing" in damaged(index({"nothing": "model-1.safetensors"}))
     assert "config.json" in damaged(lambda f: (f / "config.json").unlink())
     assert "JSON" in damaged(lambda f: (f / "config.json").write_text("{"))
     assert "num_attention_heads" in damaged(config(num_attention_heads=10**9))

@@ -1,8 +1,7 @@
-"""Tokenizer: ids equal to the `tokenizers` library, chats equal to the published templates.
+"""Tokenizer: ids equal to those of the `tokenizers` library, whose from_file is the oracle.
 
 Every tokenizer here is trained on the standard library's source in a second or two; nothing is
-downloaded. The oracle for ids is `tokenizers.Tokenizer.from_file`, for chats jinja2 with the parts
-of the published chat templates that plain conversations reach.
+downloaded. Conversations: test_chat.py.
 
 Run: python -m pytest tests/test_tokenizer.py
 """
@@ -12,10 +11,8 @@ import inspect
 import itertools
 import json
 import random
-import time
 import unicodedata
 
-import jinja2.sandbox
 import pytest
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Oracle
@@ -155,12 +152,10 @@ def folder(tmp_path_factory):
     return get
 
 
-def write(directory, spec, config=None, template=None):
+def write(directory, spec, config=None):
     (directory / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     if config is not None:
         (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    if template is not None:
-        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     return directory
 
 
@@ -224,18 +219,55 @@ def test_ids_equal_the_tokenizers_library(folder, family):
 
 
 @pytest.mark.parametrize("family", MAKERS)
-def test_specials_false_keeps_added_tokens_ordinary_text(folder, family):
-    directory, _, spec = folder(family)
-    ours = Tokenizer(directory)
-    added = {token["id"] for token in spec["added_tokens"]}
-    specials = [token["content"] for token in spec["added_tokens"]]
-    bare = Oracle.from_str(json.dumps(dict(spec, added_tokens=[], post_processor=None)))
+def test_specials_false_keeps_specials_and_only_them_as_ordinary_text(folder, family):
+    directory, oracle, spec = folder(family)
+    ours, oracle = Tokenizer(directory), Oracle.from_str(oracle.to_str())
+    oracle.encode_special_tokens = True
+    special = {token["id"] for token in spec["added_tokens"] if token["special"]}
+    contents = [token["content"] for token in spec["added_tokens"]]
     rare = rare_marks() if family == "qwen" else set()
-    for text in [*specials, "".join(specials), *adversarial_strings(specials, seed=1)]:
+    for text in [*contents, "".join(contents), *adversarial_strings(contents, n=400, seed=1)]:
         if not rare.intersection(text):
             ids = ours.encode(text, bos=False, specials=False)
-            assert not added.intersection(ids)
-            assert ids == bare.encode(text).ids, repr(text)
+            assert not special.intersection(ids)
+            assert ids == oracle.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+# Special or not, cut out of raw or of normalised text, parts and overlaps of each other, accents.
+OVERLAPS = [("<|im_start|>", True, False), ("<|im_start|>user", False, True),
+            ("<|im_end|>", True, False), ("|><|", False, False), ("[MOL]", False, True),
+            ("[MOL", False, False), ("MOL][M", False, True), ("<tool_call>", False, False),
+            ("tool", True, True), ("caf\u00e9", False, True), ("fe\u0301", False, False),
+            ("e\u0301s", False, True), ("\u1112\u1161\u11ab", False, True), (" lead", False, True),
+            ("trail ", False, False), ("\n\n\n", False, True), ("aa", False, True),
+            ("aaa", True, False), ("aaaa", False, False), ("\u212b", False, True)]
+
+
+@pytest.mark.parametrize("family", ["qwen", "llama3"])
+@pytest.mark.parametrize("specials", [True, False])
+def test_added_tokens_are_cut_as_tokenizers_cuts_them(folder, tmp_path, family, specials):
+    """Strings of added tokens, their parts, overlaps and decomposed forms."""
+    spec = json.loads(json.dumps(folder(family)[2]))
+    known = {token["content"] for token in spec["added_tokens"]}
+    for content, special, normalized in OVERLAPS:
+        if content not in known:
+            spec["added_tokens"].append(dict(
+                spec["added_tokens"][0], id=1 + max(t["id"] for t in spec["added_tokens"]),
+                content=content, special=special, normalized=normalized))
+    ours = Tokenizer(write(tmp_path, spec))
+    oracle = Oracle.from_file(str(tmp_path / "tokenizer.json"))
+    oracle.encode_special_tokens = not specials
+    rng, n = random.Random(family), 0
+    words = [content for content, _, _ in OVERLAPS]
+    words += [unicodedata.normalize(form, w) for w in words for form in ("NFC", "NFD")]
+    words += [w[a:b] for w in words for a, b in ((0, -1), (1, None), (0, 3), (-3, None))]
+    for _ in range(1500):
+        text = "".join(rng.choice(words) if rng.random() < .8 else rng.choice(" ax\n[<|e\u0301")
+                       for _ in range(rng.randrange(1, 12)))
+        expected = oracle.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, bos=False, specials=specials) == expected, repr(text)
+        n += any(i >= 3000 for i in expected)
+    assert n > 1000  # most strings hold added tokens
 
 
 def test_ordinary_text_never_becomes_an_added_token(folder, tmp_path):
@@ -340,181 +372,10 @@ def test_missing_and_torn_files_are_named_with_a_remedy(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json is missing: copy it"):
         Tokenizer(tmp_path)
     text = json.dumps(folder("gpt2")[2])
-    (tmp_path / "tokenizer.json").write_text(text[:len(text) // 2])
-    with pytest.raises(ValueError, match="tokenizer.json"):
+    for damaged in (text[:len(text) // 2].encode(), b"\xff\xfe\x00", b"[" * 100_000, b"[]"):
+        (tmp_path / "tokenizer.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match="tokenizer.json .*copy the file again"):
+            Tokenizer(tmp_path)
+    write(tmp_path, folder("gpt2")[2], "not an object")
+    with pytest.raises(ValueError, match="tokenizer_config.json .*copy the file again"):
         Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="tokenizer.json"):
-        Tokenizer(tmp_path)
-
-
-# --- chat: the lines of the published templates that conversations without tools reach ---------
-
-LLAMA31_CHAT = """{{- bos_token }}
-{%- if not date_string is defined %}
-    {%- set date_string = "26 Jul 2024" %}
-{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{{- "Cutting Knowledge Date: December 2023\\n" }}
-{{- "Today Date: " + date_string + "\\n\\n" }}
-{{- system_message }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'
-           + message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
-LLAMA32_CHAT = LLAMA31_CHAT.replace('set date_string = "26 Jul 2024"',
-                                    'set date_string = strftime_now("%d %b %Y")')
-QWEN25_CHAT = """{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {{- 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}
-{%- else %}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-    {%- else %}
-        {{- '<|im_start|>system\\nYou are Qwen, created by \
-Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
-    {%- endif %}
-{%- endif %}
-{%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or \
-(message.role == "assistant" and not message.tool_calls) %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-CHATML = ("{% for message in messages %}"
-          "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-          "{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-SMOLLM2_CHAT = CHATML.replace("{{'<|im", (
-    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}{{'<|im"), 1)
-OLMO2_CHAT = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '\n' }}"
-    "{% elif message['role'] == 'assistant' %}{% if not loop.last %}"
-    "{{ '<|assistant|>\n'  + message['content'] + eos_token + '\n' }}"
-    "{% else %}{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endif %}{% endif %}"
-    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}")
-OLMO3_CHAT = """\
-{%- set has_system = messages|selectattr('role', 'equalto', 'system')|list|length > 0 -%}
-{%- if not has_system -%}{{- '<|im_start|>system
-You are a helpful function-calling AI assistant. ' -}}{%- if tools is none -%}
-{{- 'You do not currently have access to any functions. <functions></functions><|im_end|>
-' -}}{%- endif -%}{%- endif -%}{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{- '<|im_start|>system
-' + message['content'] -}}{{- '<|im_end|>
-' -}}{%- elif message['role'] == 'user' -%}{{- '<|im_start|>user
-' + message['content'] + '<|im_end|>
-' -}}{%- elif message['role'] == 'assistant' -%}{{- '<|im_start|>assistant
-' -}}{{- message['content'] -}}{%- if not loop.last -%}{{- '<|im_end|>' + '
-' -}}{%- else -%}{{- eos_token -}}{%- endif -%}{%- endif -%}
-{%- if loop.last and add_generation_prompt -%}{{- '<|im_start|>assistant
-' -}}{%- endif -%}{%- endfor -%}"""
-QWEN3_CHAT = QWEN25_CHAT + "{%- if enable_thinking is false %}{{- '<think>\\n' }}{%- endif %}"
-CHATS = {"Llama 3.1": ("llama3", LLAMA31_CHAT), "Llama 3.2": ("llama3", LLAMA32_CHAT),
-         "Qwen2.5": ("qwen", QWEN25_CHAT), "ChatML": ("qwen", CHATML),
-         "SmolLM2": ("smollm2", SMOLLM2_CHAT), "OLMo 2": ("olmo", OLMO2_CHAT),
-         "Olmo 3": ("olmo", OLMO3_CHAT)}
-TURNS = [("system", " Be brief.\n"), ("user", "  Hi {there} 'you'\n"), ("assistant", "Hello. "),
-         ("user", "2 + 2?"), ("assistant", "4\n\n— four")]
-CONVERSATIONS = [[{"role": role, "content": text} for role, text in TURNS[a:b]]
-                 for a, b in [(0, 2), (1, 2), (0, 3), (1, 4), (0, 4), (0, 5), (1, 5)]]
-
-
-def jinja(template, messages, generation_prompt):
-    """Renders as transformers does: same environment, same variables."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["strftime_now"] = time.strftime
-    bos = "<|begin_of_text|>" if "eot_id" in template else "<|endoftext|>"
-    return environment.from_string(template).render(
-        messages=messages, add_generation_prompt=generation_prompt, tools=None, bos_token=bos,
-        eos_token="<|endoftext|>")
-
-
-@pytest.fixture(scope="module")
-def chat(folder, tmp_path_factory):
-    def get(name, template=None):
-        family, known = CHATS[name]
-        return Tokenizer(write(tmp_path_factory.mktemp("chat"), folder(family)[2],
-                               {"chat_template": template or known}))
-    return get
-
-
-@pytest.mark.parametrize("name", CHATS)
-def test_chats_equal_the_published_templates(chat, name):
-    ours = chat(name)
-    for messages in CONVERSATIONS:
-        for generation_prompt in (True, False):
-            assert (ours.render_chat(messages, generation_prompt=generation_prompt)
-                    == jinja(CHATS[name][1], messages, generation_prompt))
-
-
-@pytest.mark.parametrize("name", CHATS)
-def test_chat_parts_mark_the_assistants_words_and_stop_token(chat, name):
-    ours = chat(name)
-    stop = {"Llama": "<|eot_id|>", "OLMo ": "<|endoftext|>"}.get(name[:5], "<|im_end|>")
-    last = "<|endoftext|>" if name in ("OLMo 2", "Olmo 3") else stop
-    strip = str.strip if name.startswith("Llama") else str
-    for messages in CONVERSATIONS:
-        parts = ours.render_chat_parts(messages)
-        whole = ours.render_chat(messages, generation_prompt=False)
-        assert "".join(text for text, _ in parts) == whole
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        stops = [stop] * len(answers)
-        if messages[-1]["role"] == "assistant":
-            stops[-1] = last
-        assert ([text for text, mine in parts if mine]
-                == [strip(text) + mark for text, mark in zip(answers, stops)])
-        # A stop token ends the part, so that parts can be encoded one by one.
-        ids = [i for text, _ in parts for i in ours.encode(text, bos=False)]
-        assert ids == ours.encode(whole, bos=False)
-
-
-def test_the_prompt_of_a_turn_is_a_prefix_of_the_conversation(chat):
-    for name in CHATS:
-        whole = chat(name).render_chat(CONVERSATIONS[5], generation_prompt=False)
-        assert whole.startswith(chat(name).render_chat(CONVERSATIONS[4]))
-
-
-def test_the_chat_template_may_be_a_file_or_one_of_several(folder, tmp_path):
-    spec = folder("qwen")[2]
-    several = {"chat_template": [{"name": "tool_use", "template": "?"},
-                                 {"name": "default", "template": CHATML}]}
-    ours = Tokenizer(write(tmp_path, spec, several))
-    assert ours.render_chat(CONVERSATIONS[1]) == jinja(CHATML, CONVERSATIONS[1], True)
-    ours = Tokenizer(write(tmp_path, spec, several, template=QWEN25_CHAT))
-    assert ours.render_chat(CONVERSATIONS[1]) == jinja(QWEN25_CHAT, CONVERSATIONS[1], True)
-
-
-def test_unknown_chat_formats_are_refused_naming_the_folder(folder, chat, tmp_path):
-    base = Tokenizer(folder("qwen")[0])
-    llama_marks_missing = Tokenizer(write(tmp_path, folder("qwen")[2], template=LLAMA31_CHAT))
-    refused = [base, llama_marks_missing, *(chat("Qwen2.5", text) for text in (
-        "{{ messages[0].content }}", QWEN3_CHAT, QWEN25_CHAT.replace("helpful", "'helpful'")))]
-    for ours in refused:
-        with pytest.raises(ValueError, match="chat template") as error:
-            ours.render_chat(CONVERSATIONS[0])
-        assert str(ours.path).removesuffix("/tokenizer.json") in str(error.value)
-
-
-@pytest.mark.parametrize("roles", [[], ["tool"], ["user", "system"], ["user", "ipython"]])
-def test_other_roles_are_refused(chat, roles):
-    with pytest.raises(ValueError, match="roles"):
-        chat("Qwen2.5").render_chat([{"role": role, "content": ""} for role in roles])
