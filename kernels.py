@@ -3,7 +3,7 @@
 Four operators, each the same function as its plain PyTorch form in model.py (the definition):
 
     mlstm               model.mlstm_chunkwise      gates_fwd, chunk_sums, scan_fwd, out_fwd
-                                                   chunk_sums, scan_bwd, q_bwd, k_bwd, v_bwd, gates_bwd
+                                                   chunk_sums, scan_bwd, q_bwd, k_bwd, v_bwd, f_bwd
     window_attention    model.window_attention     window_fwd; window_dq, window_dkv
     feature_map         model.FeatureMap           feature_fwd; softmax_bwd
     gate_mix            o * mlstm + (1 - o) * swa  mix_fwd; mix_bwd
@@ -124,6 +124,29 @@ def token_major(*tensors):
     return [x.transpose(1, 2).contiguous() for x in tensors]
 
 
+def document_starts(document_ids, x):
+    """First token of each token's document, (B, T) int32, and -1 in the first document.
+
+    -1, because the incoming state belongs to it: a document that began before a chunk does.
+    x (B, heads, T, width): shape and device when document_ids is None.
+    """
+    B, _, T, _ = x.shape
+    if document_ids is None:
+        return torch.full((B, T), -1, dtype=torch.int32, device=x.device)
+    if document_ids.shape != (B, T):
+        raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; it needs ({B}, {T})")
+    new = document_ids[:, 1:] != document_ids[:, :-1]
+    index = torch.where(new, torch.arange(1, T, device=x.device), -1)
+    return pad(index, (1, 0), value=-1).cummax(1).values.int()
+
+
+def document_stops(start):
+    """One past the last token of each token's document, (B, T) int32, from document_starts."""
+    index = torch.arange(start.shape[1], device=start.device, dtype=torch.int32)
+    begins = torch.where(start == index, index, len(index))[:, 1:]
+    return pad(begins, (0, 1), value=len(index)).flip(1).cummin(1).values.flip(1).contiguous()
+
+
 def refusal(head_dim, features=1):
     """Why the kernels cannot serve heads of this width and feature multiple: a sentence, or None.
 
@@ -180,8 +203,29 @@ def check(name, widths=WIDTHS, **tensors):
 
 
 @triton.jit
+def log_weights(s, log_i, b_s, t, b_t, norm, bound, BY_KEY: tl.constexpr):
+    """log W - norm_t of tokens t and s of a chunk, [t, s] or, if BY_KEY, [s, t]; -inf where unseen.
+
+    bound: the first token that each t sees; if BY_KEY, the first after s that does not see s (one
+    number a row in both layouts, since numbers a column cost a thread 16 times the registers).
+    Masked before the exponential: above the diagonal it would overflow. b goes in as two fp32
+    numbers: a difference of the high parts is right to its own last bit, and tiles in fp64 would
+    not fit registers.
+    """
+    high_s, high_t = b_s.to(tl.float32), b_t.to(tl.float32)
+    key, query = log_i - (b_s - high_s).to(tl.float32), (b_t - high_t).to(tl.float32) - norm
+    if BY_KEY:
+        see = (s[:, None] <= t[None, :]) & (t[None, :] < bound[:, None])
+        log_w = (high_t[None, :] - high_s[:, None]) + (query[None, :] + key[:, None])
+    else:
+        see = (s[None, :] <= t[:, None]) & (s[None, :] >= bound[:, None])
+        log_w = (high_t[:, None] - high_s[None, :]) + (query[:, None] + key[None, :])
+    return tl.where(see, log_w, float("-inf"))
+
+
+@triton.jit
 def gates_fwd(log_i, log_f, start,  # inputs
-              b, write, peak, keep,  # outputs
+              b, r, write, peak, keep,  # outputs
               T, H: tl.constexpr, L: tl.constexpr):
     """Gates of one chunk and head.
 
@@ -189,40 +233,28 @@ def gates_fwd(log_i, log_f, start,  # inputs
     fp64, because weights are exp of differences of such sums: forget gates near 0 add up to -6000
     in a chunk, where fp32 knows differences to 5e-4 only. A sum over the mask and not a running
     sum, so that not even the rounding in one document depends on another.
+    r (B, T, H): the largest log W_ts of the token's row.
     write (B, T, H), peak (B, H, N): token s enters the state at the chunk's end with weight
     write_s e^peak, the largest write being 1, and 0 for documents that ended in the chunk.
     keep (B, H, N): log of what is left of the incoming state; -inf if a document began.
     """
     bh, c, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     row, n, h = bh // H * T + c * L, T - c * L, bh % H
-    t, last = tl.arange(0, L), tl.minimum(n, L) - 1
-    seen = t[None, :] <= t[:, None]  # [t, u]
-    seen &= t[None, :] >= first_seen(start, row, n, c * L, L)[:, None]
-    f = vector(log_f, row, n, h, H, L).to(tl.float64)
+    t, last, first = tl.arange(0, L), tl.minimum(n, L) - 1, first_seen(start, row, n, c * L, L)
+    i, f = vector(log_i, row, n, h, H, L), vector(log_f, row, n, h, H, L).to(tl.float64)
+    seen = (t[None, :] <= t[:, None]) & (t[None, :] >= first[:, None])  # [t, u]
     sums = tl.sum(tl.where(seen, f[None, :], 0.0), axis=1)
+    store_vector(b, sums, row, n, h, H, L)
+    log_w = log_weights(t, i, sums, t, sums, 0.0, first, False)
+    store_vector(r, tl.max(log_w, axis=1), row, n, h, H, L)
+
     end = tl.sum(tl.where(t == last, sums, 0.0), axis=0)
     own = tl.load(start + row + last) - c * L  # where the document open at the end began
-    log_write = end - sums + vector(log_i, row, n, h, H, L)
-    log_write = tl.where((t < n) & (t >= own), log_write, float("-inf"))
+    log_write = tl.where((t < n) & (t >= own), end - sums + i, float("-inf"))
     top = tl.max(log_write, axis=0).to(tl.float32)
-    store_vector(b, sums, row, n, h, H, L)
     store_vector(write, tl.exp((log_write - top).to(tl.float32)), row, n, h, H, L)
     tl.store(peak + bh * N + c, top)
     tl.store(keep + bh * N + c, tl.where(own < 0, end, float("-inf")).to(tl.float32))
-
-
-@triton.jit
-def log_weights(log_i, b, first, BY_KEY: tl.constexpr, L: tl.constexpr):
-    """log W of one chunk, laid out [t, s], or [s, t] if BY_KEY; -inf where t does not see s.
-
-    Masked before the exponential: above the diagonal it would overflow.
-    """
-    n, key = tl.arange(0, L), log_i - b
-    if BY_KEY:
-        see = (n[:, None] <= n[None, :]) & (n[:, None] >= first[None, :])
-        return tl.where(see, (b[None, :] + key[:, None]).to(tl.float32), float("-inf"))
-    see = (n[None, :] <= n[:, None]) & (n[None, :] >= first[:, None])
-    return tl.where(see, (b[:, None] + key[None, :]).to(tl.float32), float("-inf"))
 
 
 @triton.jit
@@ -274,37 +306,41 @@ def scan_fwd(S, z,  # in place: each chunk's own sums become the state that ente
 
 
 @triton.jit
-def out_fwd(q, k, v, log_i, b, start, S, z, m,  # inputs
+def out_fwd(q, k, v, log_i, b, r, start, S, z, m,  # inputs
             out, lse, carry,  # outputs; lse = log of the denominator, carry = e^(m + b - lse)
             T, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-            L: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
-    """h of one chunk and head: attention inside the chunk, the state for all before."""
-    bh, c, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    row, n, h = bh // H * T + c * L, T - c * L, bh % H
-    e = tl.arange(0, E)
-    P, num = tl.zeros((L, L), tl.float32), tl.zeros((L, E), tl.float32)  # P [t, s]
-    qz = tl.zeros((L,), tl.float32)
+            L: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
+    """h of BR tokens t of one chunk and head: attention inside the chunk, the state for the rest."""
+    t0, bh = tl.program_id(0) % (L // BR) * BR, tl.program_id(0).to(tl.int64) // (L // BR)
+    c, N, h, kv = tl.program_id(1), tl.num_programs(1), bh % H, bh % H // (H // K)
+    row, n = bh // H * T + c * L, T - c * L
+    row_t, n_t, s, t, e = row + t0, n - t0, tl.arange(0, L), t0 + tl.arange(0, BR), tl.arange(0, E)
+    P = tl.zeros((BR, L), tl.float32)  # [t, s]
     for f0 in range(0, F, BF):
         f = f0 + tl.arange(0, BF)
-        q_f = load(q, row, n, h, H, F, L, f)
-        P += product(q_f, tl.trans(load(k, row, n, h // (H // K), K, F, L, f)), MM)
-        at = (bh * N + c) * F + f
+        q_f = load(q, row_t, n_t, h, H, F, BR, f)
+        P += product(q_f, tl.trans(load(k, row, n, kv, K, F, L, f)), MM)
+    first, b_t = first_seen(start, row_t, n_t, c * L, BR), vector(b, row_t, n_t, h, H, BR)
+    log_carry = (tl.load(m + bh * (N + 1) + c) + b_t).to(tl.float32)
+    log_carry = tl.where(first < 0, log_carry, float("-inf"))
+    top = tl.maximum(log_carry, vector(r, row_t, n_t, h, H, BR))
+    carried = tl.exp(log_carry - top)
+    P *= tl.exp(log_weights(s, vector(log_i, row, n, h, H, L), vector(b, row, n, h, H, L),
+                            t, b_t, top, first, False))
+    den, P = tl.sum(P, axis=1), P.to(MM)
+
+    num, qz = tl.zeros((BR, E), tl.float32), tl.zeros((BR,), tl.float32)
+    for f0 in range(0, F, BF):  # q a second time: P and num in one walk would not fit registers
+        f = f0 + tl.arange(0, BF)
+        q_f, at = load(q, row_t, n_t, h, H, F, BR, f), (bh * N + c) * F + f
         num += product(q_f, tl.load(S + at[:, None] * E + e[None, :]), MM)
         qz += tl.sum(q_f * tl.load(z + at)[None, :], axis=1)
-
-    first, sums = first_seen(start, row, n, c * L, L), vector(b, row, n, h, H, L)
-    log_w = log_weights(vector(log_i, row, n, h, H, L), sums, first, False, L)
-    log_carry = (tl.load(m + bh * (N + 1) + c) + sums).to(tl.float32)
-    log_carry = tl.where(first < 0, log_carry, float("-inf"))
-    r = tl.maximum(tl.maximum(log_carry, tl.max(log_w, axis=1)), -1e30)
-    carried = tl.exp(log_carry - r)
-    P *= tl.exp(log_w - r[:, None])
-    den = tl.maximum(tl.sum(P, axis=1) + carried * qz, 1e-30)  # only against 0 / 0
+    den = tl.maximum(den + carried * qz, 1e-30)  # only against 0 / 0
     num = num * carried[:, None]
-    num += product(P, load(v, row, n, h // (H // K), K, E, L, e), MM)
-    store(out, num / den[:, None], row, n, h, H, E, L, e)
-    store_vector(lse, r + tl.log(den), row, n, h, H, L)
-    store_vector(carry, carried / den, row, n, h, H, L)
+    num += product(P, load(v, row, n, kv, K, E, L, e), MM)
+    store(out, num / den[:, None], row_t, n_t, h, H, E, BR, e)
+    store_vector(lse, top + tl.log(den), row_t, n_t, h, H, BR)
+    store_vector(carry, carried / den, row_t, n_t, h, H, BR)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -344,114 +380,107 @@ def scan_bwd(dS, dz,  # in place: each chunk's sums become the gradient of the s
 def q_bwd(q, k, v, log_i, b, start, dh, delta, lse, carry, S, z,  # inputs
           dq, q_dq,  # outputs; q_dq (B, T, H) = q_t.dq_t
           T, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-          L: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
-    """dq of one chunk and head: out_fwd's counterpart."""
-    bh, c, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    row, n, h = bh // H * T + c * L, T - c * L, bh % H
-    e = tl.arange(0, E)
-    log_w = log_weights(vector(log_i, row, n, h, H, L), vector(b, row, n, h, H, L),
-                        first_seen(start, row, n, c * L, L), False, L)
-    delta_t, carry_t = vector(delta, row, n, h, H, L)[:, None], vector(carry, row, n, h, H, L)
-    dh_t = load(dh, row, n, h, H, E, L, e)
-    x = product(dh_t, tl.trans(load(v, row, n, h // (H // K), K, E, L, e)), MM) - delta_t
-    x *= tl.exp(log_w - vector(lse, row, n, h, H, L)[:, None])  # [t, s]
-    flow = tl.zeros((L,), tl.float32)
+          L: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
+    """dq of BR tokens t of one chunk and head: out_fwd's counterpart."""
+    t0, bh = tl.program_id(0) % (L // BR) * BR, tl.program_id(0).to(tl.int64) // (L // BR)
+    c, N, h, kv = tl.program_id(1), tl.num_programs(1), bh % H, bh % H // (H // K)
+    row, n = bh // H * T + c * L, T - c * L
+    row_t, n_t, s, t, e = row + t0, n - t0, tl.arange(0, L), t0 + tl.arange(0, BR), tl.arange(0, E)
+    dh_t, delta_t = load(dh, row_t, n_t, h, H, E, BR, e), vector(delta, row_t, n_t, h, H, BR)
+    x = product(dh_t, tl.trans(load(v, row, n, kv, K, E, L, e)), MM) - delta_t[:, None]  # [t, s]
+    x *= tl.exp(log_weights(s, vector(log_i, row, n, h, H, L), vector(b, row, n, h, H, L),
+                            t, vector(b, row_t, n_t, h, H, BR), vector(lse, row_t, n_t, h, H, BR),
+                            first_seen(start, row_t, n_t, c * L, BR), False))
+    carry_t, flow = vector(carry, row_t, n_t, h, H, BR), tl.zeros((BR,), tl.float32)
     for f0 in range(0, F, BF):
         f = f0 + tl.arange(0, BF)
         at = (bh * N + c) * F + f
         dq_f = product(dh_t, tl.trans(tl.load(S + at[:, None] * E + e[None, :])), MM)
-        dq_f = (dq_f - delta_t * tl.load(z + at)[None, :]) * carry_t[:, None]
-        dq_f += product(x, load(k, row, n, h // (H // K), K, F, L, f), MM)
-        store(dq, dq_f, row, n, h, H, F, L, f)
-        flow += tl.sum(load(q, row, n, h, H, F, L, f) * dq_f, axis=1)
-    store_vector(q_dq, flow, row, n, h, H, L)
+        dq_f = (dq_f - delta_t[:, None] * tl.load(z + at)[None, :]) * carry_t[:, None]
+        dq_f += product(x, load(k, row, n, kv, K, F, L, f), MM)
+        store(dq, dq_f, row_t, n_t, h, H, F, BR, f)
+        flow += tl.sum(load(q, row_t, n_t, h, H, F, BR, f) * dq_f, axis=1)
+    store_vector(q_dq, flow, row_t, n_t, h, H, BR)
 
 
 @triton.jit
-def write_weights(write, peak, m, row, n, c, bh, N, H: tl.constexpr, L: tl.constexpr):
-    """(L,) weights with which a chunk's tokens enter the state after it, in that state's scale."""
+def write_weights(write, peak, m, row, n, c, bh, N, H: tl.constexpr, BR: tl.constexpr):
+    """(BR,) weights with which tokens enter the state after their chunk, in that state's scale."""
     scale = tl.exp(tl.load(peak + bh * N + c) - tl.load(m + bh * (N + 1) + c + 1))
-    return vector(write, row, n, bh % H, H, L) * scale
+    return vector(write, row, n, bh % H, H, BR) * scale
 
 
 @triton.jit
-def k_bwd(q, k, v, log_i, b, start, write, peak, m, dh, delta, lse, dS, dz,  # inputs
-          dk, k_dk,  # outputs; k_dk (tiles, B, T, H): shares of k_s.dk_s, the gradient of log_i
-          T, BTH, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-          L: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
-    """BF columns of dk of one chunk and key/value head, over its G query heads.
+def k_bwd(q, k, v, log_i, b, stop, write, peak, m, dh, delta, lse, dS, dz,  # inputs
+          dk, dlog_i,  # outputs, of query heads: dk (B, T, H, F)
+          T, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+          L: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
+    """dk and dlog_i = k.dk of BR tokens s of one chunk and head.
 
     x is laid out [s, t] and computed anew: transposing q_bwd's x and feeding it to the next product
     gave wrong gradients on Hopper (flash-linear-attention, pull request 826).
     """
-    tile, bk = tl.program_id(0) % (F // BF), tl.program_id(0).to(tl.int64) // (F // BF)
-    c, N = tl.program_id(1), tl.num_programs(1)
-    row, n, kv = bk // K * T + c * L, T - c * L, bk % K
-    f, e = tile * BF + tl.arange(0, BF), tl.arange(0, E)
-    first, dk_sum = first_seen(start, row, n, c * L, L), tl.zeros((L, BF), tl.float32)
-    for h in range(kv * (H // K), (kv + 1) * (H // K)):
-        bh = bk // K * H + h
-        v_s = load(v, row, n, kv, K, E, L, e)
-        log_w = log_weights(vector(log_i, row, n, h, H, L), vector(b, row, n, h, H, L), first,
-                            True, L)
-        x = product(v_s, tl.trans(load(dh, row, n, h, H, E, L, e)), MM)
-        x -= vector(delta, row, n, h, H, L)[None, :]
-        x *= tl.exp(log_w - vector(lse, row, n, h, H, L)[None, :])  # [s, t]
+    s0, bh = tl.program_id(0) % (L // BR) * BR, tl.program_id(0).to(tl.int64) // (L // BR)
+    c, N, h, kv = tl.program_id(1), tl.num_programs(1), bh % H, bh % H // (H // K)
+    row, n = bh // H * T + c * L, T - c * L
+    row_s, n_s, s, t, e = row + s0, n - s0, s0 + tl.arange(0, BR), tl.arange(0, L), tl.arange(0, E)
+    v_s, bound = load(v, row_s, n_s, kv, K, E, BR, e), vector(stop, row_s, n_s, 0, 1, BR) - c * L
+    x = product(v_s, tl.trans(load(dh, row, n, h, H, E, L, e)), MM)  # [s, t]
+    x -= vector(delta, row, n, h, H, L)[None, :]
+    x *= tl.exp(log_weights(
+        s, vector(log_i, row_s, n_s, h, H, BR), vector(b, row_s, n_s, h, H, BR),
+        t, vector(b, row, n, h, H, L), vector(lse, row, n, h, H, L), bound, True))
+    weights = write_weights(write, peak, m, row_s, n_s, c, bh, N, H, BR)
+    di = tl.zeros((BR,), tl.float32)
+    for f0 in range(0, F, BF):
+        f = f0 + tl.arange(0, BF)
         at = (bh * N + c) * F + f
-        dk_h = product(v_s, tl.trans(tl.load(dS + at[:, None] * E + e[None, :])), MM)
-        dk_h += tl.load(dz + at)[None, :]
-        dk_h *= write_weights(write, peak, m, row, n, c, bh, N, H, L)[:, None]
-        dk_h += product(x, load(q, row, n, h, H, F, L, f), MM)
-        dk_sum += dk_h
-        share = tl.sum(load(k, row, n, kv, K, F, L, f) * dk_h, axis=1)
-        store_vector(k_dk + tile.to(tl.int64) * BTH, share, row, n, h, H, L)
-    store(dk, dk_sum, row, n, kv, K, F, L, f)
+        dk_f = product(v_s, tl.trans(tl.load(dS + at[:, None] * E + e[None, :])), MM)
+        dk_f = (dk_f + tl.load(dz + at)[None, :]) * weights[:, None]
+        dk_f += product(x, load(q, row, n, h, H, F, L, f), MM)
+        store(dk, dk_f, row_s, n_s, h, H, F, BR, f)
+        di += tl.sum(load(k, row_s, n_s, kv, K, F, BR, f) * dk_f, axis=1)
+    store_vector(dlog_i, di, row_s, n_s, h, H, BR)
 
 
 @triton.jit
-def v_bwd(q, k, log_i, b, start, write, peak, m, dh, lse, dS,  # inputs
-          dv,  # output
+def v_bwd(q, k, log_i, b, stop, write, peak, m, dh, lse, dS,  # inputs
+          dv,  # output, of query heads: (B, T, H, E)
           T, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-          L: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
-    """dv of one chunk and key/value head, over its G query heads."""
-    bk, c, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    row, n, kv = bk // K * T + c * L, T - c * L, bk % K
-    e, first = tl.arange(0, E), first_seen(start, row, n, c * L, L)
-    dv_sum = tl.zeros((L, E), tl.float32)
-    for h in range(kv * (H // K), (kv + 1) * (H // K)):
-        bh = bk // K * H + h
-        weights = write_weights(write, peak, m, row, n, c, bh, N, H, L)[:, None]
-        P = tl.zeros((L, L), tl.float32)  # [s, t]
-        for f0 in range(0, F, BF):
-            f = f0 + tl.arange(0, BF)
-            k_f = load(k, row, n, kv, K, F, L, f)
-            P += product(k_f, tl.trans(load(q, row, n, h, H, F, L, f)), MM)
-            at = (bh * N + c) * F + f
-            dv_sum += product(k_f * weights, tl.load(dS + at[:, None] * E + e[None, :]), MM)
-        log_w = log_weights(vector(log_i, row, n, h, H, L), vector(b, row, n, h, H, L), first,
-                            True, L)
-        P *= tl.exp(log_w - vector(lse, row, n, h, H, L)[None, :])
-        dv_sum += product(P, load(dh, row, n, h, H, E, L, e), MM)
-    store(dv, dv_sum, row, n, kv, K, E, L, e)
+          L: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
+    """dv of BR tokens s of one chunk and head."""
+    s0, bh = tl.program_id(0) % (L // BR) * BR, tl.program_id(0).to(tl.int64) // (L // BR)
+    c, N, h, kv = tl.program_id(1), tl.num_programs(1), bh % H, bh % H // (H // K)
+    row, n = bh // H * T + c * L, T - c * L
+    row_s, n_s, s, t, e = row + s0, n - s0, s0 + tl.arange(0, BR), tl.arange(0, L), tl.arange(0, E)
+    P, dv_s = tl.zeros((BR, L), tl.float32), tl.zeros((BR, E), tl.float32)  # P [s, t]
+    for f0 in range(0, F, BF):
+        f = f0 + tl.arange(0, BF)
+        k_f = load(k, row_s, n_s, kv, K, F, BR, f)
+        P += product(k_f, tl.trans(load(q, row, n, h, H, F, L, f)), MM)
+        dS_f = tl.load(dS + ((bh * N + c) * F + f)[:, None] * E + e[None, :])
+        dv_s += product(k_f, dS_f, MM)
+    P *= tl.exp(log_weights(
+        s, vector(log_i, row_s, n_s, h, H, BR), vector(b, row_s, n_s, h, H, BR),
+        t, vector(b, row, n, h, H, L), vector(lse, row, n, h, H, L),
+        vector(stop, row_s, n_s, 0, 1, BR) - c * L, True))
+    dv_s *= write_weights(write, peak, m, row_s, n_s, c, bh, N, H, BR)[:, None]
+    dv_s += product(P, load(dh, row, n, h, H, E, L, e), MM)
+    store(dv, dv_s, row_s, n_s, h, H, E, BR, e)
 
 
 @triton.jit
-def gates_bwd(k_dk, q_dq, start, flux,  # inputs
-              dlog_i, dlog_f,  # outputs
-              T, BTH, H: tl.constexpr, L: tl.constexpr, K_TILES: tl.constexpr,
-              TILES: tl.constexpr):
-    """Gradients of one chunk's and head's gates: what flows in, plus what tokens give, less take."""
+def f_bwd(dlog_i, q_dq, start, flux,  # inputs
+          dlog_f,  # output
+          T, H: tl.constexpr, L: tl.constexpr, TILES: tl.constexpr):
+    """dlog_f of one chunk and head: what enters it, plus what tokens before t give, less take."""
     bh, c, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     row, n, h = bh // H * T + c * L, T - c * L, bh % H
-    di = vector(k_dk, row, n, h, H, L)
-    for tile in range(1, K_TILES):
-        di += vector(k_dk + tile * BTH.to(tl.int64), row, n, h, H, L)
     t, first = tl.arange(0, L), first_seen(start, row, n, c * L, L)
     seen = (t[None, :] < t[:, None]) & (t[None, :] >= first[:, None])  # [t, s]
-    flow = di - vector(q_dq, row, n, h, H, L)
+    flow = vector(dlog_i, row, n, h, H, L) - vector(q_dq, row, n, h, H, L)
     df = tl.sum(tl.where(seen, flow[None, :], 0.0), axis=1)
     inflow = tl.sum(tl.load(flux + (bh * N + c) * TILES + tl.arange(0, TILES)), axis=0)
-    store_vector(dlog_i, di, row, n, h, H, L)
     store_vector(dlog_f, df + tl.where(first < 0, inflow, 0.0), row, n, h, H, L)
 
 
@@ -461,30 +490,30 @@ def gates_bwd(k_dk, q_dq, start, flux,  # inputs
 
 
 def blocks(dtype, F, E):
-    """Tokens a chunk; features a tile of products, of the scan; warps.
+    """L tokens a chunk; tiles: BR tokens, BF features of a product, BS features of the scan; warps.
 
     In bf16 nothing spills, F 512 beside E 128 included (tests). fp32 operands: right, not fast.
     """
-    L, BF, warps = (128, 64, 8) if dtype == torch.bfloat16 else (32, 32, 4)
-    return L, min(F, BF), min(F, 2048 // E), warps
+    L, BR, BF, warps = (128, 64, 64, 8) if dtype == torch.bfloat16 else (32, 32, 32, 4)
+    return L, BR, min(F, BF), min(F, 2048 // E), warps
 
 
-def enter_states(k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS, warps):
-    """-> gates (b, write, peak, keep), entering states (S, z, m), S and z after the last token.
+def enter_states(k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS):
+    """-> gates (b, r, write, peak, keep), entering states (S, z, m), S and z after the last token.
 
     S of each chunk is kept in bf16 when v is: it is an operand, which a product would round anyway.
     """
     (B, T, K, F), E, H, N = k.shape, v.shape[-1], log_i.shape[-1], triton.cdiv(k.shape[1], L)
-    b, write = torch.empty_like(log_f, dtype=torch.float64), torch.empty_like(log_f)
+    b, r, write = torch.empty_like(log_f, dtype=torch.float64), *likes(log_f, log_f)
     peak, keep, m = (m0.new_empty(B, H, n) for n in (N, N, N + 1))
     S = k.new_empty(B, H, N, F, E, dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32)
     z, S_end, z_end = z0.new_empty(B, H, N, F), *likes(S0, z0)
-    gates_fwd[(B * H, N)](log_i, log_f, start, b, write, peak, keep, T, H, L, num_warps=4)
+    gates_fwd[(B * H, N)](log_i, log_f, start, b, r, write, peak, keep, T, H, L, num_warps=8)
     chunk_sums[(F // BF * B * H, N)](k, v, write, write, S, z, T, H, K, F, E, L, BF,
                                      matmul_type(k.dtype), num_warps=4)
     scan_fwd[(F // BS * B * H,)](S, z, peak, keep, S0, z0, m0, m, S_end, z_end, N, F, E, BS,
                                  num_warps=4)
-    return (b, write, peak, keep), (S, z, m), S_end, z_end
+    return (b, r, write, peak, keep), (S, z, m), S_end, z_end
 
 
 @operator("mlstm", lambda q, k, v, log_i, log_f, start, S0, z0, m0: (
@@ -494,12 +523,12 @@ def _mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, sta
               ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, F), K, E = q.shape, k.shape[2], v.shape[3]
     h, lse, carry = v.new_empty(B, T, H, E), *likes(log_i, log_i)
-    L, BF, BS, warps = blocks(q.dtype, F, E)
+    L, BR, BF, BS, warps = blocks(q.dtype, F, E)
     with torch.cuda.device_of(q):
-        gates, states, S, z = enter_states(k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS, warps)
-        out_fwd[(B * H, triton.cdiv(T, L))](
-            q, k, v, log_i, gates[0], start, *states, h, lse, carry,
-            T, H, K, F, E, L, BF, matmul_type(q.dtype), num_warps=warps, num_stages=2)
+        gates, states, S, z = enter_states(k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS)
+        out_fwd[(L // BR * B * H, triton.cdiv(T, L))](
+            q, k, v, log_i, *gates[:2], start, *states, h, lse, carry,
+            T, H, K, F, E, L, BR, BF, matmul_type(q.dtype), num_warps=warps, num_stages=2)
     return h, lse, carry, S, z, states[2][..., -1].clone()
 
 
@@ -510,30 +539,30 @@ def _mlstm_backward_op(
         log_f: Tensor, start: Tensor, S0: Tensor, z0: Tensor, m0: Tensor, h: Tensor, lse: Tensor,
         carry: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, F), K, E, MM = q.shape, k.shape[2], v.shape[3], matmul_type(q.dtype)
-    dq, dk, dv, di, df, dS0, dz0 = likes(q, k, v, log_i, log_f, S0, z0)
-    L, BF, BS, warps = blocks(q.dtype, F, E)
-    N, sizes = triton.cdiv(T, L), dict(H=H, K=K, F=F, E=E, L=L, BF=BF, MM=MM)
+    dq, di, df, dS0, dz0 = likes(q, log_i, log_f, S0, z0)
+    dk, dv = torch.empty_like(q), v.new_empty(B, T, H, E)
+    L, BR, BF, BS, warps = blocks(q.dtype, F, E)
+    N, blocks_of_rows = triton.cdiv(T, L), (L // BR * B * H, triton.cdiv(T, L))
+    sizes = dict(T=T, H=H, K=K, F=F, E=E, L=L, BR=BR, BF=BF, MM=MM, num_warps=warps, num_stages=2)
     with torch.cuda.device_of(q):
-        delta = row_delta(dh, h)
+        delta, stop = row_delta(dh, h), document_stops(start)
         # Recomputed, not saved: a tenth of all bytes moved, against twice q's memory per layer
-        (b, write, peak, keep), (S, z, m), _, _ = enter_states(
-            k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS, warps)
-        dS, dz = likes(S, z)
-        chunk_sums[(F // BF * B * H, N)](q, dh, carry, -carry * delta, dS, dz, T, H, H, F, E, L,
-                                         BF, MM, num_warps=4)
-        flux, q_dq = S0.new_empty(B, H, N, F // BS), torch.empty_like(lse)
+        (b, _, write, peak, keep), (S, z, m), _, _ = enter_states(
+            k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS)
+        (dS, dz), q_dq = likes(S, z), torch.empty_like(lse)
+        chunk_sums[(F // BF * B * H, N)](q, dh, carry, -carry * delta, dS, dz,
+                                         T, H, H, F, E, L, BF, MM, num_warps=4)
+        flux = S0.new_empty(B, H, N, F // BS)
         scan_bwd[(F // BS * B * H,)](dS, dz, S, z, m, keep, dS_end, dz_end, dS0, dz0, flux,
                                      N, F, E, BS, num_warps=4)
-        q_bwd[(B * H, N)](q, k, v, log_i, b, start, dh, delta, lse, carry, S, z, dq, q_dq,
-                          T, **sizes, num_warps=warps, num_stages=2)
-        k_dk = lse.new_empty(F // BF, *lse.shape)
-        k_bwd[(F // BF * B * K, N)](
-            q, k, v, log_i, b, start, write, peak, m, dh, delta, lse, dS, dz, dk, k_dk,
-            T, lse.numel(), **sizes, num_warps=warps, num_stages=2)
-        v_bwd[(B * K, N)](q, k, log_i, b, start, write, peak, m, dh, lse, dS, dv,
-                          T, **sizes, num_warps=warps, num_stages=2)
-        gates_bwd[(B * H, N)](k_dk, q_dq, start, flux, di, df, T, lse.numel(), H, L, F // BF,
-                              F // BS, num_warps=4)
+        q_bwd[blocks_of_rows](q, k, v, log_i, b, start, dh, delta, lse, carry, S, z, dq, q_dq,
+                              **sizes)
+        k_bwd[blocks_of_rows](q, k, v, log_i, b, stop, write, peak, m, dh, delta, lse, dS, dz,
+                              dk, di, **sizes)
+        v_bwd[blocks_of_rows](q, k, log_i, b, stop, write, peak, m, dh, lse, dS, dv, **sizes)
+        f_bwd[(B * H, N)](di, q_dq, start, flux, df, T, H, L, F // BS, num_warps=8)
+    if H > K:  # a group's query heads share k and v
+        dk, dv = (x.unflatten(2, (K, H // K)).sum(3) for x in (dk, dv))
     return dq, dk, dv, di, df, dS0, dz0
 
 
@@ -556,22 +585,6 @@ def _mlstm_autograd(ctx, dh, _, __, dS, dz, ___):
 
 
 _mlstm_op.register_autograd(_mlstm_autograd, setup_context=_mlstm_setup)
-
-
-def document_starts(document_ids, x):
-    """First token of each token's document, (B, T) int32, and -1 in the first document.
-
-    -1, because the incoming state belongs to it: a document that began before a chunk does.
-    x (B, heads, T, width): shape and device when document_ids is None.
-    """
-    B, _, T, _ = x.shape
-    if document_ids is None:
-        return torch.full((B, T), -1, dtype=torch.int32, device=x.device)
-    if document_ids.shape != (B, T):
-        raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; it needs ({B}, {T})")
-    new = document_ids[:, 1:] != document_ids[:, :-1]
-    index = torch.where(new, torch.arange(1, T, device=x.device), -1)
-    return pad(index, (1, 0), value=-1).cummax(1).values.int()
 
 
 def mlstm(q, k, v, log_i, log_f, *, state=None, document_ids=None):
@@ -776,11 +789,8 @@ def _window_backward_op(dh: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tens
     (B, T, H, _), K, wide = q.shape, k.shape[2], q.dtype == torch.bfloat16
     dq, dk, dv = likes(q, k, v)
     sizes, block = window_sizes(q, k, window, sinks), 64 if wide else 32
-    index = torch.arange(T, device=q.device, dtype=torch.int32)
-    begins = torch.where(start == index, index, T)  # the next document's first token, else T
-    stop = pad(begins[:, 1:], (0, 1), value=T).flip(1).cummin(1).values.flip(1).contiguous()
     with torch.cuda.device_of(q):
-        delta = row_delta(dh, h)
+        delta, stop = row_delta(dh, h), document_stops(start)
         window_dq[(B * H, triton.cdiv(T, block))](
             q, k, v, start, dh, delta, lse, dq, **sizes, BQ=block, BK=block, BS=16,
             num_warps=8, num_stages=2)
