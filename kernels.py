@@ -2,13 +2,37 @@
 
 Four operators, each the same function as its plain PyTorch form in model.py (the definition):
 
-    mlstm               model.mlstm_chunkwise      gates_fwd, chunk_sums, scan_fwd, out_fwd
-                                                   chunk_sums, scan_bwd, q_bwd, k_bwd, v_bwd, f_bwd
-    window_attention    model.window_attention     window_fwd; window_dq, window_dkv
-    feature_map         model.FeatureMap           feature_fwd; softmax_bwd
-    gate_mix            o * mlstm + (1 - o) * swa  mix_fwd; mix_bwd
+    operator           plain form                   kernels forward; backward
+    mlstm              model.mlstm_chunkwise        gates_fwd, chunk_sums, scan_fwd, out_fwd;
+                                                    the first three again, then chunk_sums,
+                                                    scan_bwd, q_bwd, k_bwd, v_bwd, f_bwd
+    window_attention   model.window_attention       window_fwd; window_dq, window_dkv
+    feature_map        model.FeatureMap             feature_fwd; softmax_bwd
+    gate_mix           o mlstm + (1 - o) window     mix_fwd; mix_bwd
 
-TODO
+The key idea: all four are bound by memory or by tensor cores, never by anything between. So each
+reads its inputs once a pass, keeps what lies between on the chip, and hands the tensor cores tiles
+of 64 to 128. Whoever knows Triton's tutorials on softmax and flash attention knows the window; new
+is the mLSTM, whose state makes it linear in T (section 2).
+
+What is kept, so that a fast kernel is a right one:
+* Gates, S, z, stabilisers, softmax, every sum: fp32 (sums of forget gates: fp64). Operands of
+  products are bf16 when v is bf16, else fp32 as three TF32 products, fp16 included, because S
+  outgrows fp16.
+* No atomics: every result is the same in every run.
+* No size overflows: pointers are int64 where batch, heads and tokens enter, int32 inside a tile.
+
+Not here: one decoding step (T = 1), which has nothing to fuse and stays in PyTorch; other widths
+than WIDTHS and FEATURE_WIDTHS (`refusal` says so); autotuning, which would need a GPU to choose
+and would choose anew on each machine.
+
+Layout: in this file (B, T, heads, width), as projections produce it; the public functions take
+and return model.py's (B, heads, T, width) views of it. Names: B batch, T tokens, H query heads,
+K key/value heads, D width of a head, E of a value head, F of its features; L tokens a chunk, N
+chunks; BR, BF, BQ, BK, ... rows or columns of a tile; MM the operands' type.
+
+Sections: 1 tiles and checks; 2 mLSTM forward; 3 backward; 4 as an operator; 5 window; 6 feature
+map, gate mix. tests/time_gpu.py checks and times all of it on a GPU.
 """
 
 import math
@@ -26,8 +50,14 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this fil
 # ----------------------------------------------------------------------------------------------
 # 1. Tiles: what all kernels share
 # ----------------------------------------------------------------------------------------------
-# `row` = b * T + t0 is the first token of a tile, `n` how many of its tokens exist. The row goes
-# into the pointer as int64 and only offsets inside the tile are int32, so no size overflows.
+# A program of the grid works on a tile: a few dozen consecutive tokens of one head. `row` = b T + t0
+# is its first token, `n` how many of its tokens exist: the last tile of a sequence is ragged, and
+# what does not exist is read as 0 and not written. The row goes into the pointer as int64 and only
+# offsets inside the tile are int32.
+#
+# Grids: heads and batch in x (up to 2^31 - 1), tiles of tokens in y, which ends at 65,535: 2 million
+# tokens a sequence with the smallest tiles. Neighbours in x run at the same time, so tiles that
+# read the same rows (of k, of the state) are neighbours there and meet them in the L2 cache.
 
 
 @triton.jit
@@ -184,22 +214,39 @@ def check(name, widths=WIDTHS, **tensors):
 # ----------------------------------------------------------------------------------------------
 # 2. The mLSTM: forward
 # ----------------------------------------------------------------------------------------------
-# A chunk of L tokens is attention over itself (L x L scores, on tensor cores) plus one product with
-# the state S (F, E) that all tokens before the chunk left behind. Four kernels:
+# Linear attention with gates: token t sees token s with weight W_ts q_t.k_s, where
 #
-#   gates_fwd   numbers of one chunk and head: sums of log_f, and with what weight each token is
-#               written into the state at the chunk's end
-#   chunk_sums  S and z of each chunk as if nothing had come before it; all chunks at once
-#   scan_fwd    the only loop over time: decay and add those sums, element by element
-#   out_fwd     h of all chunks at once
+#     W_ts = exp(log_i_s + sum of log_f after s up to t),
+#
+# divided by the sum of these weights. Since q.k is a plain product, all tokens before a chunk of L
+# may be summed up once, in S = sum W k (x) v (F, E) and z = sum W k (F). So a chunk is attention
+# over itself, as in flash attention but without a softmax, plus one product with the state:
+#
+#     h_t = (sum_s W_ts (q_t.k_s) v_s + carry_t q_t S) / (sum_s W_ts (q_t.k_s) + carry_t q_t.z)
+#     S  <- keep S + sum_s write_s k_s (x) v_s           z <- keep z + sum_s write_s k_s
+#
+# carry_t, write_s, keep: what the gates leave of the state at t, of token s at the chunk's end, of
+# the state at the chunk's end. W may exceed any float (input gates are exponentials), so all are
+# kept as logarithms and divided by the largest in sight before the exponential: m for a state
+# (the true one is S e^m), r inside a chunk, lse = log of the denominator in the backward pass.
+#
+# Documents: a token sees s >= start, the first token of its document, and the state only if its
+# document was open when the chunk began (start before the chunk; -1 if a given state belongs to it).
+#
+# Four kernels, so that only one walks along the time:
+#
+#     gates_fwd    numbers of a chunk and head: sums of log_f, write, keep
+#     chunk_sums   S and z of each chunk as if nothing had come before; all chunks at once
+#     scan_fwd     decay and add those sums, element by element, chunk after chunk
+#     out_fwd      h of all chunks at once
 #
 # The scan moves the states once more (read, write) than one program that walks all chunks with S in
 # registers. But such programs are only B H F E / 64^2 and each waits for one product after another:
 # 9 heads of 64 would keep 9 of an H100's 132 processors busy.
 #
-# Features wider than the head (F = 4 E by default): scores are sums over tiles of BF features and
-# S is updated and read tile by tile, so nothing on the chip grows with F. In global memory the
-# states weigh F E / L numbers a token, against F of q: hence chunks of L = 128.
+# Features may be wider than the head (F up to 4 D). Scores are sums over tiles of BF features and
+# S is written and read tile by tile, so nothing on the chip grows with F. In global memory the
+# states weigh F E / L numbers a token and head, against F of q: hence chunks of L = 128.
 
 
 @triton.jit
@@ -310,7 +357,7 @@ def out_fwd(q, k, v, log_i, b, r, start, S, z, m,  # inputs
             out, lse, carry,  # outputs; lse = log of the denominator, carry = e^(m + b - lse)
             T, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
             L: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
-    """h of BR tokens t of one chunk and head: attention inside the chunk, the state for the rest."""
+    """h of BR tokens t of one chunk and head: attention inside it, the state for all before."""
     t0, bh = tl.program_id(0) % (L // BR) * BR, tl.program_id(0).to(tl.int64) // (L // BR)
     c, N, h, kv = tl.program_id(1), tl.num_programs(1), bh % H, bh % H // (H // K)
     row, n = bh // H * T + c * L, T - c * L
@@ -346,9 +393,25 @@ def out_fwd(q, k, v, log_i, b, r, start, S, z, m,  # inputs
 # ----------------------------------------------------------------------------------------------
 # 3. The mLSTM: backward
 # ----------------------------------------------------------------------------------------------
-# The same walk: chunk_sums of (q, dh) in place of (k, v), a scan from the last chunk to the first,
-# then one kernel each for dq, dk and dv, and one for the gates. dq, dk, dv apart, because each
-# needs another tile of the L x L weights beside its sums, and together they do not fit registers.
+# With w = W / denominator, c = carry / denominator, delta_t = dh_t.h_t (the gradient through the
+# denominator: not to be left out, since no norm layer follows), x_ts = (dh_t.v_s - delta_t) w_ts:
+#
+#     dq_t = sum_s x_ts k_s + c_t (S dh_t - delta_t z)
+#     dk_s = sum_t x_ts q_t + write_s (dS v_s + dz)
+#     dv_s = sum_t w_ts (q_t.k_s) dh_t + write_s dS k_s
+#     dS  <- keep dS + sum_t c_t q_t (x) dh_t              dz  <- keep dz - sum_t c_t delta_t q_t
+#     dlog_i_s = k_s.dk_s
+#     dlog_f_t = what flows from tokens s < t to tokens t' >= t
+#              = flux + sum over s < t of the chunk of (k_s.dk_s - q_s.dq_s)
+#                flux = <S, dS> + <z, dz> at the chunk's start
+#
+# (q.dq is 0 but for the rounding of h in delta; without it that rounding would add up. Starting
+# anew at every chunk likewise keeps errors from piling up over T.)
+#
+# So the walk is the forward's: chunk_sums of (q, dh) in place of (k, v), a scan from the last chunk
+# to the first, then one kernel each for dq, dk and dv. Three, because each needs its own L x L
+# weights beside its sums, and together they do not fit registers. dk and dv come out per query
+# head and are summed over a group by PyTorch: a loop over the group inside the kernels spilled.
 
 
 @triton.jit
@@ -487,6 +550,8 @@ def f_bwd(dlog_i, q_dq, start, flux,  # inputs
 # ----------------------------------------------------------------------------------------------
 # 4. The mLSTM as an operator of PyTorch
 # ----------------------------------------------------------------------------------------------
+# Each kernel pass is one torch.library operator with tensors in and out, its gradient another, so
+# that torch.compile and FSDP see what is saved and never look inside.
 
 
 def blocks(dtype, F, E):
@@ -623,8 +688,15 @@ def mlstm(q, k, v, log_i, log_f, *, state=None, document_ids=None):
 # ----------------------------------------------------------------------------------------------
 # 5. Sliding window with sinks
 # ----------------------------------------------------------------------------------------------
-# FlashAttention (arXiv 2205.14135) over a band. Only tiles on the band's edges, or with a document
-# boundary, need a mask, so every loop runs in phases, one of them without.
+# FlashAttention (arXiv 2205.14135) over a band: a token sees its document's first SINKS tokens and
+# the last WINDOW before it. Only tiles on the band's edges, or with a document boundary, need a
+# mask, so every loop runs in phases, one of them without. A document's sinks lie in the band of
+# its early tokens and far before that of its late ones; `visible` counts them once, and the phase
+# for old sinks reads a tile of BS = 16 keys instead of a whole one.
+#
+# Scores are kept in base 2 (SCALE includes log2 e), where the GPU's exponential is one instruction.
+# The backward pass knows lse = log2 of the softmax's sum, so it forms p = 2^(score - lse) directly
+# and needs no second online softmax; delta = dh.h is the softmax's own correction.
 
 
 @triton.jit
@@ -890,7 +962,8 @@ def _feature_map_op(x: Tensor, plain: Tensor | None, weight: Tensor) -> Tensor:
 def _softmax_backward_op(phi: Tensor, dphi: Tensor) -> Tensor:
     dy, F = torch.empty_like(phi), phi.shape[-1]
     with torch.cuda.device_of(phi):
-        softmax_bwd[(triton.cdiv(phi.numel(), 4096),)](phi, dphi, dy, phi.numel() // F, F, 4096 // F)
+        n_rows, block = phi.numel() // F, 4096 // F
+        softmax_bwd[(triton.cdiv(n_rows, block),)](phi, dphi, dy, n_rows, F, block)
     return dy
 
 
