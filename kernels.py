@@ -575,7 +575,7 @@ def enter_states(k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS):
     z, S_end, z_end = z0.new_empty(B, H, N, F), *likes(S0, z0)
     gates_fwd[(B * H, N)](log_i, log_f, start, b, r, write, peak, keep, T, H, L, num_warps=8)
     chunk_sums[(F // BF * B * H, N)](k, v, write, write, S, z, T, H, K, F, E, L, BF,
-                                     matmul_type(k.dtype), num_warps=4)
+                                     matmul_type(k.dtype), num_warps=8)
     scan_fwd[(F // BS * B * H,)](S, z, peak, keep, S0, z0, m0, m, S_end, z_end, N, F, E, BS,
                                  num_warps=4)
     return (b, r, write, peak, keep), (S, z, m), S_end, z_end
@@ -616,7 +616,7 @@ def _mlstm_backward_op(
             k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS)
         (dS, dz), q_dq = likes(S, z), torch.empty_like(lse)
         chunk_sums[(F // BF * B * H, N)](q, dh, carry, -carry * delta, dS, dz,
-                                         T, H, H, F, E, L, BF, MM, num_warps=4)
+                                         T, H, H, F, E, L, BF, MM, num_warps=8)
         flux = S0.new_empty(B, H, N, F // BS)
         scan_bwd[(F // BS * B * H,)](dS, dz, S, z, m, keep, dS_end, dz_end, dS0, dz0, flux,
                                      N, F, E, BS, num_warps=4)
@@ -954,7 +954,7 @@ def _feature_map_op(x: Tensor, plain: Tensor | None, weight: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         feature_fwd[(B * H, triton.cdiv(T, BT))](
             x, x if plain is None else plain, weight, phi, T, H, D, F, halves, BT,
-            min(64, F // halves), matmul_type(x.dtype), num_warps=8, num_stages=2)
+            min(64, F // halves), matmul_type(x.dtype), num_warps=8, num_stages=3)
     return phi
 
 
