@@ -55,7 +55,7 @@ class Report:
         """function(), or None and a row that says what went wrong in it."""
         try:
             return function()
-        except Exception as error:  # out of memory, a kernel that does not compile, ...
+        except Exception as error:  # out of memory, a kernel that does not compile: all are news
             self.failures += 1
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300].replace("|", "/")
             self.row(*names, f"FAILED: {text}", *[""] * (columns - 1))
@@ -65,6 +65,9 @@ class Report:
 # ----------------------------------------------------------------------------------------------
 # check
 # ----------------------------------------------------------------------------------------------
+# A kernel gets inputs in its dtype; the reference gets the same numbers in float64 and is not a
+# kernel: model.py's plain form, or a definition written here. What is compared are outputs and the
+# gradients of a fixed random projection of them, so that no error hides in a symmetric loss.
 
 
 def random_inputs(device, B, H, K, T, D, features, dtype, wild=False):
@@ -152,6 +155,9 @@ def check(report, device, tiny):
 # ----------------------------------------------------------------------------------------------
 # table
 # ----------------------------------------------------------------------------------------------
+# A time alone says little about a kernel: "x floor" is the time as a multiple of the least that this
+# GPU could take, whose two speeds (a copy, a large product) are measured on the spot. Forms that do
+# not fit memory are rows that say so.
 
 
 def floor_ms(B, H, K, T, D, features, window, bandwidth, flops):
@@ -160,8 +166,8 @@ def floor_ms(B, H, K, T, D, features, window, bandwidth, flops):
     mLSTM: the bytes that chunks of 128 cannot avoid. Forward: q, h once, k, v for the states and
     again for h, states written and read. Backward: q, dh, k, v and states twice over, once more h,
     dh for delta, and dq, dk, dv and the states' gradients. Feature map: x (rotated, plain), phi;
-    then phi, dphi, x and dx, dx twice for W. Window: arithmetic of W keys a query, 2 products forward, 5 more
-    backward.
+    then phi, dphi, x and dx, dx twice for W. Window: arithmetic of W keys a query, 2 products
+    forward, 5 more backward.
     """
     F, tokens = features * D, 2 * B * T  # bytes of one bf16 number a token
     states = tokens * H * F * D // 128
@@ -247,6 +253,9 @@ def table(report, device, tiny):
 # ----------------------------------------------------------------------------------------------
 # distill, generate
 # ----------------------------------------------------------------------------------------------
+# Whole runs, since a kernel may be right and fast by itself and wrong or slow where it is used. The
+# two runs differ in rounding only: their losses should agree to about a hundredth. The plan that
+# distill.py prints for a stage and the peak that the wrapper prints should agree to 15 %.
 
 # Runs distill.py as its command does, then says how much memory the GPU had in use at most.
 WRAPPER = """import atexit, runpy, sys, torch
