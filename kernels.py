@@ -925,8 +925,8 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
 # ----------------------------------------------------------------------------------------------
 # The map is a kernel of its own, not part of the mLSTM's. Inside them nothing F wide would ever be
 # in global memory: with heads of 128 and F = 512 that is half of all bytes of map and mLSTM,
-# forward and backward. But each of the five kernels that read q or k would form its features anew, with W
-# (D x F, 128 KiB) beside all else on the chip, and the last three would each need W's gradient.
+# forward and backward. But each of the five kernels that read q or k would form its features anew,
+# with W (D x F, 128 KiB) beside all else on the chip, and three of them would need W's gradient.
 
 
 @triton.jit

@@ -155,9 +155,9 @@ def check(report, device, tiny):
 # ----------------------------------------------------------------------------------------------
 # table
 # ----------------------------------------------------------------------------------------------
-# A time alone says little about a kernel: "x floor" is the time as a multiple of the least that this
-# GPU could take, whose two speeds (a copy, a large product) are measured on the spot. Forms that do
-# not fit memory are rows that say so.
+# A time alone says little about a kernel: "x floor" is the time as a multiple of the least that
+# this GPU could take, whose two speeds (a copy, a large product) are measured on the spot. Forms
+# that do not fit memory are rows that say so.
 
 
 def floor_ms(B, H, K, T, D, features, window, bandwidth, flops):
@@ -280,7 +280,7 @@ def distill(report, device, tiny):
                     cwd=ROOT, capture_output=True, text=True, timeout=1200)
                 log = Path(out, "run", "log.jsonl")
                 rows = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
-            report.write("\n".join(done.stdout.splitlines()[-60:]))
+            report.write(done.stdout)
             for stage in dict.fromkeys(x["stage"] for x in rows):
                 last = [x for x in rows if x["stage"] == stage][-1]
                 report.write(f"last step of {stage}: {json.dumps(last)}")
