@@ -5,6 +5,7 @@ Run as a script (`test_kernels.py 90 128 4`: sm_90, heads of 128, features of 4 
 every kernel for a GPU that need not exist and prints what each uses.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -121,7 +122,7 @@ def test_mlstm_of_any_heads_and_widths(B, H, K, width, E):
 @pytest.mark.parametrize("dtype, width, E", [(torch.bfloat16, 16, 16), (torch.float16, 16, 16),
                                              (torch.bfloat16, 512, 128)])
 def test_mlstm_in_half_precision(dtype, width, E):
-    """T: two chunks, of 128 tokens in bf16. Without m0's gradient, a sum that cancels to nothing."""
+    """Two chunks (of 128 tokens in bf16). Without m0's gradient, a sum that cancels to nothing."""
     inputs, state = mlstm_inputs(130 if dtype == torch.bfloat16 else 40, H=1, width=width, E=E,
                                  dtype=dtype)
     expected = run_mlstm(model.mlstm_chunkwise, inputs, state, torch.float64)
@@ -426,8 +427,11 @@ def compile_all(capability, width, features):
 
 
 def test_a_student_on_kernels_learns_as_one_without():
-    """Through model.py: hidden states, every gradient of a packed row, of the shipped teacher."""
+    """Through model.py: hidden states and all gradients of a packed row, one layer of a teacher."""
     teacher = model.load_pretrained(ROOT / "tests/teacher", device=DEVICE)
+    teacher.model["layers"] = teacher.model["layers"][:1]
+    teacher.config = dataclasses.replace(teacher.config, num_layers=1,
+                                         layer_windows=teacher.config.layer_windows[:1])
     tokens = torch.randint(0, 1000, (1, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     ids = (torch.arange(40) // 25)[None].to(DEVICE)
     weights = torch.randn(1, 40, teacher.config.hidden_size,
@@ -461,7 +465,7 @@ def test_kernels_compile_without_spilling(compilations, capability):
     assert compilations[capability].returncode == 0
     kernels_used = [json.loads(x) for x in output.splitlines() if x.startswith("{")]
     assert len(kernels_used) == 17
-    few = 8 if triton.__version__[:3] == "3.6" else 0  # Triton 3.6, two kernels for sm_80
+    few = 24 if triton.__version__[:3] == "3.6" else 0  # Triton 3.6, gates_fwd (8 for sm_90)
     for used in kernels_used:  # STACK, LOCAL: bytes of registers spilled to memory
         assert used["STACK"] <= few and used["LOCAL"] == 0, used
         assert used["shared"] <= {80: 166912, 90: 232448}[capability], used
