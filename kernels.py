@@ -2,69 +2,63 @@
 
 Four operators, each the same function as its plain PyTorch form in model.py (the definition):
 
-    mlstm               model.mlstm_chunkwise      gate_sums, states_fwd, out_fwd
-                                                   states_bwd, q_bwd, k_bwd, v_bwd, forget_bwd
-    window_attention    model.window_attention     window_fwd; window_dq, window_dkv
-    feature_map         model.FeatureMap           feature_fwd; feature_bwd
-    gate_mix            o * mlstm + (1 - o) * swa  mix_fwd; mix_bwd
+    operator           plain form                   kernels forward; backward
+    mlstm              model.mlstm_chunkwise        gates_fwd, chunk_sums, scan_fwd, out_fwd;
+                                                    the first three again, then chunk_sums,
+                                                    scan_bwd, q_bwd, k_bwd, v_bwd, f_bwd
+    window_attention   model.window_attention       window_fwd; window_dq, window_dkv
+    feature_map        model.FeatureMap             feature_fwd; softmax_bwd
+    gate_mix           o mlstm + (1 - o) window     mix_fwd; mix_bwd
 
-One decoding step (T = 1) has nothing to fuse: it stays in PyTorch (model.mlstm_recurrent).
+The key idea: all four are bound by memory or by tensor cores, never by anything between. So each
+reads its inputs once a pass, keeps what lies between on the chip, and hands the tensor cores tiles
+of 64 to 128. Whoever knows Triton's tutorials on softmax and flash attention knows the window; new
+is the mLSTM, whose state makes it linear in T (section 2).
 
-The mLSTM over chunks of L tokens (`blocks`). Let W_ts = exp(log_i_s + sum of log_f after s up
-to t) be the weight with which token t sees token s of its chunk, carry_t = exp(sum of log_f from
-the chunk's start to t) that of the state, and write_s, keep the same two at the chunk's end. All
-are kept as logarithms and divided by the largest in sight (r_t, m, lse_t) before the exponential:
+What is kept, so that a fast kernel is a right one:
+* Gates, S, z, stabilisers, softmax, every sum: fp32 (sums of forget gates: fp64). Operands of
+  products are bf16 when v is bf16, else fp32 as three TF32 products, fp16 included, because S
+  outgrows fp16.
+* No atomics: every result is the same in every run.
+* No size overflows: pointers are int64 where batch, heads and tokens enter, int32 inside a tile.
 
-    h_t   = (sum_s W_ts (q_t.k_s) v_s + carry_t q_t S) / (sum_s W_ts (q_t.k_s) + carry_t q_t.z)
-    lse_t = log of that denominator
-    S    <- keep S + sum_s write_s k_s (x) v_s           z <- keep z + sum_s write_s k_s
+Not here: one decoding step (T = 1), which has nothing to fuse and stays in PyTorch; other widths
+than WIDTHS and FEATURE_WIDTHS (`refusal` says so); autotuning, which would need a GPU to choose
+and would choose anew on each machine.
 
-Backward, with w = W / denominator, c = carry / denominator, delta_t = dh_t.h_t (the gradient
-through the denominator: not to be left out, since no norm layer follows), and
-x_ts = (dh_t.v_s - delta_t) w_ts:
+Layout: in this file (B, T, heads, width), as projections produce it; the public functions take
+and return model.py's (B, heads, T, width) views of it. Names: B batch, T tokens, H query heads,
+K key/value heads, D width of a head, E of a value head, F of its features; L tokens a chunk, N
+chunks; BR, BF, BQ, BK, ... rows or columns of a tile; MM the operands' type.
 
-    dq_t = sum_s x_ts k_s + c_t (S dh_t - delta_t z)
-    dk_s = sum_t x_ts q_t + write_s (dS v_s + dz)
-    dv_s = sum_t w_ts (q_t.k_s) dh_t + write_s dS k_s
-    dS  <- keep dS + sum_t c_t q_t (x) dh_t              dz  <- keep dz - sum_t c_t delta_t q_t
-    dlog_i_s = k_s.dk_s
-    dlog_f_t = what flows from tokens s < t to tokens t' >= t
-             = flux + sum over s < t of the chunk of (k_s.dk_s - q_s.dq_s)
-               flux = <S, dS> + <z, dz> at the chunk's start
-
-(q.dq is 0 but for the rounding of h in delta; without it that rounding would add up. Starting anew
-at every chunk likewise keeps errors from piling up over T.)
-
-Documents: a token sees s >= start (the first token of its document), the state only if its document
-was open when the chunk began. Gates, S, z, m, r, lse, delta and all sums are fp32; matrix products
-take bf16 operands when v is bf16 and fp32 operands (three TF32 products on a GPU) otherwise, fp16
-included, because S outgrows fp16. No atomics: every result is the same in every run.
-
-Layout: inside this file (B, T, heads, width), as projections produce it; the public functions take
-and return model.py's (B, heads, T, width) views of it. H query heads, K key/value heads, G = H / K.
-
-Run: python kernels.py        on a machine with a CUDA GPU: self-check, benchmark table, JSON
+Sections: 1 tiles and checks; 2 mLSTM forward; 3 backward; 4 as an operator; 5 window; 6 feature
+map, gate mix. tests/time_gpu.py checks and times all of it on a GPU.
 """
 
-import json
 import math
-import sys
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
-WIDTHS = (16, 32, 64, 128)
-EMPTY = -1e30  # stabiliser of an empty state, as in model.py
+WIDTHS = (16, 32, 64, 128)  # of a head
+FEATURE_WIDTHS = (*WIDTHS, 256, 512)  # of a head's mapped queries and keys
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when this file was imported
 
 # ----------------------------------------------------------------------------------------------
 # 1. Tiles: what all kernels share
 # ----------------------------------------------------------------------------------------------
-# `row` = b * T + t0 is the first token of a tile, `n` how many of its tokens exist. The row goes
-# into the pointer as int64 and only offsets inside the tile are int32, so no size overflows.
+# A program of the grid works on a tile: a few dozen consecutive tokens of one head. Its first
+# token is `row` = b T + t0, and `n` of its tokens exist: the last tile of a sequence is ragged,
+# and what does not exist is read as 0 and not written. The row goes into the pointer as int64 and
+# only offsets inside the tile are int32: 8 rows of 131,072 tokens with 32 heads of 512 features
+# have 1.7e10 numbers, 8 times what int32 counts, while a tile spans 128 x 32 x 512 = 2^21.
+#
+# Grids: heads and batch in x (at most 2^31 - 1), tiles of tokens in y (at most 65,535, so 2 million
+# tokens a sequence with the smallest tiles). Neighbours in x run at the same time, so tiles that
+# read the same rows (of k, of the state) are neighbours there and meet them in the L2 cache.
 
 
 @triton.jit
@@ -122,10 +116,7 @@ def likes(*tensors):
 
 
 def operator(name, fake):
-    """Decorator: register a function with torch.library, `fake` giving its results' shapes.
-
-    torch.compile and FSDP then see one opaque operator and need not look inside.
-    """
+    """Decorator: register a function with torch.library, `fake` giving its results' shapes."""
     def register(function):
         op = torch.library.custom_op(f"xlstm_kernels::{name}", function, mutates_args=())
         op.register_fake(fake)
@@ -151,395 +142,14 @@ def row_delta(dh, h):
     return delta
 
 
-# ----------------------------------------------------------------------------------------------
-# 2. The mLSTM
-# ----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def gate_sums(log_f, start, coarse, fine, T, H: tl.constexpr, L: tl.constexpr):
-    """Running sums of log_f from the chunk's start, in two parts, so that differences are exact.
-
-    One fp32 sum of 64 forget gates near 0 reaches -6000, and the weight of two neighbours, a
-    difference of two such sums, is then wrong by 5e-4. Here `coarse` sums multiples of 1/64: no
-    rounding up to 2^18 (hence log_f is cut at -4096, where nothing is left of the past unless
-    input gates differ by e^4000; gradients pass the cut). `fine` sums the remainders, at most 1 in
-    all, and starts anew in every document, so documents do not touch each other's last bits.
-    """
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = bh // H, bh % H
-    row, n = b * T + c * L, T - c * L
-    t = tl.arange(0, L)
-    f = tl.maximum(vector(log_f, row, n, h, H, L), -4096.0)
-    whole = tl.floor(f * 64) / 64
-    seen = t[None, :] <= t[:, None]  # [t, u]
-    store_vector(coarse, tl.sum(tl.where(seen, whole[None, :], 0.0), axis=1), row, n, h, H, L)
-    seen &= t[None, :] >= first_seen(start, row, n, c * L, L)[:, None]
-    rest = tl.sum(tl.where(seen, (f - whole)[None, :], 0.0), axis=1)
-    store_vector(fine, rest, row, n, h, H, L)
-
-
-@triton.jit
-def log_weights(log_i, coarse, fine, first, BY_KEY: tl.constexpr, L: tl.constexpr):
-    """log W of one chunk, laid out [t, s], or [s, t] if BY_KEY; -inf where t does not see s."""
-    n, key = tl.arange(0, L), log_i - fine
-    if BY_KEY:
-        log_w = (coarse[None, :] - coarse[:, None]) + (fine[None, :] + key[:, None])
-        return tl.where((n[:, None] <= n[None, :]) & (n[:, None] >= first[None, :]), log_w,
-                        float("-inf"))
-    log_w = (coarse[:, None] - coarse[None, :]) + (fine[:, None] + key[None, :])
-    return tl.where((n[None, :] <= n[:, None]) & (n[None, :] >= first[:, None]), log_w,
-                    float("-inf"))
-
-
-@triton.jit
-def log_ends(log_i, coarse, fine, start, row, n, t0, head, HEADS: tl.constexpr, L: tl.constexpr):
-    """log write_s (L,) and log keep of a chunk: -inf for what the chunk's last document hides."""
-    s, end = tl.arange(0, L), row + tl.minimum(n, L) - 1
-    own = tl.load(start + end) - t0  # first token of the document open at the chunk's end
-    coarse_end, fine_end = tl.load(coarse + end * HEADS + head), tl.load(fine + end * HEADS + head)
-    write = coarse_end - vector(coarse, row, n, head, HEADS, L)
-    write += fine_end - vector(fine, row, n, head, HEADS, L) + vector(log_i, row, n, head, HEADS, L)
-    return (tl.where((s < n) & (s >= own), write, float("-inf")),
-            tl.where(own < 0, coarse_end + fine_end, float("-inf")))
-
-
-@triton.jit
-def states_fwd(k, v, log_i, coarse, fine, start, S0, z0, m0,  # inputs
-               S_in, z_in, m_in, S_end, z_end,  # states entering every chunk; after the last
-               T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-               L: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
-    """The recurrence over chunks. One program: a (BD, BE) tile of one head's S, from start to end.
-
-    m_in has one entry more than chunks; writes and keep are scaled with the very value stored.
-    """
-    bh, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    b, h = bh // H, bh % H
-    d, e = tile // (E // BE) * BD + tl.arange(0, BD), tile % (E // BE) * BE + tl.arange(0, BE)
-    N = tl.cdiv(T, L)
-    de = d[:, None] * E + e[None, :]
-    S, z, m = tl.load(S0 + bh * D * E + de), tl.load(z0 + bh * D + d), tl.load(m0 + bh)
-    for c in range(N):
-        tl.store(S_in + (bh * N + c) * D * E + de, S.to(S_in.dtype.element_ty))
-        tl.store(z_in + (bh * N + c) * D + d, z)
-        tl.store(m_in + bh * (N + 1) + c, m)
-        row, n = b * T + c * L, T - c * L
-        write, keep = log_ends(log_i, coarse, fine, start, row, n, c * L, h, H, L)
-        m_next = tl.maximum(m + keep, tl.max(write, axis=0))
-        # (m - m_next) is exact where it matters; (m + keep) - m_next would lose keep's last bits
-        scale = tl.exp((m - m_next) + keep)
-        kw = load(k, row, n, h // (H // K), K, D, L, d) * tl.exp(write - m_next)[:, None]
-        S = scale * S + product(tl.trans(kw), load(v, row, n, h // (H // K), K, E, L, e), MM)
-        z = scale * z + tl.sum(kw, axis=0)
-        m = m_next
-    tl.store(S_end + bh * D * E + de, S)
-    tl.store(z_end + bh * D + d, z)
-    tl.store(m_in + bh * (N + 1) + N, m)
-
-
-@triton.jit
-def out_fwd(q, k, v, log_i, coarse, fine, start, S_in, z_in, m_in,  # inputs
-            out, lse,  # outputs
-            T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-            L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
-    """h and lse of one chunk and head: attention inside the chunk, the state for all before."""
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h, N = bh // H, bh % H, tl.cdiv(T, L)
-    row, n = b * T + c * L, T - c * L
-    d = tl.arange(0, D)
-    first = first_seen(start, row, n, c * L, L)
-    hi, lo = vector(coarse, row, n, h, H, L), vector(fine, row, n, h, H, L)
-    log_w = log_weights(vector(log_i, row, n, h, H, L), hi, lo, first, False, L)
-    log_carry = tl.load(m_in + bh * (N + 1) + c) + (hi + lo)
-    log_carry = tl.where(first < 0, log_carry, float("-inf"))
-    r = tl.maximum(tl.maximum(log_carry, tl.max(log_w, axis=1)), -1e30)
-    carry = tl.exp(log_carry - r)
-
-    q = load(q, row, n, h, H, D, L, d)
-    kT = tl.trans(load(k, row, n, h // (H // K), K, D, L, d))
-    P = product(q, kT, MM) * tl.exp(log_w - r[:, None])  # (L, L) [t, s]
-    z = tl.load(z_in + (bh * N + c) * D + d)
-    den = tl.sum(P, axis=1) + carry * tl.sum(q * z[None, :], axis=1)
-    den = tl.maximum(den, 1e-30)  # only against 0 / 0
-    for e0 in range(0, E, BE):
-        e = e0 + tl.arange(0, BE)
-        S = tl.load(S_in + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
-        num = product(q, S, MM) * carry[:, None]
-        num += product(P, load(v, row, n, h // (H // K), K, E, L, e), MM)
-        store(out, num / den[:, None], row, n, h, H, E, L, e)
-    store_vector(lse, r + tl.log(den), row, n, h, H, L)
-
-
-@triton.jit
-def states_bwd(q, dh, delta, lse, coarse, fine, start, S_in, z_in, m_in, dS_end, dz_end,  # inputs
-               dS_out, dz_out, dS0, dz0,  # gradients of the states leaving every chunk; of S0, z0
-               flux,  # (B, H, N, tiles): this tile's share of <S, dS> + <z, dz> where chunks start
-               T, H: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-               L: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
-    """states_fwd backwards in time, over the same tiles."""
-    TILES: tl.constexpr = D // BD * (E // BE)
-    bh, tile = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    b, h = bh // H, bh % H
-    d, e = tile // (E // BE) * BD + tl.arange(0, BD), tile % (E // BE) * BE + tl.arange(0, BE)
-    N = tl.cdiv(T, L)
-    de = d[:, None] * E + e[None, :]
-    dS, dz = tl.load(dS_end + bh * D * E + de), tl.load(dz_end + bh * D + d)
-    for back in range(N):
-        c = N - 1 - back
-        tl.store(dS_out + (bh * N + c) * D * E + de, dS.to(dS_out.dtype.element_ty))
-        tl.store(dz_out + (bh * N + c) * D + d, dz)
-        row, n = b * T + c * L, T - c * L
-        m, m_next = tl.load(m_in + bh * (N + 1) + c), tl.load(m_in + bh * (N + 1) + c + 1)
-        first = first_seen(start, row, n, c * L, L)
-        end = row + tl.minimum(n, L) - 1
-        keep = tl.load(coarse + end * H + h) + tl.load(fine + end * H + h)
-        scale = tl.where(tl.load(start + end) < c * L, tl.exp((m - m_next) + keep), 0.0)
-        log_carry = vector(coarse, row, n, h, H, L) + vector(fine, row, n, h, H, L)
-        log_carry += m - vector(lse, row, n, h, H, L)
-        carry = tl.exp(tl.where(first < 0, log_carry, float("-inf")))
-        qc = load(q, row, n, h, H, D, L, d) * carry[:, None]
-        dS = scale * dS + product(tl.trans(qc), load(dh, row, n, h, H, E, L, e), MM)
-        dz = scale * dz - tl.sum(qc * vector(delta, row, n, h, H, L)[:, None], axis=0)
-        S = tl.load(S_in + (bh * N + c) * D * E + de).to(tl.float32)
-        z = tl.load(z_in + (bh * N + c) * D + d) * (BE / E)  # E / BE tiles share these rows of z
-        tl.store(flux + (bh * N + c) * TILES + tile, tl.sum(S * dS) + tl.sum(z * dz))
-    tl.store(dS0 + bh * D * E + de, dS)
-    tl.store(dz0 + bh * D + d, dz)
-
-
-@triton.jit
-def q_bwd(q, k, v, log_i, coarse, fine, start, dh, delta, lse, S_in, z_in, m_in,  # inputs
-          dq, q_dq,  # outputs; q_dq (B, T, H) = q_t.dq_t
-          T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-          L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
-    """dq of one chunk and head: out_fwd's counterpart."""
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h, N = bh // H, bh % H, tl.cdiv(T, L)
-    row, n = b * T + c * L, T - c * L
-    d = tl.arange(0, D)
-    carried, x = tl.zeros((L, D), tl.float32), tl.zeros((L, L), tl.float32)  # x [t, s]
-    for e0 in range(0, E, BE):
-        e = e0 + tl.arange(0, BE)
-        S = tl.load(S_in + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
-        dh_e = load(dh, row, n, h, H, E, L, e)
-        carried += product(dh_e, tl.trans(S), MM)
-        x += product(dh_e, tl.trans(load(v, row, n, h // (H // K), K, E, L, e)), MM)
-
-    first = first_seen(start, row, n, c * L, L)
-    hi, lo = vector(coarse, row, n, h, H, L), vector(fine, row, n, h, H, L)
-    log_w = log_weights(vector(log_i, row, n, h, H, L), hi, lo, first, False, L)
-    norm = vector(lse, row, n, h, H, L)
-    delta_t = vector(delta, row, n, h, H, L)[:, None]
-    x = (x - delta_t) * tl.exp(log_w - norm[:, None])
-    log_carry = tl.load(m_in + bh * (N + 1) + c) + (hi + lo) - norm
-    carry = tl.exp(tl.where(first < 0, log_carry, float("-inf")))[:, None]
-    z = tl.load(z_in + (bh * N + c) * D + d)[None, :]
-    dq_t = (carried - delta_t * z) * carry
-    dq_t += product(x, load(k, row, n, h // (H // K), K, D, L, d), MM)
-    store(dq, dq_t, row, n, h, H, D, L, d)
-    q_t = load(q, row, n, h, H, D, L, d)
-    store_vector(q_dq, tl.sum(q_t * dq_t, axis=1), row, n, h, H, L)
-
-
-@triton.jit
-def k_bwd(q, k, v, log_i, coarse, fine, start, dh, delta, lse, m_in, dS_out, dz_out,  # inputs
-          dk, dlog_i,  # outputs
-          T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-          L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
-    """dk of one chunk and key/value head, over its G query heads, and their dlog_i.
-
-    x is laid out [s, t] and computed anew: transposing q_bwd's x and feeding it to the next product
-    gave wrong gradients on Hopper (flash-linear-attention, pull request 826).
-    """
-    c, bk = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, kv, N = bk // K, bk % K, tl.cdiv(T, L)
-    row, n = b * T + c * L, T - c * L
-    d = tl.arange(0, D)
-    first = first_seen(start, row, n, c * L, L)
-    dk_sum = tl.zeros((L, D), tl.float32)
-    for h in range(kv * (H // K), (kv + 1) * (H // K)):
-        bh = b * H + h
-        dk_h, x = tl.zeros((L, D), tl.float32), tl.zeros((L, L), tl.float32)
-        for e0 in range(0, E, BE):
-            e = e0 + tl.arange(0, BE)
-            v_e = load(v, row, n, kv, K, E, L, e)
-            dS = tl.load(dS_out + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
-            dk_h += product(v_e, tl.trans(dS), MM)
-            x += product(v_e, tl.trans(load(dh, row, n, h, H, E, L, e)), MM)
-
-        hi, lo = vector(coarse, row, n, h, H, L), vector(fine, row, n, h, H, L)
-        log_w = log_weights(vector(log_i, row, n, h, H, L), hi, lo, first, True, L)
-        x = (x - vector(delta, row, n, h, H, L)[None, :]) * tl.exp(
-            log_w - vector(lse, row, n, h, H, L)[None, :])
-        write, _ = log_ends(log_i, coarse, fine, start, row, n, c * L, h, H, L)
-        write = tl.exp(write - tl.load(m_in + bh * (N + 1) + c + 1))[:, None]
-        dk_h = (dk_h + tl.load(dz_out + (bh * N + c) * D + d)[None, :]) * write
-        dk_h += product(x, load(q, row, n, h, H, D, L, d), MM)
-        dk_sum += dk_h
-
-        di = tl.sum(load(k, row, n, kv, K, D, L, d) * dk_h, axis=1)
-        store_vector(dlog_i, di, row, n, h, H, L)
-    store(dk, dk_sum, row, n, kv, K, D, L, d)
-
-
-@triton.jit
-def forget_bwd(dlog_i, q_dq, start, flux, dlog_f, T, H: tl.constexpr, L: tl.constexpr,
-               TILES: tl.constexpr):
-    """dlog_f of one chunk and head: what enters it, plus what tokens before t give, less take."""
-    c, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h, N = bh // H, bh % H, tl.cdiv(T, L)
-    row, n = b * T + c * L, T - c * L
-    t = tl.arange(0, L)
-    first = first_seen(start, row, n, c * L, L)
-    seen = (t[None, :] < t[:, None]) & (t[None, :] >= first[:, None])  # [t, s]
-    flow = vector(dlog_i, row, n, h, H, L) - vector(q_dq, row, n, h, H, L)
-    df = tl.sum(tl.where(seen, flow[None, :], 0.0), axis=1)
-    inflow = tl.sum(tl.load(flux + (bh * N + c) * TILES + tl.arange(0, TILES)), axis=0)
-    store_vector(dlog_f, df + tl.where(first < 0, inflow, 0.0), row, n, h, H, L)
-
-
-@triton.jit
-def v_bwd(q, k, log_i, coarse, fine, start, dh, lse, m_in, dS_out,  # inputs
-          dv,  # output
-          T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-          L: tl.constexpr, BE: tl.constexpr, MM: tl.constexpr):
-    """BE columns of dv of one chunk and key/value head, over its G query heads."""
-    c, bk = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, kv, N = bk // K, bk % K, tl.cdiv(T, L)
-    row, n = b * T + c * L, T - c * L
-    d, e = tl.arange(0, D), tl.program_id(2) * BE + tl.arange(0, BE)
-    first = first_seen(start, row, n, c * L, L)
-    dv_sum = tl.zeros((L, BE), tl.float32)
-    for h in range(kv * (H // K), (kv + 1) * (H // K)):
-        bh = b * H + h
-        k_t = load(k, row, n, kv, K, D, L, d)
-        dS = tl.load(dS_out + (bh * N + c) * D * E + d[:, None] * E + e[None, :])
-        write, _ = log_ends(log_i, coarse, fine, start, row, n, c * L, h, H, L)
-        write = tl.exp(write - tl.load(m_in + bh * (N + 1) + c + 1))[:, None]
-        dv_sum += product(k_t, dS, MM) * write
-        hi, lo = vector(coarse, row, n, h, H, L), vector(fine, row, n, h, H, L)
-        log_w = log_weights(vector(log_i, row, n, h, H, L), hi, lo, first, True, L)
-        P = product(k_t, tl.trans(load(q, row, n, h, H, D, L, d)), MM)  # (L, L) [s, t]
-        P *= tl.exp(log_w - vector(lse, row, n, h, H, L)[None, :])
-        dv_sum += product(P, load(dh, row, n, h, H, E, L, e), MM)
-    store(dv, dv_sum, row, n, kv, K, E, L, e)
-
-
 def matmul_type(dtype):
     """Operand type of tl.dot. (The interpreter garbles bf16 products, so it gets fp32.)"""
     return tl.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else tl.float32
 
 
-def state_type(dtype):
-    """Storage of the chunks' states, which are only operands: what a product would round to."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def blocks(dtype, D, E):
-    """Tokens a chunk, columns of D and of E a tile.
-
-    In bf16 nothing spills up to width 128 (tests). fp32 operands spill at 128: right, not fast.
-    """
-    size = 64 if dtype == torch.bfloat16 else 32
-    return size, min(D, size), min(E, size)
-
-
-def run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0, L, BD, BE):
-    """Returns gates: (log_i, coarse, fine, start); states: (S_in, z_in, m_in); S_end, z_end."""
-    (B, T, K, D), E, H, N = k.shape, v.shape[-1], log_i.shape[-1], triton.cdiv(k.shape[1], L)
-    gates = log_i, torch.empty_like(log_f), torch.empty_like(log_f), start
-    gate_sums[(N, B * H)](log_f, start, gates[1], gates[2], T, H, L, num_warps=4)
-    S_in = k.new_empty(B, H, N, D, E, dtype=state_type(k.dtype))
-    z_in, m_in = S0.new_empty(B, H, N, D), S0.new_empty(B, H, N + 1)
-    S_end, z_end = torch.empty_like(S0), torch.empty_like(z0)
-    states_fwd[(D // BD * (E // BE), B * H)](
-        k, v, *gates, S0, z0, m0, S_in, z_in, m_in, S_end, z_end,
-        T, H, K, D, E, L, BD, BE, matmul_type(k.dtype), num_warps=4, num_stages=3)
-    return gates, (S_in, z_in, m_in), S_end, z_end
-
-
-@operator("mlstm", lambda q, k, v, log_i, log_f, start, S0, z0, m0: (
-    q.new_empty(*q.shape[:3], v.shape[3]), *likes(log_i, S0, z0, m0)))
-def _mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, start: Tensor,
-             S0: Tensor, z0: Tensor, m0: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (B, T, H, D), K, E = q.shape, k.shape[2], v.shape[3]
-    h, lse = v.new_empty(B, T, H, E), torch.empty_like(log_i)
-    L, BD, BE = blocks(q.dtype, D, E)
-    with torch.cuda.device_of(q):
-        gates, states, S, z = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0, L, BD, BE)
-        out_fwd[(triton.cdiv(T, L), B * H)](
-            q, k, v, *gates, *states, h, lse,
-            T, H, K, D, E, L, BE, matmul_type(q.dtype), num_warps=4, num_stages=1)
-    return h, lse, S, z, states[2][..., -1].clone()
-
-
-@operator("mlstm_backward", lambda dh, dS, dz, q, k, v, log_i, log_f, start, S0, z0, *_: likes(
-    q, k, v, log_i, log_f, S0, z0))
-def _mlstm_backward_op(
-        dh: Tensor, dS: Tensor, dz: Tensor, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor,
-        log_f: Tensor, start: Tensor, S0: Tensor, z0: Tensor, m0: Tensor, h: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (B, T, H, D), K, E, MM = q.shape, k.shape[2], v.shape[3], matmul_type(q.dtype)
-    dq, dk, dv, di, df, dS0, dz0 = likes(q, k, v, log_i, log_f, S0, z0)
-    L, BD, BE = blocks(q.dtype, D, E)
-    tiles, N = D // BD * (E // BE), triton.cdiv(T, L)
-    with torch.cuda.device_of(q):
-        delta = row_delta(dh, h)
-        # Recomputed, not saved: a tenth of all bytes moved, against twice q's memory per layer
-        gates, states, _, _ = run_states_fwd(k, v, log_i, log_f, start, S0, z0, m0, L, BD, BE)
-        dS_out, dz_out = likes(*states[:2])
-        flux, q_dq = S0.new_empty(B, H, N, tiles), torch.empty_like(lse)
-        states_bwd[(tiles, B * H)](
-            q, dh, delta, lse, *gates[1:], *states, dS, dz, dS_out, dz_out, dS0, dz0, flux,
-            T, H, D, E, L, BD, BE, MM, num_warps=4, num_stages=2)
-        q_bwd[(N, B * H)](
-            q, k, v, *gates, dh, delta, lse, *states, dq, q_dq,
-            T, H, K, D, E, L, BE, MM, num_warps=8, num_stages=2)
-        k_bwd[(N, B * K)](
-            q, k, v, *gates, dh, delta, lse, states[2], dS_out, dz_out, dk, di,
-            T, H, K, D, E, L, BE, MM, num_warps=8, num_stages=2)
-        forget_bwd[(N, B * H)](di, q_dq, start, flux, df, T, H, L, tiles, num_warps=4)
-        v_bwd[(N, B * K, E // BE)](
-            q, k, *gates, dh, lse, states[2], dS_out, dv,
-            T, H, K, D, E, L, BE, MM, num_warps=4, num_stages=2)
-    return dq, dk, dv, di, df, dS0, dz0
-
-
-def _mlstm_setup(ctx, inputs, output):
-    h, lse, S, z, m = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*inputs, h, lse, S, z)
-
-
-def mlstm_autograd(ctx, dh, _, dS, dz, dm):
-    """The kernels differentiate in the true state (S, z) e^m; here m's own share is added."""
-    *inputs, h, lse, S, z = ctx.saved_tensors
-    q, k, v, log_i, log_f, start, S0, z0, m0 = inputs
-    state_used = not (dS is None and dz is None and dm is None)
-    dh = torch.zeros_like(h) if dh is None else dh.contiguous()
-    dS = torch.zeros_like(S) if dS is None else dS.contiguous()
-    dz = torch.zeros_like(z) if dz is None else dz.contiguous()
-    dq, dk, dv, di, df, dS0, dz0 = _mlstm_backward_op(dh, dS, dz, *inputs, h, lse)
-    dm0 = (dS0 * S0).sum((-1, -2)) + (dz0 * z0).sum(-1)
-    if state_used:
-        # S and z are divided by e^m and m is the largest exponent of all tokens of the last
-        # document (and of the incoming state), so what m receives goes to that one token's gate
-        # and to all forget gates after it. It is 0 when the loss sees only (S, z) e^m.
-        dm = (0 if dm is None else dm) - (dS * S).sum((-1, -2)) - (dz * z).sum(-1)  # (B, H)
-        to_end = log_f.flip(1).cumsum(1).flip(1)  # (B, T, H): from before t to the end
-        token = torch.arange(log_f.shape[1], device=start.device)
-        hidden = (token < start[:, -1:])[..., None]
-        exponents = (log_i + to_end - log_f).masked_fill(hidden, -math.inf)
-        whole = (m0 + to_end[:, 0]).masked_fill(start[:, -1:] >= 0, -math.inf)
-        largest = torch.cat((whole[:, None], exponents), dim=1).argmax(1)[:, None]  # 0: the state
-        di += torch.where(token[:, None] + 1 == largest, dm[:, None], 0)
-        df += torch.where(token[:, None] + 1 > largest, dm[:, None], 0)
-        dm0 = dm0 + torch.where(largest[:, 0] == 0, dm, 0)
-    return dq, dk, dv, di, df, None, dS0, dz0, dm0
-
-
-_mlstm_op.register_autograd(mlstm_autograd, setup_context=_mlstm_setup)
+def token_major(*tensors):
+    """(B, heads, T, ...) -> contiguous (B, T, heads, ...): no copy for views of projections."""
+    return [x.transpose(1, 2).contiguous() for x in tensors]
 
 
 def document_starts(document_ids, x):
@@ -555,15 +165,32 @@ def document_starts(document_ids, x):
         raise ValueError(f"document_ids has shape {tuple(document_ids.shape)}; it needs ({B}, {T})")
     new = document_ids[:, 1:] != document_ids[:, :-1]
     index = torch.where(new, torch.arange(1, T, device=x.device), -1)
-    return F.pad(index, (1, 0), value=-1).cummax(1).values.int()
+    return pad(index, (1, 0), value=-1).cummax(1).values.int()
 
 
-def token_major(*tensors):
-    """(B, heads, T, ...) -> contiguous (B, T, heads, ...): no copy for views of projections."""
-    return [x.transpose(1, 2).contiguous() for x in tensors]
+def document_stops(start):
+    """One past the last token of each token's document, (B, T) int32, from document_starts."""
+    index = torch.arange(start.shape[1], device=start.device, dtype=torch.int32)
+    begins = torch.where(start == index, index, len(index))[:, 1:]
+    return pad(begins, (0, 1), value=len(index)).flip(1).cummin(1).values.flip(1).contiguous()
 
 
-def check(name, **tensors):
+def refusal(head_dim, features=1):
+    """Why the kernels cannot serve heads of this width and feature multiple: a sentence, or None.
+
+    Tiles are powers of two, so widths are; padding 80 or 96 to 128 would move up to 1.6 times the
+    bytes. Heads of 256 would need tiles over the head too.
+    """
+    if head_dim not in WIDTHS:
+        return (f"the Triton kernels take heads of width {', '.join(map(str, WIDTHS))}, and these "
+                f"have {head_dim}")
+    if head_dim * features not in FEATURE_WIDTHS:
+        return (f"the Triton kernels take features of width {', '.join(map(str, FEATURE_WIDTHS))}, "
+                f"and these have {features} x {head_dim}")
+    return None
+
+
+def check(name, widths=WIDTHS, **tensors):
     """One clear ValueError for what the kernels do not support."""
     q = next(iter(tensors.values()))
     for key, x in tensors.items():
@@ -573,44 +200,519 @@ def check(name, **tensors):
         if not (x.is_cuda or INTERPRETED):
             raise ValueError(f"kernels.{name}: {key} is on {x.device}; the kernels need a CUDA "
                              "device (on a CPU use kernels=\"torch\")")
-        if x.shape[-1] not in WIDTHS:
+        if x.shape[-1] not in widths:
             raise ValueError(f"kernels.{name}: {key} has width {x.shape[-1]}; the kernels have "
-                             f"widths {WIDTHS} (kernels=\"torch\" has all)")
+                             f"widths {widths} (kernels=\"torch\" has all)")
         if x.dim() != 4 or x.shape[0] != q.shape[0] or x.shape[2] != q.shape[2] or (
                 q.shape[1] % x.shape[1] or x.shape[2] == 0):
             raise ValueError(f"kernels.{name}: {key} has shape {tuple(x.shape)}, which does not "
                              f"fit {tuple(q.shape)}, (batch, heads, tokens, width)")
 
 
+# ----------------------------------------------------------------------------------------------
+# 2. The mLSTM: forward
+# ----------------------------------------------------------------------------------------------
+# Linear attention with gates: token t sees token s with weight W_ts q_t.k_s, where
+#
+#     W_ts = exp(log_i_s + sum of log_f after s up to t),
+#
+# divided by the sum of these weights. Since q.k is a plain product, all tokens before a chunk of L
+# may be summed up once, in S = sum W k (x) v (F, E) and z = sum W k (F). So a chunk is attention
+# over itself, as in flash attention but without a softmax, plus one product with the state:
+#
+#     h_t = (sum_s W_ts (q_t.k_s) v_s + carry_t q_t S) / (sum_s W_ts (q_t.k_s) + carry_t q_t.z)
+#     S  <- keep S + sum_s write_s k_s (x) v_s           z <- keep z + sum_s write_s k_s
+#
+# carry_t, write_s, keep: what the gates leave of the state at t, of token s at the chunk's end, of
+# the state at the chunk's end. W may exceed any float (input gates are exponentials), so all are
+# kept as logarithms and divided by the largest in sight before the exponential: m for a state
+# (the true one is S e^m), r inside a chunk, lse = log of the denominator in the backward pass.
+#
+# Documents: a token sees s >= start, the first token of its document, and the state only if its
+# document was open when the chunk began: start lies before the chunk. Start is -1 in the first
+# document, to which a given state belongs.
+#
+# Four kernels, so that only one walks along the time:
+#
+#     gates_fwd    numbers of a chunk and head: sums of log_f, write, keep
+#     chunk_sums   S and z of each chunk as if nothing had come before; all chunks at once
+#     scan_fwd     decay and add those sums, element by element, chunk after chunk
+#     out_fwd      h of all chunks at once
+#
+# The scan moves the states once more (read, write) than one program that walks all chunks with S in
+# registers. But such programs are only B H F E / 64^2 and each waits for one product after another:
+# 9 heads of 64 would keep 9 of an H100's 132 processors busy.
+#
+# Features may be wider than the head (F up to 4 D). Scores are sums over tiles of BF features and
+# S is written and read tile by tile, so nothing on the chip grows with F. In global memory the
+# states weigh F E / L numbers a token and head, against F of q: hence chunks of L = 128.
+
+
+@triton.jit
+def log_weights(s, log_i, b_s, t, b_t, norm, bound, BY_KEY: tl.constexpr):
+    """log W - norm_t of tokens t and s of a chunk, [t, s] or, if BY_KEY, [s, t]; -inf where unseen.
+
+    bound: the first token that each t sees; if BY_KEY, the first after s that does not see s (one
+    number a row in both layouts, since numbers a column cost a thread 16 times the registers).
+    Masked before the exponential: above the diagonal it would overflow. b goes in as two fp32
+    numbers: a difference of the high parts is right to its own last bit, and tiles in fp64 would
+    not fit registers.
+    """
+    high_s, high_t = b_s.to(tl.float32), b_t.to(tl.float32)
+    key, query = log_i - (b_s - high_s).to(tl.float32), (b_t - high_t).to(tl.float32) - norm
+    if BY_KEY:
+        see = (s[:, None] <= t[None, :]) & (t[None, :] < bound[:, None])
+        log_w = (high_t[None, :] - high_s[:, None]) + (query[None, :] + key[:, None])
+    else:
+        see = (s[None, :] <= t[:, None]) & (s[None, :] >= bound[:, None])
+        log_w = (high_t[:, None] - high_s[None, :]) + (query[:, None] + key[None, :])
+    return tl.where(see, log_w, float("-inf"))
+
+
+@triton.jit
+def gates_fwd(log_i, log_f, start,  # inputs
+              b, r, write, peak, keep,  # outputs
+              T, H: tl.constexpr, L: tl.constexpr):
+    """Gates of one chunk and head.
+
+    b (B, T, H) fp64: sum of log_f from the chunk's or the document's start, whichever is later.
+    fp64, because weights are exp of differences of such sums: forget gates near 0 add up to -6000
+    in a chunk, where fp32 knows differences to 5e-4 only. A sum over the mask and not a running
+    sum, so that not even the rounding in one document depends on another.
+    r (B, T, H): the largest log W_ts of the token's row.
+    write (B, T, H), peak (B, H, N): token s enters the state at the chunk's end with weight
+    write_s e^peak, the largest write being 1, and 0 for documents that ended in the chunk.
+    keep (B, H, N): log of what is left of the incoming state; -inf if a document began.
+    """
+    bh, c, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row, n, h = bh // H * T + c * L, T - c * L, bh % H
+    t, last, first = tl.arange(0, L), tl.minimum(n, L) - 1, first_seen(start, row, n, c * L, L)
+    i, f = vector(log_i, row, n, h, H, L), vector(log_f, row, n, h, H, L).to(tl.float64)
+    seen = (t[None, :] <= t[:, None]) & (t[None, :] >= first[:, None])  # [t, u]
+    sums = tl.sum(tl.where(seen, f[None, :], 0.0), axis=1)
+    store_vector(b, sums, row, n, h, H, L)
+    log_w = log_weights(t, i, sums, t, sums, 0.0, first, False)
+    store_vector(r, tl.max(log_w, axis=1), row, n, h, H, L)
+
+    end = tl.sum(tl.where(t == last, sums, 0.0), axis=0)
+    own = tl.load(start + row + last) - c * L  # where the document open at the end began
+    log_write = tl.where((t < n) & (t >= own), end - sums + i, float("-inf"))
+    top = tl.max(log_write, axis=0).to(tl.float32)
+    store_vector(write, tl.exp((log_write - top).to(tl.float32)), row, n, h, H, L)
+    tl.store(peak + bh * N + c, top)
+    tl.store(keep + bh * N + c, tl.where(own < 0, end, float("-inf")).to(tl.float32))
+
+
+@triton.jit
+def chunk_sums(x, y, weight, z_weight,  # inputs: rows x (F wide), y (E wide), their weights
+               S, z,  # outputs (B, H, N, F, E), (B, H, N, F)
+               T, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+               L: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
+    """sum_s weight_s x_s (x) y_s and sum_s z_weight_s x_s over one chunk: BF rows of S and z.
+
+    Forward x, y = k, v and both weights are write; backward x, y = q, dh. K heads of x and y
+    serve H heads of weights.
+    """
+    tile, bh = tl.program_id(0) % (F // BF), tl.program_id(0).to(tl.int64) // (F // BF)
+    c, N, h = tl.program_id(1), tl.num_programs(1), bh % H
+    row, n, head = bh // H * T + c * L, T - c * L, h // (H // K)
+    f, e = tile * BF + tl.arange(0, BF), tl.arange(0, E)
+    x_s = load(x, row, n, head, K, F, L, f).to(tl.float32)
+    weighted = x_s * vector(weight, row, n, h, H, L)[:, None]
+    total = product(tl.trans(weighted), load(y, row, n, head, K, E, L, e), MM)
+    at = (bh * N + c) * F + f
+    tl.store(S + at[:, None] * E + e[None, :], total.to(S.dtype.element_ty))
+    tl.store(z + at, tl.sum(x_s * vector(z_weight, row, n, h, H, L)[:, None], axis=0))
+
+
+@triton.jit
+def scan_fwd(S, z,  # in place: each chunk's own sums become the state that enters the chunk
+             peak, keep, S0, z0, m0,  # inputs
+             m, S_end, z_end,  # outputs; m (B, H, N + 1): stabilisers of those states
+             N, F: tl.constexpr, E: tl.constexpr, BF: tl.constexpr):
+    """The recurrence over chunks, for BF rows of one head's S and z. The true state is S e^m."""
+    tile, bh = tl.program_id(0) % (F // BF), tl.program_id(0).to(tl.int64) // (F // BF)
+    f = tile * BF + tl.arange(0, BF)
+    fe = f[:, None] * E + tl.arange(0, E)[None, :]
+    S_c, z_c, m_c = tl.load(S0 + bh * F * E + fe), tl.load(z0 + bh * F + f), tl.load(m0 + bh)
+    for c in tl.range(N, num_stages=3):  # loads run ahead: no address depends on the state
+        at = (bh * N + c) * F
+        S_new, z_new = tl.load(S + at * E + fe), tl.load(z + at + f)
+        tl.store(S + at * E + fe, S_c.to(S.dtype.element_ty))
+        tl.store(z + at + f, z_c)
+        tl.store(m + bh * (N + 1) + c, m_c)
+        kept, top = tl.load(keep + bh * N + c), tl.load(peak + bh * N + c)
+        m_next = tl.maximum(m_c + kept, top)
+        # (m - m_next) is exact where it matters; (m + kept) - m_next would lose kept's last bits
+        fade, gain = tl.exp((m_c - m_next) + kept), tl.exp(top - m_next)
+        S_c, z_c, m_c = fade * S_c + gain * S_new, fade * z_c + gain * z_new, m_next
+    tl.store(S_end + bh * F * E + fe, S_c)
+    tl.store(z_end + bh * F + f, z_c)
+    tl.store(m + bh * (N + 1) + N, m_c)
+
+
+@triton.jit
+def out_fwd(q, k, v, log_i, b, r, start, S, z, m,  # inputs
+            out, lse, carry,  # outputs; lse = log of the denominator, carry = e^(m + b - lse)
+            T, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+            L: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
+    """h of BR tokens t of one chunk and head: attention inside it, the state for all before."""
+    t0, bh = tl.program_id(0) % (L // BR) * BR, tl.program_id(0).to(tl.int64) // (L // BR)
+    c, N, h, kv = tl.program_id(1), tl.num_programs(1), bh % H, bh % H // (H // K)
+    row, n = bh // H * T + c * L, T - c * L
+    row_t, n_t, s, t, e = row + t0, n - t0, tl.arange(0, L), t0 + tl.arange(0, BR), tl.arange(0, E)
+    P = tl.zeros((BR, L), tl.float32)  # [t, s]
+    for f0 in range(0, F, BF):
+        f = f0 + tl.arange(0, BF)
+        q_f = load(q, row_t, n_t, h, H, F, BR, f)
+        P += product(q_f, tl.trans(load(k, row, n, kv, K, F, L, f)), MM)
+    first, b_t = first_seen(start, row_t, n_t, c * L, BR), vector(b, row_t, n_t, h, H, BR)
+    log_carry = (tl.load(m + bh * (N + 1) + c) + b_t).to(tl.float32)
+    log_carry = tl.where(first < 0, log_carry, float("-inf"))
+    top = tl.maximum(log_carry, vector(r, row_t, n_t, h, H, BR))
+    carried = tl.exp(log_carry - top)
+    P *= tl.exp(log_weights(s, vector(log_i, row, n, h, H, L), vector(b, row, n, h, H, L),
+                            t, b_t, top, first, False))
+    den, P = tl.sum(P, axis=1), P.to(MM)
+
+    num, qz = tl.zeros((BR, E), tl.float32), tl.zeros((BR,), tl.float32)
+    for f0 in range(0, F, BF):  # q a second time: P and num in one walk would not fit registers
+        f = f0 + tl.arange(0, BF)
+        q_f, at = load(q, row_t, n_t, h, H, F, BR, f), (bh * N + c) * F + f
+        num += product(q_f, tl.load(S + at[:, None] * E + e[None, :]), MM)
+        qz += tl.sum(q_f * tl.load(z + at)[None, :], axis=1)
+    den = tl.maximum(den + carried * qz, 1e-30)  # only against 0 / 0
+    num = num * carried[:, None]
+    num += product(P, load(v, row, n, kv, K, E, L, e), MM)
+    store(out, num / den[:, None], row_t, n_t, h, H, E, BR, e)
+    store_vector(lse, top + tl.log(den), row_t, n_t, h, H, BR)
+    store_vector(carry, carried / den, row_t, n_t, h, H, BR)
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. The mLSTM: backward
+# ----------------------------------------------------------------------------------------------
+# With w = W / denominator, c = carry / denominator, delta_t = dh_t.h_t (the gradient through the
+# denominator: not to be left out, since no norm layer follows), x_ts = (dh_t.v_s - delta_t) w_ts:
+#
+#     dq_t = sum_s x_ts k_s + c_t (S dh_t - delta_t z)
+#     dk_s = sum_t x_ts q_t + write_s (dS v_s + dz)
+#     dv_s = sum_t w_ts (q_t.k_s) dh_t + write_s dS k_s
+#     dS  <- keep dS + sum_t c_t q_t (x) dh_t              dz  <- keep dz - sum_t c_t delta_t q_t
+#     dlog_i_s = k_s.dk_s
+#     dlog_f_t = what flows from tokens s < t to tokens t' >= t
+#              = flux + sum over s < t of the chunk of (k_s.dk_s - q_s.dq_s)
+#                flux = <S, dS> + <z, dz> at the chunk's start
+#
+# (q.dq is 0 but for the rounding of h in delta; without it that rounding would add up. Starting
+# anew at every chunk likewise keeps errors from piling up over T.)
+#
+# So the walk is the forward's: chunk_sums of (q, dh) in place of (k, v), a scan from the last chunk
+# to the first, then one kernel each for dq, dk and dv. Three, because each needs its own L x L
+# weights beside its sums, and together they do not fit registers. dk and dv come out per query
+# head and are summed over a group by PyTorch: a loop over the group inside the kernels spilled.
+
+
+@triton.jit
+def scan_bwd(dS, dz,  # in place: each chunk's sums become the gradient of the state leaving it
+             S, z, m, keep, dS_end, dz_end,  # inputs
+             dS0, dz0, flux,  # outputs; flux (B, H, N, tiles): <S, dS> + <z, dz> at chunk starts
+             N, F: tl.constexpr, E: tl.constexpr, BF: tl.constexpr):
+    """scan_fwd backwards in time."""
+    tile, bh = tl.program_id(0) % (F // BF), tl.program_id(0).to(tl.int64) // (F // BF)
+    f = tile * BF + tl.arange(0, BF)
+    fe = f[:, None] * E + tl.arange(0, E)[None, :]
+    dS_c, dz_c = tl.load(dS_end + bh * F * E + fe), tl.load(dz_end + bh * F + f)
+    for back in tl.range(N, num_stages=3):
+        c = N - 1 - back
+        at = (bh * N + c) * F
+        dS_new, dz_new = tl.load(dS + at * E + fe), tl.load(dz + at + f)
+        tl.store(dS + at * E + fe, dS_c.to(dS.dtype.element_ty))
+        tl.store(dz + at + f, dz_c)
+        m_c, m_next = tl.load(m + bh * (N + 1) + c), tl.load(m + bh * (N + 1) + c + 1)
+        fade = tl.exp((m_c - m_next) + tl.load(keep + bh * N + c))
+        dS_c, dz_c = fade * dS_c + dS_new, fade * dz_c + dz_new
+        flow = tl.sum(tl.load(S + at * E + fe) * dS_c) + tl.sum(tl.load(z + at + f) * dz_c)
+        tl.store(flux + (bh * N + c) * (F // BF) + tile, flow)
+    tl.store(dS0 + bh * F * E + fe, dS_c)
+    tl.store(dz0 + bh * F + f, dz_c)
+
+
+@triton.jit
+def q_bwd(q, k, v, log_i, b, start, dh, delta, lse, carry, S, z,  # inputs
+          dq, q_dq,  # outputs; q_dq (B, T, H) = q_t.dq_t
+          T, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+          L: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
+    """dq of BR tokens t of one chunk and head: out_fwd's counterpart."""
+    t0, bh = tl.program_id(0) % (L // BR) * BR, tl.program_id(0).to(tl.int64) // (L // BR)
+    c, N, h, kv = tl.program_id(1), tl.num_programs(1), bh % H, bh % H // (H // K)
+    row, n = bh // H * T + c * L, T - c * L
+    row_t, n_t, s, t, e = row + t0, n - t0, tl.arange(0, L), t0 + tl.arange(0, BR), tl.arange(0, E)
+    dh_t, delta_t = load(dh, row_t, n_t, h, H, E, BR, e), vector(delta, row_t, n_t, h, H, BR)
+    x = product(dh_t, tl.trans(load(v, row, n, kv, K, E, L, e)), MM) - delta_t[:, None]  # [t, s]
+    x *= tl.exp(log_weights(s, vector(log_i, row, n, h, H, L), vector(b, row, n, h, H, L),
+                            t, vector(b, row_t, n_t, h, H, BR), vector(lse, row_t, n_t, h, H, BR),
+                            first_seen(start, row_t, n_t, c * L, BR), False))
+    carry_t, flow = vector(carry, row_t, n_t, h, H, BR), tl.zeros((BR,), tl.float32)
+    for f0 in range(0, F, BF):
+        f = f0 + tl.arange(0, BF)
+        at = (bh * N + c) * F + f
+        dq_f = product(dh_t, tl.trans(tl.load(S + at[:, None] * E + e[None, :])), MM)
+        dq_f = (dq_f - delta_t[:, None] * tl.load(z + at)[None, :]) * carry_t[:, None]
+        dq_f += product(x, load(k, row, n, kv, K, F, L, f), MM)
+        store(dq, dq_f, row_t, n_t, h, H, F, BR, f)
+        flow += tl.sum(load(q, row_t, n_t, h, H, F, BR, f) * dq_f, axis=1)
+    store_vector(q_dq, flow, row_t, n_t, h, H, BR)
+
+
+@triton.jit
+def write_weights(write, peak, m, row, n, c, bh, N, H: tl.constexpr, BR: tl.constexpr):
+    """(BR,) weights with which tokens enter the state after their chunk, in that state's scale."""
+    scale = tl.exp(tl.load(peak + bh * N + c) - tl.load(m + bh * (N + 1) + c + 1))
+    return vector(write, row, n, bh % H, H, BR) * scale
+
+
+@triton.jit
+def k_bwd(q, k, v, log_i, b, stop, write, peak, m, dh, delta, lse, dS, dz,  # inputs
+          dk, dlog_i,  # outputs, of query heads: dk (B, T, H, F)
+          T, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+          L: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
+    """dk and dlog_i = k.dk of BR tokens s of one chunk and head.
+
+    x is laid out [s, t] and computed anew: transposing q_bwd's x and feeding it to the next product
+    gave wrong gradients on Hopper (flash-linear-attention, pull request 826).
+    """
+    s0, bh = tl.program_id(0) % (L // BR) * BR, tl.program_id(0).to(tl.int64) // (L // BR)
+    c, N, h, kv = tl.program_id(1), tl.num_programs(1), bh % H, bh % H // (H // K)
+    row, n = bh // H * T + c * L, T - c * L
+    row_s, n_s, s, t, e = row + s0, n - s0, s0 + tl.arange(0, BR), tl.arange(0, L), tl.arange(0, E)
+    v_s, bound = load(v, row_s, n_s, kv, K, E, BR, e), vector(stop, row_s, n_s, 0, 1, BR) - c * L
+    x = product(v_s, tl.trans(load(dh, row, n, h, H, E, L, e)), MM)  # [s, t]
+    x -= vector(delta, row, n, h, H, L)[None, :]
+    x *= tl.exp(log_weights(
+        s, vector(log_i, row_s, n_s, h, H, BR), vector(b, row_s, n_s, h, H, BR),
+        t, vector(b, row, n, h, H, L), vector(lse, row, n, h, H, L), bound, True))
+    weights = write_weights(write, peak, m, row_s, n_s, c, bh, N, H, BR)
+    di = tl.zeros((BR,), tl.float32)
+    for f0 in range(0, F, BF):
+        f = f0 + tl.arange(0, BF)
+        at = (bh * N + c) * F + f
+        dk_f = product(v_s, tl.trans(tl.load(dS + at[:, None] * E + e[None, :])), MM)
+        dk_f = (dk_f + tl.load(dz + at)[None, :]) * weights[:, None]
+        dk_f += product(x, load(q, row, n, h, H, F, L, f), MM)
+        store(dk, dk_f, row_s, n_s, h, H, F, BR, f)
+        di += tl.sum(load(k, row_s, n_s, kv, K, F, BR, f) * dk_f, axis=1)
+    store_vector(dlog_i, di, row_s, n_s, h, H, BR)
+
+
+@triton.jit
+def v_bwd(q, k, log_i, b, stop, write, peak, m, dh, lse, dS,  # inputs
+          dv,  # output, of query heads: (B, T, H, E)
+          T, H: tl.constexpr, K: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+          L: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
+    """dv of BR tokens s of one chunk and head."""
+    s0, bh = tl.program_id(0) % (L // BR) * BR, tl.program_id(0).to(tl.int64) // (L // BR)
+    c, N, h, kv = tl.program_id(1), tl.num_programs(1), bh % H, bh % H // (H // K)
+    row, n = bh // H * T + c * L, T - c * L
+    row_s, n_s, s, t, e = row + s0, n - s0, s0 + tl.arange(0, BR), tl.arange(0, L), tl.arange(0, E)
+    P, dv_s = tl.zeros((BR, L), tl.float32), tl.zeros((BR, E), tl.float32)  # P [s, t]
+    for f0 in range(0, F, BF):
+        f = f0 + tl.arange(0, BF)
+        k_f = load(k, row_s, n_s, kv, K, F, BR, f)
+        P += product(k_f, tl.trans(load(q, row, n, h, H, F, L, f)), MM)
+        dS_f = tl.load(dS + ((bh * N + c) * F + f)[:, None] * E + e[None, :])
+        dv_s += product(k_f, dS_f, MM)
+    P *= tl.exp(log_weights(
+        s, vector(log_i, row_s, n_s, h, H, BR), vector(b, row_s, n_s, h, H, BR),
+        t, vector(b, row, n, h, H, L), vector(lse, row, n, h, H, L),
+        vector(stop, row_s, n_s, 0, 1, BR) - c * L, True))
+    dv_s *= write_weights(write, peak, m, row_s, n_s, c, bh, N, H, BR)[:, None]
+    dv_s += product(P, load(dh, row, n, h, H, E, L, e), MM)
+    store(dv, dv_s, row_s, n_s, h, H, E, BR, e)
+
+
+@triton.jit
+def f_bwd(dlog_i, q_dq, start, flux,  # inputs
+          dlog_f,  # output
+          T, H: tl.constexpr, L: tl.constexpr, TILES: tl.constexpr):
+    """dlog_f of one chunk and head: what enters it, plus what tokens before t give, less take."""
+    bh, c, N = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row, n, h = bh // H * T + c * L, T - c * L, bh % H
+    t, first = tl.arange(0, L), first_seen(start, row, n, c * L, L)
+    seen = (t[None, :] < t[:, None]) & (t[None, :] >= first[:, None])  # [t, s]
+    flow = vector(dlog_i, row, n, h, H, L) - vector(q_dq, row, n, h, H, L)
+    df = tl.sum(tl.where(seen, flow[None, :], 0.0), axis=1)
+    inflow = tl.sum(tl.load(flux + (bh * N + c) * TILES + tl.arange(0, TILES)), axis=0)
+    store_vector(dlog_f, df + tl.where(first < 0, inflow, 0.0), row, n, h, H, L)
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. The mLSTM as an operator of PyTorch
+# ----------------------------------------------------------------------------------------------
+# The forward pass is one torch.library operator with tensors in and out, the backward pass another,
+# so that torch.compile and FSDP see what is saved (inputs, h, lse, carry) and never look inside.
+#
+# In global memory the forward pass moves 3 (F + E) + 4 F E / L numbers a token and head, the
+# backward pass 10 (F + E + F E / L), in 4 and 10 launches of kernels. With 32 heads of 128 over 16k
+# tokens in bf16 that is 1.3 and 4.0 GB, or .31 and .94 ms at an H200's 4.3 TB/s; with F = 512 it is
+# 4.2 and 12.1 GB. (Computed, not measured.)
+
+
+def blocks(dtype, F, E):
+    """L tokens a chunk; tiles: BR tokens, BF features of a product, BS features of the scan; warps.
+
+    In bf16 nothing spills on sm_80 and sm_90, F 512 beside E 128 included (tests compile it). BR is
+    64, the least that a warp group of Hopper multiplies; with 128 rows the L x L weights and the
+    sums leave no registers for the gates. So a processor holds one program of 8 warps at a time
+    (170 to 230 registers a thread), and num_stages has the next tile loaded under the products of
+    this one, if there are two: hence BF <= F / 2 (one tile of 64 spilled). BS makes 2048 numbers a
+    program, enough programs to fill a GPU from one row of text. fp32 operands: right, not fast.
+    """
+    L, BR, BF, warps = (128, 64, 64, 8) if dtype == torch.bfloat16 else (32, 32, 32, 4)
+    return L, BR, min(BF, max(16, F // 2)), min(F, 2048 // E), warps
+
+
+def enter_states(k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS):
+    """-> gates (b, r, write, peak, keep), entering states (S, z, m), S and z after the last token.
+
+    S of each chunk is kept in bf16 when v is: it is an operand, which a product would round anyway.
+    The scan adds up in fp32, so chunks' roundings (2^-9 each) do not build up in the last state.
+    """
+    (B, T, K, F), E, H, N = k.shape, v.shape[-1], log_i.shape[-1], triton.cdiv(k.shape[1], L)
+    b, r, write = torch.empty_like(log_f, dtype=torch.float64), *likes(log_f, log_f)
+    peak, keep, m = (m0.new_empty(B, H, n) for n in (N, N, N + 1))
+    S = k.new_empty(B, H, N, F, E, dtype=k.dtype if k.dtype == torch.bfloat16 else torch.float32)
+    z, S_end, z_end = z0.new_empty(B, H, N, F), *likes(S0, z0)
+    gates_fwd[(B * H, N)](log_i, log_f, start, b, r, write, peak, keep, T, H, L, num_warps=16)
+    chunk_sums[(F // BF * B * H, N)](k, v, write, write, S, z, T, H, K, F, E, L, BF,
+                                     matmul_type(k.dtype), num_warps=8)
+    scan_fwd[(F // BS * B * H,)](S, z, peak, keep, S0, z0, m0, m, S_end, z_end, N, F, E, BS,
+                                 num_warps=4)
+    return (b, r, write, peak, keep), (S, z, m), S_end, z_end
+
+
+@operator("mlstm", lambda q, k, v, log_i, log_f, start, S0, z0, m0: (
+    q.new_empty(*q.shape[:3], v.shape[3]), *likes(log_i, log_i, S0, z0, m0)))
+def _mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, start: Tensor,
+              S0: Tensor, z0: Tensor, m0: Tensor
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, T, H, F), K, E = q.shape, k.shape[2], v.shape[3]
+    h, lse, carry = v.new_empty(B, T, H, E), *likes(log_i, log_i)
+    L, BR, BF, BS, warps = blocks(q.dtype, F, E)
+    with torch.cuda.device_of(q):
+        gates, states, S, z = enter_states(k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS)
+        out_fwd[(L // BR * B * H, triton.cdiv(T, L))](
+            q, k, v, log_i, *gates[:2], start, *states, h, lse, carry,
+            T, H, K, F, E, L, BR, BF, matmul_type(q.dtype), num_warps=warps, num_stages=2)
+    return h, lse, carry, S, z, states[2][..., -1].clone()
+
+
+@operator("mlstm_backward", lambda dh, dS, dz, q, k, v, log_i, log_f, start, S0, z0, *_: likes(
+    q, k, v, log_i, log_f, S0, z0))
+def _mlstm_backward_op(
+        dh: Tensor, dS_end: Tensor, dz_end: Tensor, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor,
+        log_f: Tensor, start: Tensor, S0: Tensor, z0: Tensor, m0: Tensor, h: Tensor, lse: Tensor,
+        carry: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, T, H, F), K, E, MM = q.shape, k.shape[2], v.shape[3], matmul_type(q.dtype)
+    dq, di, df, dS0, dz0 = likes(q, log_i, log_f, S0, z0)
+    dk, dv = torch.empty_like(q), v.new_empty(B, T, H, E)
+    L, BR, BF, BS, warps = blocks(q.dtype, F, E)
+    N, blocks_of_rows = triton.cdiv(T, L), (L // BR * B * H, triton.cdiv(T, L))
+    sizes = dict(T=T, H=H, K=K, F=F, E=E, L=L, BR=BR, BF=BF, MM=MM, num_warps=warps, num_stages=2)
+    with torch.cuda.device_of(q):
+        delta, stop = row_delta(dh, h), document_stops(start)
+        # Recomputed, not saved: 10 % of all bytes moved (14 % with F = 4 E), against q's memory
+        # once more in every layer between the two passes.
+        (b, _, write, peak, keep), (S, z, m), _, _ = enter_states(
+            k, v, log_i, log_f, start, S0, z0, m0, L, BF, BS)
+        (dS, dz), q_dq = likes(S, z), torch.empty_like(lse)
+        chunk_sums[(F // BF * B * H, N)](q, dh, carry, -carry * delta, dS, dz,
+                                         T, H, H, F, E, L, BF, MM, num_warps=8)
+        flux = S0.new_empty(B, H, N, F // BS)
+        scan_bwd[(F // BS * B * H,)](dS, dz, S, z, m, keep, dS_end, dz_end, dS0, dz0, flux,
+                                     N, F, E, BS, num_warps=4)
+        q_bwd[blocks_of_rows](q, k, v, log_i, b, start, dh, delta, lse, carry, S, z, dq, q_dq,
+                              **sizes)
+        k_bwd[blocks_of_rows](q, k, v, log_i, b, stop, write, peak, m, dh, delta, lse, dS, dz,
+                              dk, di, **sizes)
+        v_bwd[blocks_of_rows](q, k, log_i, b, stop, write, peak, m, dh, lse, dS, dv, **sizes)
+        f_bwd[(B * H, N)](di, q_dq, start, flux, df, T, H, L, F // BS, num_warps=8)
+    if H > K:  # a group's query heads share k and v
+        dk, dv = (x.unflatten(2, (K, H // K)).sum(3) for x in (dk, dv))
+    return dq, dk, dv, di, df, dS0, dz0
+
+
+def _mlstm_setup(ctx, inputs, output):
+    h, lse, carry, S, z, m = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, carry, m)
+    ctx.save_for_backward(*inputs, h, lse, carry)
+
+
+def _mlstm_autograd(ctx, dh, _, __, dS, dz, ___):
+    """Differentiates in the true state (S, z) e^m, so m0's gradient is that of a scale."""
+    *inputs, h, lse, carry = ctx.saved_tensors
+    S0, z0 = inputs[6:8]
+    dh, dS, dz = (torch.zeros_like(x) if d is None else d.contiguous()
+                  for d, x in ((dh, h), (dS, S0), (dz, z0)))
+    dq, dk, dv, di, df, dS0, dz0 = _mlstm_backward_op(dh, dS, dz, *inputs, h, lse, carry)
+    dm0 = (dS0 * S0).sum((-1, -2)) + (dz0 * z0).sum(-1)
+    return dq, dk, dv, di, df, None, dS0, dz0, dm0
+
+
+_mlstm_op.register_autograd(_mlstm_autograd, setup_context=_mlstm_setup)
+
+
 def mlstm(q, k, v, log_i, log_f, *, state=None, document_ids=None):
     """The mLSTM over a sequence: model.mlstm_chunkwise, with gradients, on a GPU.
 
-    q (B, H, T, D), k (B, K, T, D): feature-mapped, non-negative. v (B, K, T, E). Products run in
+    q (B, H, T, F), k (B, K, T, F): feature-mapped, non-negative. v (B, K, T, E). Products run in
     v's dtype (bf16, fp16, fp32). log_i, log_f (B, H, T) fp32, log_f at most 0. state: (S, z, m) in
-    fp32 from an earlier part of the sequence, or None. document_ids (B, T): the state restarts
-    where they change. Returns h (B, H, T, E) in v's dtype and the state after the last token.
-    Raises ValueError for CPU tensors, float64, widths not in WIDTHS. arXiv 2603.15590, Eq. 8-10.
+    fp32 from an earlier part of the sequence, S (B, H, F, E), or None. document_ids (B, T): the
+    state restarts where they change. Returns h (B, H, T, E) in v's dtype and the state after the
+    last token. Only (S, z) e^m means something, so gradients through the state are those of that
+    product, and m by itself has none. Raises ValueError for CPU tensors, float64, widths other than
+    FEATURE_WIDTHS and WIDTHS, shapes that do not fit. arXiv 2603.15590, Eq. 8-10.
     """
-    check("mlstm", q=q, k=k, v=v)
-    B, H, _, D = q.shape
-    if log_i.shape != q.shape[:3] or log_f.shape != q.shape[:3]:
+    check("mlstm", FEATURE_WIDTHS, q=q, k=k)
+    check("mlstm", WIDTHS, v=v)
+    (B, H, T, F), E = q.shape, v.shape[-1]
+    if k.shape[3] != F or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"kernels.mlstm: q {tuple(q.shape)}, k {tuple(k.shape)} and v "
+                         f"{tuple(v.shape)} do not fit together")
+    if log_i.shape != (B, H, T) or log_f.shape != (B, H, T):
         raise ValueError(f"kernels.mlstm: log_i {tuple(log_i.shape)} and log_f "
-                         f"{tuple(log_f.shape)} must have q's shape {tuple(q.shape[:3])}")
-    if state is None:
-        state = (q.new_zeros(B, H, D, v.shape[-1], dtype=torch.float32),
-                 q.new_zeros(B, H, D, dtype=torch.float32),
-                 q.new_full((B, H), EMPTY, dtype=torch.float32))
-    h, _, S, z, m = _mlstm_op(
+                         f"{tuple(log_f.shape)} must have q's shape {(B, H, T)}")
+    shapes = (B, H, F, E), (B, H, F), (B, H)
+    if state is None:  # empty: -1e30 and not -inf, which would give NaN as a difference
+        state = [torch.full(shape, x, dtype=torch.float32, device=q.device)
+                 for shape, x in zip(shapes, (0.0, 0.0, -1e30))]
+    if tuple(tuple(x.shape) for x in state) != shapes:
+        raise ValueError(f"kernels.mlstm: state has shapes {[tuple(x.shape) for x in state]}; "
+                         f"(S, z, m) need {list(shapes)}")
+    h, _, _, S, z, m = _mlstm_op(
         *token_major(q.to(v.dtype), k.to(v.dtype), v, log_i.float(), log_f.float()),
         document_starts(document_ids, q), *(x.float().contiguous() for x in state))
     return h.transpose(1, 2), (S, z, m)
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. Sliding window with sinks
+# 5. Sliding window with sinks
 # ----------------------------------------------------------------------------------------------
-# FlashAttention (arXiv 2205.14135) over a band. Only tiles on the band's edges, or with a document
-# boundary, need a mask, so every loop runs in phases, one of them without.
+# FlashAttention (arXiv 2205.14135) over a band: a token sees its document's first SINKS tokens and
+# the last WINDOW before it. Only tiles on the band's edges, or with a document boundary, need a
+# mask, so every loop runs in phases, one of them without. A document's sinks lie in the band of
+# its early tokens and far before that of its late ones; `visible` counts them once, and the phase
+# for old sinks reads a tile of BS = 16 keys instead of a whole one.
+#
+# Scores are kept in base 2 (SCALE includes log2 e), where the GPU's exponential is one instruction.
+# The backward pass knows lse = log2 of the softmax's sum, so it forms p = 2^(score - lse) directly
+# and needs no second online softmax; delta = dh.h is the softmax's own correction:
+#
+#     dscore_ts = p_ts (dh_t.v_s - delta_t)
+#     dq_t = sum_s dscore_ts k_s        dk_s = sum_t dscore_ts q_t        dv_s = sum_t p_ts dh_t
+#
+# Two kernels, one per owner of the sum (a block of queries, a block of keys), instead of atomics.
 
 
 @triton.jit
@@ -649,7 +751,7 @@ def window_fwd(q, k, v, start,  # inputs
                WINDOW: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr,
                BQ: tl.constexpr, BK: tl.constexpr, MM: tl.constexpr):
     """One block of queries of one head."""
-    t0, bh = tl.program_id(0) * BQ, tl.program_id(1).to(tl.int64)
+    bh, t0 = tl.program_id(0).to(tl.int64), tl.program_id(1) * BQ
     b, h, kv = bh // H, bh % H, bh % H // (H // K)
     row, n, d = b * T + t0, T - t0, tl.arange(0, D)
     q = load(q, row, n, h, H, D, BQ, d)
@@ -681,7 +783,7 @@ def window_dq(q, k, v, start, dh, delta, lse,  # inputs
               WINDOW: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr,
               BQ: tl.constexpr, BK: tl.constexpr, MM: tl.constexpr):
     """dq of one block of queries of one head: window_fwd's walk again."""
-    t0, bh = tl.program_id(0) * BQ, tl.program_id(1).to(tl.int64)
+    bh, t0 = tl.program_id(0).to(tl.int64), tl.program_id(1) * BQ
     b, h, kv = bh // H, bh % H, bh % H // (H // K)
     row, n, d = b * T + t0, T - t0, tl.arange(0, D)
     q, dh = load(q, row, n, h, H, D, BQ, d), load(dh, row, n, h, H, D, BQ, d)
@@ -709,7 +811,7 @@ def window_dkv(q, k, v, start, stop, dh, delta, lse,  # inputs
                T, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
                WINDOW: tl.constexpr, SINKS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
                MM: tl.constexpr):
-    """dk, dv of one block of keys of one key/value head, over its G query heads.
+    """dk, dv of one block of keys of one key/value head, over the query heads of its group.
 
     A block that holds sinks is walked to its document's end. Such blocks are few and come first in
     the grid, so the others run beside them. No partial sums, no atomics.
@@ -761,9 +863,9 @@ def _window_op(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sink
               ) -> tuple[Tensor, Tensor]:
     (B, T, H, _), wide = q.shape, q.dtype == torch.bfloat16
     h, lse = torch.empty_like(q), q.new_empty(B, T, H, dtype=torch.float32)
-    BQ, BK = (128, 64) if wide else (64, 32)
+    BQ, BK = (128, 64) if wide else (64, 32)  # a tile of keys serves as many queries as fit
     with torch.cuda.device_of(q):
-        window_fwd[(triton.cdiv(T, BQ), B * H)](
+        window_fwd[(B * H, triton.cdiv(T, BQ))](
             q, k, v, start, h, lse, **window_sizes(q, k, window, sinks), BQ=BQ, BK=BK, BS=16,
             num_warps=8, num_stages=2)
     return h, lse
@@ -775,12 +877,9 @@ def _window_backward_op(dh: Tensor, q: Tensor, k: Tensor, v: Tensor, start: Tens
     (B, T, H, _), K, wide = q.shape, k.shape[2], q.dtype == torch.bfloat16
     dq, dk, dv = likes(q, k, v)
     sizes, block = window_sizes(q, k, window, sinks), 64 if wide else 32
-    index = torch.arange(T, device=q.device, dtype=torch.int32)
-    begins = torch.where(start == index, index, T)  # the next document's first token, else T
-    stop = F.pad(begins[:, 1:], (0, 1), value=T).flip(1).cummin(1).values.flip(1).contiguous()
     with torch.cuda.device_of(q):
-        delta = row_delta(dh, h)
-        window_dq[(triton.cdiv(T, block), B * H)](
+        delta, stop = row_delta(dh, h), document_stops(start)
+        window_dq[(B * H, triton.cdiv(T, block))](
             q, k, v, start, dh, delta, lse, dq, **sizes, BQ=block, BK=block, BS=16,
             num_warps=8, num_stages=2)
         window_dkv[(B * K, triton.cdiv(T, block))](
@@ -822,67 +921,78 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# 4. Feature map and gate mix: bound by memory, so what counts is the number of passes
+# 6. Feature map and gate mix: bound by memory, so what counts is the number of passes
 # ----------------------------------------------------------------------------------------------
+# The map is a kernel of its own, not part of the mLSTM's. Inside them nothing F wide would ever be
+# in global memory: with heads of 128 and F = 512 that is half of all bytes of map and mLSTM,
+# forward and backward. But each of the five kernels that read q or k would form its features anew,
+# with W (D x F, 128 KiB) beside all else on the chip, and three of them would need W's gradient.
 
 
 @triton.jit
-def feature_fwd(x, weight, phi, T, H: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr,
-                BT: tl.constexpr, MM: tl.constexpr):
-    """phi = softmax(x W) of SPAN tokens of one head, W read once."""
-    t0, bh = tl.program_id(0) * SPAN, tl.program_id(1).to(tl.int64)
-    b, h, d = bh // H, bh % H, tl.arange(0, D)
-    W = tl.load(weight + h * D * D + d[:, None] * D + d[None, :])
-    for t in range(t0, tl.minimum(t0 + SPAN, T), BT):
-        y = product(load(x, b * T + t, T - t, h, H, D, BT, d), W, MM)
-        y = tl.exp(y - tl.max(y, axis=1)[:, None])
-        store(phi, y / tl.sum(y, axis=1)[:, None], b * T + t, T - t, h, H, D, BT, d)
+def feature_fwd(x, plain, weight, phi, T, H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+                HALVES: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, MM: tl.constexpr):
+    """phi = softmax([x W, plain W']) of BT tokens of one head; W' the second half of the columns.
+
+    Two walks over the tiles of W (first the softmax's sum, then the features) cost a second product
+    but no memory traffic, W being in the L2 cache: F logits in fp32 would not stay in registers.
+    """
+    bh, t0, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * BT, tl.arange(0, D)
+    row, n, h = bh // H * T + t0, T - t0, bh % H
+    peak, total = tl.full((BT,), -1e30, tl.float32), tl.zeros((BT,), tl.float32)
+    for walk in tl.static_range(2):
+        for half in tl.static_range(HALVES):
+            x_t = load(x if half == 0 else plain, row, n, h, H, D, BT, d)
+            for f0 in range(half * F // HALVES, (half + 1) * F // HALVES, BF):
+                f = f0 + tl.arange(0, BF)
+                W = tl.load(weight + (h * D + d[:, None]) * F + f[None, :])
+                y = product(x_t, W, MM)
+                if walk == 0:
+                    new = tl.maximum(peak, tl.max(y, axis=1))  # the online softmax
+                    total = total * tl.exp(peak - new) + tl.sum(tl.exp(y - new[:, None]), axis=1)
+                    peak = new
+                else:
+                    store(phi, tl.exp(y - peak[:, None]) / total[:, None], row, n, h, H, F, BT, f)
 
 
 @triton.jit
-def feature_bwd(dphi, x, weight, phi, dx, dW, T, H: tl.constexpr, D: tl.constexpr,
-                SPAN: tl.constexpr, BT: tl.constexpr, MM: tl.constexpr):
-    """dx of SPAN tokens of one head and their share of dW (B, spans, H, D, D)."""
-    t0, bh = tl.program_id(0) * SPAN, tl.program_id(1).to(tl.int64)
-    b, h, d = bh // H, bh % H, tl.arange(0, D)
-    at = d[:, None] * D + d[None, :]
-    W = tl.load(weight + h * D * D + at)
-    acc = tl.zeros((D, D), tl.float32)
-    for t in range(t0, tl.minimum(t0 + SPAN, T), BT):
-        p = load(phi, b * T + t, T - t, h, H, D, BT, d).to(tl.float32)
-        g = load(dphi, b * T + t, T - t, h, H, D, BT, d).to(tl.float32)
-        dy = p * (g - tl.sum(p * g, axis=1)[:, None])
-        acc += product(tl.trans(load(x, b * T + t, T - t, h, H, D, BT, d)), dy, MM)
-        store(dx, product(dy, tl.trans(W), MM), b * T + t, T - t, h, H, D, BT, d)
-    tl.store(dW + ((b * tl.num_programs(0) + tl.program_id(0)) * H + h) * D * D + at, acc)
+def softmax_bwd(phi, dphi, dy, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradient of a softmax's logits, all (rows, WIDTH): phi (dphi - phi.dphi)."""
+    row, f = tl.program_id(0) * BLOCK, tl.arange(0, WIDTH)
+    p = load(phi, row, n_rows - row, 0, 1, WIDTH, BLOCK, f).to(tl.float32)
+    g = load(dphi, row, n_rows - row, 0, 1, WIDTH, BLOCK, f).to(tl.float32)
+    store(dy, p * (g - tl.sum(p * g, axis=1)[:, None]), row, n_rows - row, 0, 1, WIDTH, BLOCK, f)
 
 
-SPAN = 1024  # tokens a program: dW's partial sums stay small beside x, the GPU full from T = 4k on
-
-
-@operator("feature_map", lambda x, weight: torch.empty_like(x))
-def _feature_map_op(x: Tensor, weight: Tensor) -> Tensor:
-    (B, T, H, D), phi = x.shape, torch.empty_like(x)
+@operator("feature_map", lambda x, plain, weight: x.new_empty(*x.shape[:3], weight.shape[2]))
+def _feature_map_op(x: Tensor, plain: Tensor | None, weight: Tensor) -> Tensor:
+    (B, T, H, D), F, halves = x.shape, weight.shape[2], 1 if plain is None else 2
+    phi, BT = x.new_empty(B, T, H, F), 128 if x.dtype == torch.bfloat16 else 32
     with torch.cuda.device_of(x):
-        feature_fwd[(triton.cdiv(T, SPAN), B * H)](
-            x, weight, phi, T, H, D, SPAN, 64, matmul_type(x.dtype), num_warps=4, num_stages=2)
+        feature_fwd[(B * H, triton.cdiv(T, BT))](
+            x, x if plain is None else plain, weight, phi, T, H, D, F, halves, BT,
+            min(64, F // halves), matmul_type(x.dtype), num_warps=8, num_stages=3)
     return phi
 
 
-@operator("feature_map_backward", lambda dphi, x, weight, phi: likes(x, weight))
-def _feature_map_backward_op(dphi: Tensor, x: Tensor, weight: Tensor, phi: Tensor
-                            ) -> tuple[Tensor, Tensor]:
-    (B, T, H, D), spans = x.shape, triton.cdiv(x.shape[1], SPAN)
-    dx, dW = torch.empty_like(x), x.new_empty(B, spans, H, D, D, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        feature_bwd[(spans, B * H)](
-            dphi, x, weight, phi, dx, dW, T, H, D, SPAN, 64 if x.dtype == torch.bfloat16 else 16,
-            matmul_type(x.dtype), num_warps=8, num_stages=1)
-    return dx, dW.sum((0, 1)).to(weight.dtype)
+@operator("softmax_backward", lambda phi, dphi: torch.empty_like(phi))
+def _softmax_backward_op(phi: Tensor, dphi: Tensor) -> Tensor:
+    dy, F = torch.empty_like(phi), phi.shape[-1]
+    with torch.cuda.device_of(phi):
+        n_rows, block = phi.numel() // F, 4096 // F
+        softmax_bwd[(triton.cdiv(n_rows, block),)](phi, dphi, dy, n_rows, F, block)
+    return dy
 
 
 def _feature_map_autograd(ctx, dphi):
-    return _feature_map_backward_op(dphi.contiguous(), *ctx.saved_tensors)
+    """The softmax's gradient, then PyTorch's products: one pass more than fused, 60 lines less."""
+    x, plain, weight, phi = ctx.saved_tensors
+    sources = [x] if plain is None else [x, plain]
+    dy = _softmax_backward_op(phi, dphi.contiguous()).chunk(len(sources), dim=-1)
+    columns = weight.chunk(len(sources), dim=-1)
+    dx = [torch.einsum("bthf,hdf->bthd", g, w) for g, w in zip(dy, columns)]
+    dW = torch.cat([torch.einsum("bthd,bthf->hdf", s, g) for s, g in zip(sources, dy)], dim=-1)
+    return dx[0], dx[-1] if len(dx) == 2 else None, dW
 
 
 _feature_map_op.register_autograd(
@@ -890,24 +1000,31 @@ _feature_map_op.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output))
 
 
-def feature_map(x, weight):
-    """phi(x) = softmax(x W) over the features, one W per head: model.FeatureMap on a GPU.
+def feature_map(x, weight, plain=None):
+    """phi = softmax over the features, one W per head: model.FeatureMap on a GPU.
 
-    x (B, H, T, D) in bf16, fp16 or fp32, weight (H, D, D) in any of them -> (B, H, T, D) in x's
-    dtype. model.py returns fp32; in bf16 each feature is rounded once, to 2^-9 of itself, as the
-    products that read it would round it anyway; the softmax before is fp32, logits included. Halves
-    the bytes. Raises ValueError for CPU tensors, float64, widths not in WIDTHS. arXiv 2402.04347.
+    x (B, heads, T, D) in bf16, fp16 or fp32, weight (heads, D, F) -> (B, heads, T, F) in x's dtype.
+    plain: x before rotation, or None; with it the first F / 2 columns of W read x, the others
+    plain. model.py returns fp32; in bf16 each feature is rounded once, to 2^-9 of itself, as the
+    products that read it would round it anyway; logits and softmax are fp32. Raises ValueError for
+    CPU tensors, float64, widths not in WIDTHS and FEATURE_WIDTHS. arXiv 2402.04347.
     """
-    check("feature_map", x=x)
-    if weight.shape != (x.shape[1], x.shape[3], x.shape[3]) or weight.device != x.device:
+    check("feature_map", WIDTHS, x=x, **({} if plain is None else {"plain": plain}))
+    (_, H, _, D), F = x.shape, weight.shape[-1]
+    if weight.shape != (H, D, F) or F not in FEATURE_WIDTHS or weight.device != x.device or (
+            plain is not None and (plain.shape != x.shape or F == 16)):
         raise ValueError(f"kernels.feature_map: weight {tuple(weight.shape)} on {weight.device} "
-                         f"does not fit x {tuple(x.shape)} on {x.device}")
-    return _feature_map_op(*token_major(x), weight.contiguous()).transpose(1, 2)
+                         f"does not fit x {tuple(x.shape)} on {x.device}; feature widths are "
+                         f"{FEATURE_WIDTHS}, with plain from 32")
+    x, *plain = token_major(x, *([] if plain is None else [plain.to(x.dtype)]))
+    weight = weight.to(x.dtype).contiguous()
+    return _feature_map_op(x, plain[0] if plain else None, weight).transpose(1, 2)
 
 
 @triton.jit
 def mix_fwd(o, a, b, out, n_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """out = o a + (1 - o) b, all (rows, WIDTH) but o (rows,)."""
+    """out = o a + (1 - o) b, all (rows, WIDTH) but o (rows,): one pass over what eager PyTorch
+    reads and writes three times."""
     row, d = tl.program_id(0) * BLOCK, tl.arange(0, WIDTH)
     n = n_rows - row
     gate = vector(o, row, n, 0, 1, BLOCK)[:, None]
@@ -965,178 +1082,3 @@ def gate_mix(o, mlstm_h, window_h):
                          f"{tuple(mlstm_h.shape)} and {tuple(window_h.shape)}")
     out = _gate_mix_op(*token_major(o.float(), mlstm_h, window_h.to(mlstm_h.dtype)))
     return out.transpose(1, 2)
-
-
-# ----------------------------------------------------------------------------------------------
-# 5. python kernels.py: are they right on this GPU, and how fast
-# ----------------------------------------------------------------------------------------------
-
-
-def random_inputs(B, H, K, T, D, dtype, device, wild=False):
-    """Seeded q, k, v (before feature maps), log_i, log_f. wild: gates at their extremes."""
-    r = torch.Generator(device).manual_seed(0)
-    q, k, v = (torch.randn(B, T, heads, D, generator=r, device=device, dtype=dtype).transpose(1, 2)
-               for heads in (H, K, K))
-    log_i, forget = torch.randn(2, B, T, H, generator=r, device=device).transpose(2, 3)
-    if wild:
-        return q, k, v, 25 * log_i, -10 ** (forget * 2)
-    return q, k, v, log_i, F.logsigmoid(forget + 4)
-
-
-def results(function, inputs, dtype):
-    """Outputs and gradients (of a fixed random projection) of function(*inputs in dtype)."""
-    inputs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
-    outputs = function(*inputs)
-    r = torch.Generator(inputs[0].device).manual_seed(1)
-    weights = [torch.randn(x.shape, generator=r, device=x.device) for x in outputs]
-    loss = sum((x.to(dtype or torch.float32) * w).sum() for x, w in zip(outputs, weights))
-    return [x.double() for x in (*outputs, *torch.autograd.grad(loss, inputs))]
-
-
-def self_check(device="cuda", T=300, D=128):
-    """Kernels against model.py in float64: {case: largest error of outputs and gradients}.
-
-    Errors are root mean squares, relative to that of the result (to 0.1 where it is less: with
-    gates at their extremes gradients cancel to nearly nothing). Raises ValueError with the
-    figures when one exceeds 1e-4 in fp32, in bf16 3e-2, or 1e-1 when wild: delta_t is taken from
-    the rounded h, and dh_t.v_s - delta_t cancels where one token has nearly all the weight.
-    """
-    import model
-
-    ids = torch.arange(T, device=device)[None] // 47
-    feature, errors = model.FeatureMap(4, D).to(device, torch.float64), {}
-
-    def rms(x):
-        return x.pow(2).mean().sqrt().item()
-
-    def reference_map(x, weight):
-        return torch.func.functional_call(feature, {"weight": weight}, (x,))
-
-    for dtype, wild, limit in ((torch.float32, False, 1e-4), (torch.float32, True, 1e-4),
-                               (torch.bfloat16, False, 3e-2), (torch.bfloat16, True, 1e-1)):
-        q, k, v, log_i, log_f = random_inputs(1, 4, 2, T, D, dtype, device, wild)
-        weight = torch.eye(D, device=device).repeat(4, 1, 1) + 0.01
-        for name, ours, plain, inputs in (
-                ("mlstm", lambda *x: mlstm(*x, document_ids=ids)[:1],
-                 lambda *x: model.mlstm_chunkwise(*x, document_ids=ids)[:1],
-                 (q.softmax(-1), k.softmax(-1), v, log_i, log_f)),
-                ("window", lambda *x: [window_attention(*x, window=90, sinks=4)],
-                 lambda *x: [model.window_attention(*x, window=90, sinks=4)], (q, k, v)),
-                ("feature map", lambda *x: [feature_map(*x)],
-                 lambda *x: [reference_map(*x)], (q, weight)),
-                ("gate mix", lambda *x: [gate_mix(*x)],
-                 lambda o, a, b: [o[..., None] * a + (1 - o[..., None]) * b],
-                 (torch.sigmoid(log_i), q, q.flip(2)))):
-            pairs = zip(results(ours, inputs, None), results(plain, inputs, torch.float64))
-            case = f"{name}, {str(dtype)[6:]}{', wild gates' if wild else ''}"
-            errors[case] = max(rms(a - b) / max(rms(b), 0.1) for a, b in pairs)
-            if not errors[case] < limit:
-                raise ValueError(f"self-check failed: {case} above {limit} in {errors}")
-    return errors
-
-
-def floor_ms(B, H, K, T, D, window, bandwidth, flops):
-    """The least time this GPU could take (bf16): {operator: (forward, forward + backward)} in ms.
-
-    mLSTM: the bytes this decomposition cannot avoid, with chunks of 128. Forward: q, h once, k, v
-    for the states and again for h, states written and read. Backward: q, dh, k, v and states
-    twice over, once more h, dh for delta, and dq, dk, dv and the states' gradients.
-    Window: arithmetic of W keys a query, two products forward and five more backward.
-    """
-    query, key, states = (2 * B * n for n in (H * T * D, K * T * D, H * T * D * D // 128))
-    forward = 2 * query + 4 * key + 2 * states
-    both = forward + 7 * query + 6 * key + 4 * states
-    pairs = 2 * B * H * T * min(window, T) * D
-    return {"mlstm": (1e3 * forward / bandwidth, 1e3 * both / bandwidth),
-            "window": (2e3 * pairs / flops, 7e3 * pairs / flops)}
-
-
-def contenders(inputs, window, sinks):
-    """(operator, name, function of inputs): ours, plain PyTorch, and PyTorch's own attention."""
-    import model
-
-    T = inputs[0].shape[2]
-    yield "mlstm", "ours", lambda q, k, v, i, f: mlstm(q, k, v, i, f)[0]
-    yield "mlstm", "model.py", lambda q, k, v, i, f: model.mlstm_chunkwise(q, k, v, i, f)[0]
-    yield "window", "ours", lambda q, k, v, *_: window_attention(
-        q, k, v, window=window, sinks=sinks)
-    yield "window", "model.py", lambda q, k, v, *_: model.window_attention(
-        q, k, v, window=window, sinks=sinks)
-    if inputs[0].is_cuda:  # on a CPU FlexAttention has no backward
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        mask = create_block_mask(
-            lambda b, h, t, s: (s <= t) & ((s > t - window) | (s < sinks)), None, None, T, T)
-        flex = torch.compile(flex_attention)
-        yield "window", "FlexAttention", lambda q, k, v, *_: flex(
-            q, k, v, block_mask=mask, enable_gqa=True)
-    yield "all keys", "SDPA", lambda q, k, v, *_: F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=True)
-
-
-def benchmark(timer, lengths, B=1, H=32, K=8, D=128, window=512, sinks=4, device="cuda"):
-    """Rows {operator, name, T, forward_ms, both_ms and their ratios to the floor}.
-
-    timer(function) -> ms. The floor's bandwidth and arithmetic are measured with it, by a copy and
-    a product of matrices. A form that runs out of memory has None.
-    """
-    size = 8192 if device == "cuda" else 64
-    x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    bandwidth, flops = (2 * x.nbytes * 1e3 / timer(lambda: x.clone()),
-                        2 * size**3 * 1e3 / timer(lambda: x @ x))
-    print(f"measured: {bandwidth / 1e12:.2f} TB/s copy, {flops / 1e12:.0f} TFLOP/s bf16 product")
-    rows = []
-    for T in lengths:
-        q, k, v, log_i, log_f = random_inputs(B, H, K, T, D, torch.bfloat16, device)
-        floors = floor_ms(B, H, K, T, D, window, bandwidth, flops)
-        inputs = [x.requires_grad_() for x in (q.softmax(-1), k.softmax(-1), v, log_i, log_f)]
-        dh = torch.ones_like(q)
-        for operator, name, function in contenders(inputs, window, sinks):
-            used = inputs if operator == "mlstm" else inputs[:3]
-
-            def both():
-                torch.autograd.grad(function(*inputs), used, dh)
-
-            try:
-                with torch.no_grad():
-                    times = [timer(lambda: function(*inputs))]
-                times.append(timer(both))
-            except torch.OutOfMemoryError:
-                times = [None, None]
-            least = floors.get(operator, (None, None))
-            ratios = [t and f and t / f for t, f in zip(times, least)]
-            rows.append(dict(operator=operator, name=name, T=T, forward_ms=times[0],
-                             both_ms=times[1], forward_floors=ratios[0], both_floors=ratios[1]))
-    return rows
-
-
-def print_table(rows):
-    """One line a row; `x floor` is the time as a multiple of the least possible."""
-    def cell(value, digits):
-        return f"{'-' if value is None else f'{value:.{digits}f}':>9}"
-
-    print(f"{'operator':10}{'T':>7}  {'form':14}{'fwd ms':>9}{'x floor':>9}{'+bwd ms':>9}"
-          f"{'x floor':>9}")
-    for r in rows:
-        print(f"{r['operator']:10}{r['T']:>7}  {r['name']:14}{cell(r['forward_ms'], 3)}"
-              f"{cell(r['forward_floors'], 2)}{cell(r['both_ms'], 3)}{cell(r['both_floors'], 2)}")
-
-
-def main():
-    """Self-check, benchmark table, JSON; exit status 2 without a GPU."""
-    if not torch.cuda.is_available():
-        print("kernels.py needs a CUDA GPU, and PyTorch sees none here; without one, "
-              "`pytest tests/test_kernels.py` runs the kernels in Triton's interpreter")
-        sys.exit(2)
-    errors = self_check()
-    print("self-check, largest relative error against float64 (outputs and gradients):")
-    for case, error in errors.items():
-        print(f"  {case:36}{error:.1e}")
-    rows = benchmark(lambda f: triton.testing.do_bench(f, return_mode="median"),
-                     (4096, 16384, 65536))
-    print_table(rows)
-    print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                      "triton": triton.__version__, "errors": errors, "rows": rows}))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,11 @@
 """kernels.py against model.py in float64: in Triton's interpreter without a GPU, compiled with one.
 
 The interpreter is chosen when triton is first imported, hence the lines before the imports.
-Run as a script (`test_kernels.py 90 128`) it compiles every kernel for a GPU that need not exist.
+Run as a script (`test_kernels.py 90 128 4`: sm_90, heads of 128, features of 4 x 128) it compiles
+every kernel for a GPU that need not exist and prints what each uses.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -31,6 +33,7 @@ if __name__ != "__main__":
                     allow_module_level=True)
     import kernels
     import model
+    import time_gpu
 
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 
@@ -46,11 +49,12 @@ def gates(kind, shape):
             "beyond": (log_i, torch.where(x < 0.1, -1e9 * x, -x))}[kind]
 
 
-def mlstm_inputs(T=70, kind="ordinary", B=1, H=2, K=1, D=16, dtype=torch.float32):
-    """q, k, v, log_i, log_f and a state, on DEVICE, requiring gradients."""
+def mlstm_inputs(T=70, kind="ordinary", B=1, H=2, K=1, width=16, E=16, dtype=torch.float32):
+    """q, k (features `width` wide), v, log_i, log_f and a state, on DEVICE, requiring gradients."""
     r = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(B, heads, T, D, generator=r) for heads in (H, K, K))
-    state = (torch.rand(B, H, D, D, generator=r), torch.rand(B, H, D, generator=r) + 0.1,
+    q, k, v = (torch.randn(B, heads, T, n, generator=r)
+               for heads, n in ((H, width), (K, width), (K, E)))
+    state = (torch.rand(B, H, width, E, generator=r), torch.rand(B, H, width, generator=r) + 0.1,
              torch.randn(B, H, generator=r))
     inputs = [x.to(dtype) for x in (q.softmax(-1), k.softmax(-1), v)] + [*gates(kind, (B, H, T))]
     return [[x.detach().to(DEVICE).requires_grad_() for x in xs] for xs in (inputs, state)]
@@ -66,12 +70,16 @@ def outputs_and_gradients(function, leaves):
 
 
 def run_mlstm(form, inputs, state=None, dtype=None, **options):
-    """h, S, z, m and all gradients, those of the incoming state included."""
+    """h, S, z, m and all gradients, those of the incoming state included.
+
+    The state that a loss may look at is (S, z) e^m. Here times a constant, or it could overflow.
+    """
     xs = [x.detach().to(dtype or x.dtype).requires_grad_() for x in [*inputs, *(state or [])]]
 
     def run():
-        h, end = form(*xs[:5], state=tuple(xs[5:]) or None, **options)
-        return [h, *end]
+        h, (S, z, m) = form(*xs[:5], state=tuple(xs[5:]) or None, **options)
+        scale = torch.exp(m - m.detach())
+        return [h, S * scale[..., None, None], z * scale[..., None], m.detach()]
 
     return outputs_and_gradients(run, xs)
 
@@ -87,8 +95,8 @@ def worst(found, expected):
 # ------------------------------------------------------------------ the mLSTM
 
 
-@pytest.mark.parametrize("kind", ["ordinary", "extreme", "forgetting", "keeping", "beyond"])
-@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("kind, with_state", [("ordinary", False), ("ordinary", True), (
+    "extreme", True), ("forgetting", True), ("keeping", True), ("beyond", True)])
 def test_mlstm_equals_the_definition(kind, with_state):
     inputs, state = mlstm_inputs(kind=kind)
     state = state if with_state else None
@@ -96,37 +104,42 @@ def test_mlstm_equals_the_definition(kind, with_state):
     assert worst(run_mlstm(kernels.mlstm, inputs, state), expected) < 1e-5
 
 
-@pytest.mark.parametrize("T", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("T", [1, 32, 33])
 def test_mlstm_of_any_length(T):
     inputs, state = mlstm_inputs(T)
     expected = run_mlstm(model.mlstm_recurrent, inputs, state, torch.float64)
     assert worst(run_mlstm(kernels.mlstm, inputs, state), expected) < 1e-5
 
 
-@pytest.mark.parametrize("B, H, K, D, E", [(2, 4, 2, 16, 16), (1, 3, 3, 32, 16), (1, 2, 1, 16, 64),
-                                           (1, 1, 1, 128, 128)])
-def test_mlstm_of_any_heads_and_widths(B, H, K, D, E):
-    inputs, state = mlstm_inputs(40, B=B, H=H, K=K, D=D)
-    r = torch.Generator().manual_seed(4)
-    inputs[2] = torch.randn(B, K, 40, E, generator=r).to(DEVICE)
-    state[0] = torch.rand(B, H, D, E, generator=r).to(DEVICE)
+@pytest.mark.parametrize("B, H, K, width, E", [(2, 4, 2, 16, 16), (1, 1, 1, 16, 64),
+                                               (1, 2, 1, 64, 16), (1, 1, 1, 256, 64)])
+def test_mlstm_of_any_heads_and_widths(B, H, K, width, E):
+    inputs, state = mlstm_inputs(40, B=B, H=H, K=K, width=width, E=E)
     expected = run_mlstm(model.mlstm_recurrent, inputs, state, torch.float64)
     assert worst(run_mlstm(kernels.mlstm, inputs, state), expected) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mlstm_in_half_precision(dtype):
-    inputs, state = mlstm_inputs(70, dtype=dtype)
+@pytest.mark.parametrize("dtype, width, E", [(torch.bfloat16, 16, 16), (torch.float16, 16, 16),
+                                             (torch.bfloat16, 512, 128)])
+def test_mlstm_in_half_precision(dtype, width, E):
+    """Two chunks (of 128 tokens in bf16). Without m0's gradient, a sum that cancels to nothing."""
+    inputs, state = mlstm_inputs(130 if dtype == torch.bfloat16 else 40, H=1, width=width, E=E,
+                                 dtype=dtype)
     expected = run_mlstm(model.mlstm_chunkwise, inputs, state, torch.float64)
     found = run_mlstm(kernels.mlstm, inputs, state)
     assert found[0].dtype == dtype and {x.dtype for x in found[1:4]} == {torch.float32}
-    assert worst(found, expected) < 1e-2
-    inputs[:2] = [x.detach().float() for x in inputs[:2]]  # fp32 features, as model.FeatureMap's
-    mixed = run_mlstm(kernels.mlstm, inputs, state)
-    assert mixed[4].dtype == torch.float32 and worst(mixed, expected) < 1e-2
+    assert worst(found[:-1], expected[:-1]) < 2e-2
 
 
-DOCUMENTS = [[1, 1, 3, 59, 1, 35], [64, 36], [5, 95]]
+def test_features_may_be_fp32_beside_bf16_values():
+    inputs, state = mlstm_inputs(40, dtype=torch.bfloat16)
+    expected = run_mlstm(model.mlstm_chunkwise, inputs, state, torch.float64)
+    inputs[:2] = [x.detach().float() for x in inputs[:2]]
+    found = run_mlstm(kernels.mlstm, inputs, state)[:-1]
+    assert found[4].dtype == torch.float32 and worst(found, expected[:-1]) < 2e-2
+
+
+DOCUMENTS = [[1, 1, 3, 59, 1, 5], [64, 6]]
 
 
 def ids_of(lengths):
@@ -137,7 +150,7 @@ def ids_of(lengths):
 @pytest.mark.parametrize("lengths", DOCUMENTS)
 @pytest.mark.parametrize("kind", ["ordinary", "extreme"])
 def test_mlstm_documents_equal_the_definition(lengths, kind):
-    inputs, state = mlstm_inputs(100, kind)
+    inputs, state = mlstm_inputs(70, kind, width=32)
     expected = run_mlstm(model.mlstm_chunkwise, inputs, state, torch.float64,
                          document_ids=ids_of(lengths))
     found = run_mlstm(kernels.mlstm, inputs, state, document_ids=ids_of(lengths))
@@ -148,11 +161,11 @@ def test_mlstm_documents_equal_the_definition(lengths, kind):
 def test_documents_do_not_touch_each_other(dtype):
     """Another first document changes the second's outputs and gradients by exactly 0."""
     def run(edited):
-        xs, _ = mlstm_inputs(100, "extreme", dtype=dtype)
+        xs, _ = mlstm_inputs(70, "extreme", dtype=dtype)
         with torch.no_grad():
             for x in xs[:edited]:
                 x[:, :, :41] = x[:, :, :41].flip(2) * 0.9
-        options = dict(document_ids=ids_of([41, 59]))
+        options = dict(document_ids=ids_of([41, 29]))
         mixed = outputs_and_gradients(lambda: [
             kernels.mlstm(*xs, **options)[0],
             kernels.window_attention(*xs[:3], window=20, sinks=4, **options)], xs)
@@ -163,11 +176,11 @@ def test_documents_do_not_touch_each_other(dtype):
 
 
 def test_two_parts_equal_the_whole_with_gradients_through_the_state():
-    inputs, state = mlstm_inputs(90)
+    inputs, state = mlstm_inputs(60)
 
     def parts(*xs, state):
-        h1, state = kernels.mlstm(*(x[:, :, :50] for x in xs), state=state)
-        h2, state = kernels.mlstm(*(x[:, :, 50:] for x in xs), state=state)
+        h1, state = kernels.mlstm(*(x[:, :, :35] for x in xs), state=state)
+        h2, state = kernels.mlstm(*(x[:, :, 35:] for x in xs), state=state)
         return torch.cat((h1, h2), dim=2), state
 
     whole = run_mlstm(model.mlstm_recurrent, inputs, state, torch.float64)
@@ -185,11 +198,12 @@ def test_strides_do_not_matter_and_runs_repeat_to_the_bit():
 # ------------------------------------------------------------------ window and sinks
 
 
-@pytest.mark.parametrize("window, sinks", [(1, 0), (1, 4), (5, 2), (37, 20), (64, 4), (500, 4)])
-@pytest.mark.parametrize("lengths", [*DOCUMENTS, [100]])
+@pytest.mark.parametrize("window, sinks, lengths", [
+    (1, 0, [100]), (1, 4, DOCUMENTS[0]), (5, 2, [100]), (5, 2, DOCUMENTS[0]), (37, 20, [5, 95]),
+    (64, 4, [64, 36]), (64, 4, [100]), (500, 4, DOCUMENTS[0])])
 def test_window_equals_the_definition(window, sinks, lengths):
-    r = torch.Generator().manual_seed(0)
-    xs = [torch.randn(1, h, 100, 16, generator=r).to(DEVICE).requires_grad_() for h in (2, 1, 1)]
+    r, T = torch.Generator().manual_seed(0), sum(lengths)
+    xs = [torch.randn(1, h, T, 16, generator=r).to(DEVICE).requires_grad_() for h in (2, 1, 1)]
     options = dict(window=window, sinks=sinks,
                    document_ids=ids_of(lengths) if len(lengths) > 1 else None)
     wide = [x.detach().double().requires_grad_() for x in xs]
@@ -198,32 +212,44 @@ def test_window_equals_the_definition(window, sinks, lengths):
     assert worst(found, expected) < 1e-5
 
 
+# ------------------------------------------------------------------ the feature map
+
+
+@pytest.mark.parametrize("features", [1, 2, 4])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_feature_map_equals_the_definition(features, dtype, limit):
+    """T past a tile's end; wide maps read the unrotated vectors with their second half."""
+    r = torch.Generator().manual_seed(0)
+    x, plain = (torch.randn(2, 2, 40, 16, generator=r).to(DEVICE, dtype) for _ in range(2))
+    weight = torch.randn(2, 16, 16 * features, generator=r).to(DEVICE, dtype)
+    leaves = [x.requires_grad_() for x in ([x, weight] + [plain] * (features > 1))]
+
+    def definition(x, weight, plain=None):
+        if plain is None:
+            return (x @ weight).softmax(-1)
+        first, second = weight.chunk(2, dim=-1)
+        return torch.cat((x @ first, plain @ second), dim=-1).softmax(-1)
+
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    expected = outputs_and_gradients(lambda: [definition(*wide)], wide)
+    found = outputs_and_gradients(lambda: [kernels.feature_map(*leaves)], leaves)
+    assert found[0].dtype == dtype and worst(found, expected) < limit
+
+
 # ------------------------------------------------------------------ all operators
-
-
-def test_self_check_passes():
-    errors = kernels.self_check(DEVICE, T=50, D=16)
-    assert len(errors) == 16 and all(0 < x < 0.1 for x in errors.values())
-
-
-def test_self_check_fails_when_a_kernel_is_wrong(monkeypatch):
-    right = kernels.gate_mix
-    monkeypatch.setattr(kernels, "gate_mix", lambda o, a, b: right(o, b, a))
-    with pytest.raises(ValueError, match="gate mix, float32 above"):
-        kernels.self_check(DEVICE, T=20, D=16)
 
 
 def mixer(q, k, v, weight, log_i, log_f):
     """All four operators as the hybrid mixer chains them."""
-    h, (S, z, m) = kernels.mlstm(kernels.feature_map(q, weight), kernels.feature_map(k, weight[:1]),
-                                 v, log_i, log_f)
+    h, (S, z, m) = kernels.mlstm(kernels.feature_map(q, weight, q.flip(2)),
+                                 kernels.feature_map(k, weight[:1], k.flip(2)), v, log_i, log_f)
     swa = kernels.window_attention(q, k, v, window=5, sinks=2)
-    return kernels.gate_mix(torch.sigmoid(log_i), h, swa).sum() + S.sum() + m.sum()
+    return kernels.gate_mix(torch.sigmoid(log_i), h, swa).sum() + S.sum()
 
 
 def test_torch_compile_sees_opaque_operators():
     (q, k, v, log_i, log_f), _ = mlstm_inputs(40)
-    leaves = q, k, v, torch.eye(16, device=DEVICE).repeat(2, 1, 1).requires_grad_(), log_i, log_f
+    leaves = q, k, v, torch.eye(16, device=DEVICE).repeat(2, 1, 2).requires_grad_(), log_i, log_f
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     for a, b in zip(outputs_and_gradients(lambda: [compiled(*leaves)], leaves),
                     outputs_and_gradients(lambda: [mixer(*leaves)], leaves)):
@@ -236,9 +262,10 @@ def test_operators_are_registered_as_torch_wants_them(name):
     q, k, v, log_i, log_f = (x.detach().transpose(1, 2).contiguous().requires_grad_()
                              for x in inputs)
     start = kernels.document_starts(None, inputs[0])
-    weight = torch.eye(16, device=DEVICE).repeat(2, 1, 1).requires_grad_()
+    weight = torch.eye(16, device=DEVICE).repeat(2, 1, 2).requires_grad_()
     arguments = {"mlstm": (q, k, v, log_i, log_f, start, *state),
-                 "window": (q, k, v, start.clamp_min(0), 5, 2), "feature_map": (q, weight),
+                 "window": (q, k, v, start.clamp_min(0), 5, 2),
+                 "feature_map": (q, q.detach().flip(1), weight),
                  "gate_mix": (log_i, q, q.detach().clone().requires_grad_())}[name]
     torch.library.opcheck(getattr(torch.ops.xlstm_kernels, name).default, arguments)
 
@@ -261,31 +288,49 @@ def test_unsupported_inputs_are_refused_in_one_sentence(monkeypatch):
     assert "window 0" in refusal(kernels.window_attention, q, k, v, window=0, sinks=4)
     assert "do not fit" in refusal(kernels.window_attention, q, k.bfloat16(), v, window=4, sinks=0)
     assert "weight" in refusal(kernels.feature_map, q, torch.ones(3, 16, 16))
+    assert "feature widths" in refusal(kernels.feature_map, q, torch.ones(2, 16, 48))
+    assert "fit together" in refusal(kernels.mlstm, q, torch.cat((k, k), -1), v, log_i, log_f)
+    assert "state has shapes" in refusal(kernels.mlstm, q, k, v, log_i, log_f, state=(q, q, q))
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     assert "on cpu" in refusal(kernels.mlstm, *(x.cpu() for x in (q, k, v, log_i, log_f)))
 
 
-# ------------------------------------------------------------------ the command
+@pytest.mark.parametrize("head_dim, features, word", [(64, 1, None), (128, 4, None), (80, 4, "80"),
+                                                      (96, 4, "96"), (256, 1, "256"),
+                                                      (64, 3, "3 x 64")])
+def test_heads_that_the_kernels_cannot_serve_are_named(head_dim, features, word):
+    why = kernels.refusal(head_dim, features)
+    assert why is None if word is None else word in why
 
 
-def test_the_benchmark_prints_one_table(capsys):
-    def timer(function):
-        function()
-        return 2.0
+# ------------------------------------------------------------------ tests/time_gpu.py
 
-    rows = kernels.benchmark(timer, (64,), H=2, K=1, D=16, window=16, device=DEVICE)
-    kernels.print_table(rows)
-    json.dumps(rows)
-    assert [(r["operator"], r["name"]) for r in rows if r["name"] != "FlexAttention"] == [
-        ("mlstm", "ours"), ("mlstm", "model.py"), ("window", "ours"), ("window", "model.py"),
-        ("all keys", "SDPA")]
-    assert all(r["both_ms"] == 2.0 for r in rows) and rows[0]["forward_floors"] > 0
-    table = capsys.readouterr().out.splitlines()[1:]
-    assert len(table) == len(rows) + 1 and len(set(map(len, table))) == 1
+
+def test_the_gpu_report_is_rehearsed_without_one(tmp_path, capsys):
+    path = tmp_path / "report.md"
+    assert time_gpu.main(["--tiny", "--report", str(path), "--only", "check", "table"]) == 0
+    text = path.read_text()
+    assert text.count("| ok |") == 12 and "WRONG" not in text and text.endswith("0 failures\n")
+    assert len(re.findall(r"\| (mlstm|feature map|window|all keys) \|.*e", text)) >= 11
+
+
+def test_what_fails_is_a_row_of_the_gpu_report(tmp_path, capsys, monkeypatch):
+    def breaks(*args, **options):
+        raise torch.OutOfMemoryError("too | large\nby far")
+
+    right = kernels.gate_mix
+    monkeypatch.setattr(kernels, "gate_mix", lambda o, a, b: right(o, b, a))
+    monkeypatch.setattr(kernels, "mlstm", breaks)
+    monkeypatch.setattr(kernels, "window_attention", breaks)
+    path = tmp_path / "report.md"
+    assert time_gpu.main(["--tiny", "--report", str(path), "--only", "check"]) == 1
+    text = path.read_text()
+    assert "FAILED: OutOfMemoryError: too / large by far" in text
+    assert text.count("WRONG") == 2 and text.count("FAILED") == 6 and "8 failures" in text
 
 
 def test_the_floor_is_that_of_an_h200():
-    floors = kernels.floor_ms(1, 32, 32, 16384, 128, 512, 4.3e12, 790e12)
+    floors = time_gpu.floor_ms(1, 32, 32, 16384, 128, 1, 512, 4.3e12, 790e12)
     assert floors["mlstm"][0] == pytest.approx(0.252, rel=0.02)  # 1.08 GB at 4.3 TB/s
     assert floors["mlstm"][1] == pytest.approx(0.787, rel=0.02)
     assert floors["window"][0] == pytest.approx(0.175, rel=0.02)
@@ -293,33 +338,37 @@ def test_the_floor_is_that_of_an_h200():
 
 
 @pytest.mark.skipif(CUDA, reason="there is a GPU")
-def test_without_a_gpu_the_command_says_so():
-    done = subprocess.run([sys.executable, ROOT / "kernels.py"], capture_output=True, text=True)
-    assert done.returncode == 2 and "needs a CUDA GPU" in done.stdout and not done.stderr
+def test_without_a_gpu_the_command_says_so(tmp_path, capsys):
+    assert time_gpu.main(["--report", str(tmp_path / "report.md")]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ on a GPU
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("D", [64, 128])
-def test_real_sizes_on_a_gpu(dtype, limit, D):
-    inputs, _ = mlstm_inputs(4096 + 17, H=8, K=2, D=D, dtype=dtype)
+@pytest.mark.parametrize("width, D", [(64, 64), (256, 64), (128, 128), (512, 128)])
+def test_real_sizes_on_a_gpu(dtype, limit, width, D):
+    inputs, _ = mlstm_inputs(4096 + 17, H=8, K=2, width=width, E=D, dtype=dtype)
     expected = run_mlstm(model.mlstm_chunkwise, inputs, dtype=torch.float64)
     assert worst(run_mlstm(kernels.mlstm, inputs), expected) < limit
     again = [run_mlstm(kernels.mlstm, inputs) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*again))
-    wide = [x.detach().double().requires_grad_() for x in inputs[:3]]
+    inputs = [x[..., :D].detach().requires_grad_() for x in inputs[:3]]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
     expected = outputs_and_gradients(
         lambda: [model.window_attention(*wide, window=512, sinks=4)], wide)
     found = outputs_and_gradients(
-        lambda: [kernels.window_attention(*inputs[:3], window=512, sinks=4)], inputs[:3])
+        lambda: [kernels.window_attention(*inputs, window=512, sinks=4)], inputs)
     assert worst(found, expected) < limit
 
 
 # ------------------------------------------------------------------ compiled for GPUs
 
 
-def compile_all(capability, width):
-    """Compile each kernel as the public functions launch it in bf16; {kernel: resources} as JSON.
+def compile_all(capability, width, features):
+    """Compile each kernel as the public functions launch it in bf16; its resources, as JSON lines.
 
     The launches are recorded, not run, so the machine needs no GPU and the test no second list of
     block sizes and warps.
@@ -342,13 +391,15 @@ def compile_all(capability, width):
     q, k, v = (torch.zeros(1, n, 100, width, dtype=torch.bfloat16, requires_grad=True)
                for n in (8, 2, 2))
     gate = torch.zeros(1, 8, 100, requires_grad=True)
-    for out in (kernels.mlstm(q, k, v, gate, gate)[0], kernels.gate_mix(gate, q, q),
-                kernels.window_attention(q, k, v, window=512, sinks=4),
-                kernels.feature_map(q, torch.zeros(8, width, width, requires_grad=True))):
+    phi_q, phi_k = (kernels.feature_map(
+        x, torch.zeros(x.shape[1], width, features * width, requires_grad=True),
+        x if features > 1 else None) for x in (q, k))
+    for out in (kernels.mlstm(phi_q, phi_k, v, gate, gate)[0], kernels.gate_mix(gate, q, q),
+                kernels.window_attention(q, k, v, window=512, sinks=4)):
         out.sum().backward()
 
-    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
-    resources = {}
+    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
+             torch.int32: "*i32"}
     for kernel, (values, options) in launches.items():
         signature, constants, aligned = {}, {}, {}
         for i, parameter in enumerate(kernel.params):
@@ -368,18 +419,22 @@ def compile_all(capability, width):
             file.flush()
             report = subprocess.run([tool, "-res-usage", file.name], check=True,
                                     capture_output=True, text=True).stdout
-        found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
-        resources[kernel.__name__] = {**{name: int(x) for name, x in found.items()},
-                                      "shared": compiled.metadata.shared}
-    print(json.dumps(resources))
+        used = {name: int(x) for name, x in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+        ptx = compiled.asm["ptx"]
+        print(json.dumps({"kernel": kernel.__name__, **used, "shared": compiled.metadata.shared,
+                          "warps": options["num_warps"], "wgmma": ptx.count("wgmma.mma_async"),
+                          "mma.sync": ptx.count("mma.sync")}), flush=True)
 
 
 def test_a_student_on_kernels_learns_as_one_without():
-    """Through model.py: hidden states and every gradient of a packed row, of the shipped teacher."""
+    """Through model.py: hidden states and all gradients of a packed row, one layer of a teacher."""
     teacher = model.load_pretrained(ROOT / "tests/teacher", device=DEVICE)
-    tokens = torch.randint(0, 1000, (1, 70), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    ids = (torch.arange(70) // 45)[None].to(DEVICE)
-    weights = torch.randn(1, 70, teacher.config.hidden_size,
+    teacher.model["layers"] = teacher.model["layers"][:1]
+    teacher.config = dataclasses.replace(teacher.config, num_layers=1,
+                                         layer_windows=teacher.config.layer_windows[:1])
+    tokens = torch.randint(0, 1000, (1, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = (torch.arange(40) // 25)[None].to(DEVICE)
+    weights = torch.randn(1, 40, teacher.config.hidden_size,
                           generator=torch.Generator().manual_seed(1)).to(DEVICE)
     found = []
     for choice in ("torch", "triton"):
@@ -394,29 +449,28 @@ def test_a_student_on_kernels_learns_as_one_without():
 
 @pytest.fixture(scope="module")
 def compilations():
-    """The four compilations, started together (two cores: half the time)."""
+    """Both compilations, started together. The widest heads and features: they need the most."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    started = {(capability, width): subprocess.Popen(
-        [sys.executable, __file__, str(capability), str(width)], env=environment,
-        stdout=subprocess.PIPE, text=True) for capability in (80, 90) for width in (64, 128)}
+    started = {capability: subprocess.Popen(
+        [sys.executable, __file__, str(capability), "128", "4"], env=environment,
+        stdout=subprocess.PIPE, text=True) for capability in (80, 90)}
     yield started
     for process in started.values():
         process.kill()
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("width", [64, 128])
-def test_kernels_compile_without_spilling(compilations, capability, width):
-    process = compilations[capability, width]
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0
-    resources = json.loads(output.splitlines()[-1])
-    assert len(resources) == 16
-    few = 8 if triton.__version__[:3] == "3.6" else 0  # Triton 3.6, two kernels for sm_80
-    for name, used in resources.items():  # STACK, LOCAL: bytes of registers spilled to memory
-        assert used["STACK"] <= few and used["LOCAL"] == 0, (name, used)
-        assert used["shared"] <= {80: 166912, 90: 232448}[capability], (name, used)
+def test_kernels_compile_without_spilling(compilations, capability):
+    output, _ = compilations[capability].communicate(timeout=600)
+    assert compilations[capability].returncode == 0
+    kernels_used = [json.loads(x) for x in output.splitlines() if x.startswith("{")]
+    assert len(kernels_used) == 17
+    few = 24 if triton.__version__[:3] == "3.6" else 0  # Triton 3.6, gates_fwd (8 for sm_90)
+    for used in kernels_used:  # STACK, LOCAL: bytes of registers spilled to memory
+        assert used["STACK"] <= few and used["LOCAL"] == 0, used
+        assert used["shared"] <= {80: 166912, 90: 232448}[capability], used
+        assert capability == 80 or not used["mma.sync"], used  # Hopper: all products by wgmma
 
 
 if __name__ == "__main__":
-    compile_all(int(sys.argv[1]), int(sys.argv[2]))
+    compile_all(*map(int, sys.argv[1:4]))
