@@ -21,7 +21,6 @@ Contents: 1 configuration · 2 norm, RoPE, softmax attention · 3 the mLSTM · 4
 Glossary (code: meaning, symbol in the paper)
     B, T, V         batch, tokens, vocabulary
     H, K            query heads, key/value heads; H / K query heads, a group, share one of K
-    R               heads with input and forget gates, and so a state, of their own: H, or K
     D, E            width of a head of queries or keys, of values (the same in every teacher here)
     F, width        features of a query or key in the mLSTM (the paper's: D; F is also torch's)
     S, z, m         mLSTM matrix state, normaliser, stabiliser; the true state is (S, z) * e^m
@@ -99,7 +98,6 @@ class Hybrid:
     sinks: int = 4  # first tokens of the document that every later token sees
     mixer: str = "hybrid"  # a key of MIXERS
     features: int = 1  # width of the mLSTM's keys as a multiple of D (`FeatureMap`); paper: 1
-    shared_gates: bool = False  # input and forget gates per key/value head; paper: per query head
     folded: bool = False  # output gate folded into one map of x (`fold_output_gate`)
 
 
@@ -599,10 +597,7 @@ FORGET = -1e4  # log of a forget gate that forgets all: e^-1e4 is exactly 0, and
 
 
 def empty_state(batch, heads, width, E, device):
-    """The mLSTM's state before the first token, fp32: S (B, R, F, E), z (B, R, F), m (B, R).
-
-    R heads that have gates of their own, features of width F, values of width E.
-    """
+    """The mLSTM's state before the first token, fp32: S (B, H, F, E), z (B, H, F), m (B, H)."""
     return (torch.zeros(batch, heads, width, E, device=device),
             torch.zeros(batch, heads, width, device=device),
             torch.full((batch, heads), EMPTY, device=device))
@@ -612,30 +607,28 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
     """The definition (Eq. 8-10), one token at a time.
 
     q (B, H, T, F), k (B, K, T, F): feature-mapped, non-negative. v (B, K, T, E).
-    log_i, log_f (B, R, T) fp32: log input gate, log forget gate (at most 0). R = H: a gate for
-    every query head, as in the paper; R = K: one for each key/value head, whose queries then read
-    one state together.
+    log_i, log_f (B, H, T) fp32: log input gate, log forget gate (at most 0). So each query head has
+    a state of its own, also where a group shares its keys and values.
     state: (S, z, m) of the tokens before, fp32 (`empty_state` when None).
     Returns h (B, H, T, E) in v's dtype and the state after the last token. In float64 inputs the
     whole computation is float64: that is the tests' reference.
     """
-    (B, H, T, width), R, dtype = q.shape, log_i.shape[1], v.dtype
-    S, z, m = state or empty_state(B, R, width, v.shape[-1], q.device)
+    (B, H, T, width), dtype = q.shape, v.dtype
+    S, z, m = state or empty_state(B, H, width, v.shape[-1], q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
-    k, v = (x.to(wide).repeat_interleave(R // x.shape[1], dim=1) for x in (k, v))  # (B, R, T, .)
-    q = q.to(wide).unflatten(1, (R, H // R))  # (B, R, H / R, T, F)
+    q, k, v = (x.to(wide).repeat_interleave(H // x.shape[1], dim=1) for x in (q, k, v))
+    log_i, log_f = log_i.to(wide), log_f.to(wide)
     h = []
     for t in range(T):
-        i, f = log_i[:, :, t].to(wide), log_f[:, :, t].to(wide)
-        k_t, v_t, q_t = k[:, :, t], v[:, :, t], q[:, :, :, t]
+        i, f, k_t, v_t, q_t = log_i[:, :, t], log_f[:, :, t], k[:, :, t], v[:, :, t], q[:, :, t]
         m_new = torch.maximum(m + f, i)
         keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()[..., None]
         S = keep[..., None] * S + (write * k_t)[..., None] * v_t[..., None, :]  # Eq. 8
         z = keep * z + write * k_t                                              # Eq. 9
         m = m_new
-        den = (q_t @ z[..., None]).clamp_min(1e-30)  # only against 0 / 0
-        h.append((q_t @ S) / den)                                               # Eq. 10
-    return torch.stack(h, dim=3).flatten(1, 2).to(dtype), (S, z, m)
+        den = (q_t * z).sum(-1, keepdim=True).clamp_min(1e-30)  # only against 0 / 0
+        h.append((q_t[..., None, :] @ S).squeeze(-2) / den)                     # Eq. 10
+    return torch.stack(h, dim=2).to(dtype), (S, z, m)
 
 
 def mlstm_step(q, k, v, log_i, log_f, state):
@@ -645,16 +638,15 @@ def mlstm_step(q, k, v, log_i, log_f, state):
     """
     (S, z, m), dtype = state, v.dtype
     q, k, v, i, f = (x.squeeze(2).to(S.dtype) for x in (q, k, v, log_i, log_f))
-    k, v = (x.repeat_interleave(i.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     m_new = torch.maximum(m + f, i)
     keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()[..., None]
     m.copy_(m_new)
     k = write * k
     S.mul_(keep[..., None]).addcmul_(k[..., None], v[..., None, :])
     z.mul_(keep).add_(k)
-    q = q.unflatten(1, (i.shape[1], -1))  # (B, R, H / R, F)
-    h = (q @ S) / (q @ z[..., None]).clamp_min(1e-30)
-    return h.flatten(1, 2)[:, :, None].to(dtype)
+    den = (q * z).sum(-1, keepdim=True).clamp_min(1e-30)
+    return ((q[:, :, None] @ S) / den[..., None]).to(dtype)
 
 
 # The loop above does O(1) work a token in T serial steps: far too many to train with. Now let a
@@ -675,7 +667,7 @@ def mlstm_step(q, k, v, log_i, log_f, state):
 
 
 def _chunk_gates(log_i, log_f, m, document_ids, L):
-    """Gates (B, R, T) and the first m -> c, r (B, R, N, L), m (B, R, N + 1), total (B, R, N).
+    """Gates (B, H, T) and the first m -> c, r (B, H, N, L), m (B, H, N + 1), total (B, H, N).
 
     float64. m: the stabiliser before every chunk, and last the one after all. total: b_L.
     """
@@ -690,7 +682,7 @@ def _chunk_gates(log_i, log_f, m, document_ids, L):
     # m' = total + max(m, max c), chunk after chunk, is a running maximum once the totals of all
     # chunks before are taken off. Rounded as it will be stored, and only then used: S and z are
     # divided by this very e^m, and another rounding would scale them in silence.
-    before = F.pad(total.cumsum(-1), (1, 0))  # (B, R, N + 1)
+    before = F.pad(total.cumsum(-1), (1, 0))  # (B, H, N + 1)
     steps = torch.cat((m[..., None].double(), c.amax(-1) - before[..., :-1]), dim=-1)
     m = (steps.cummax(-1).values + before).to(m.dtype).double()
     r = torch.maximum(m[..., :-1, None], c.cummax(-1).values)
@@ -710,37 +702,31 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
     was 2 to 4 times slower (13 with the backward). `split` and `unbind`, not slices: the gradient
     of a slice fills a tensor of the whole length, for every chunk (5 times slower at 4096 tokens).
     """
-    (B, H, T, width), R, E, dtype = q.shape, log_i.shape[1], v.shape[-1], v.dtype
-    wide, L, rows = torch.promote_types(q.dtype, torch.float32), chunk_size, H // R
+    (B, H, T, width), (K, E), dtype = q.shape, (v.shape[1], v.shape[3]), v.dtype
+    wide, L = torch.promote_types(q.dtype, torch.float32), chunk_size
     with torch.autocast(q.device.type, enabled=False):
-        S, z, m = state or empty_state(B, R, width, E, q.device)
-        S = torch.cat((S, z[..., None]), dim=-1).flatten(0, 1).to(wide)  # (B R, F, E + 1): see v
+        S, z, m = state or empty_state(B, H, width, E, q.device)
+        S = torch.cat((S, z[..., None]), dim=-1).flatten(0, 1).to(wide)  # (B H, F, E + 1): see v
         c, r, m, total = _chunk_gates(log_i, log_f, m.to(wide), document_ids, L)
         carry = (m[..., :-1, None] - r).exp()
         write = (c + (total - m[..., 1:])[..., None]).exp()
         keep = (m[..., :-1] + total - m[..., 1:]).exp()[..., None, None]
         gates = [x.flatten(0, 1).unbind(1) for x in (
-            c, r, *(x.to(wide) for x in (carry, write, keep)))]  # each: N of (B R, L)
+            c, r, *(x.to(wide) for x in (carry, write, keep)))]  # each: N of (B H, L)
         v = F.pad(v, (0, 1), value=1.0)  # the normaliser z is the state of one more value, 1
-        q, k, v = (x.unflatten(1, (heads, -1)).flatten(0, 1).split(L, dim=2)
-                   for x, heads in ((q, R), (k, k.shape[1]), (v, v.shape[1])))
+        q, k, v = (x.flatten(0, 1).split(L, dim=1) for x in (q, k, v))  # each: N of (B heads, L, .)
         future = torch.ones(L, L, dtype=torch.bool, device=c.device).triu(1)
         h = []
         for q_n, k_n, v_n, c_n, r_n, carry_n, write_n, keep_n in zip(q, k, v, *gates):
-            l = q_n.shape[2]  # L, or what is left
-            q_n = q_n.to(wide).flatten(1, 2)  # (B R, H / R l, F): one product for a group
-            k_n, v_n = (x[:, 0].to(wide).repeat_interleave(B * R // len(x), dim=0)
-                        for x in (k_n, v_n))  # (B R, l, F or E + 1)
+            l = q_n.shape[1]  # L, or what is left
+            q_n, k_n, v_n = q_n.to(wide), *(  # (B H, l, F or E + 1)
+                x.to(wide).repeat_interleave(H // K, dim=0) for x in (k_n, v_n))
             # Mask before the exponential: behind it the future overflows, and its gradient is NaN.
             W = (c_n[:, None, :l] - r_n[:, :l, None]).to(wide)
-            W = W.masked_fill(future[:l, :l], -torch.inf).exp()[:, None]  # (B R, 1, l, l)
-            P = (q_n @ k_n.transpose(1, 2)).unflatten(1, (rows, l)) * W
-            carried = carry_n[:, :l].repeat(1, rows)[..., None] * (q_n @ S)
-            h_n = torch.baddbmm(carried, P.flatten(1, 2), v_n)
-            h.append(h_n.unflatten(1, (rows, l)))
+            P = (q_n @ k_n.transpose(1, 2)) * W.masked_fill(future[:l, :l], -torch.inf).exp()
+            h.append(torch.baddbmm(carry_n[:, :l, None] * (q_n @ S), P, v_n))
             S = torch.baddbmm(keep_n * S, (write_n[:, :l, None] * k_n).transpose(1, 2), v_n)
-        h = torch.cat(h, dim=2).view(B, H, T, E + 1)
-        S = S.unflatten(0, (B, R))
+        h, S = torch.cat(h, dim=1).unflatten(0, (B, H)), S.unflatten(0, (B, H))
         h = h[..., :E] / h[..., E:].clamp_min(1e-30)  # only against 0 / 0
     return h.to(dtype), (S[..., :E], S[..., E], m[..., -1].to(wide))
 
@@ -792,27 +778,29 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
 # ----------------------------------------------------------------------------------------------
 
 
-def choose_kernels(wanted, device):
+def choose_kernels(wanted, device, head_dim, features):
     """kernels="auto" | "torch" | "triton" -> "torch" (this file) or "triton" (kernels.py).
 
-    "auto" takes Triton on a CUDA device where kernels.py and its package are there. A wish for
-    "triton" is never dropped in silence: ValueError says what it lacks. (Triton's interpreter,
-    TRITON_INTERPRET=1, needs no GPU; it is for tests.)
+    "auto" takes Triton on a CUDA device where kernels.py and its package are there, and says why
+    if the kernels do not have the heads' width. A wish for "triton" is never dropped in silence:
+    ValueError says what it lacks. (Triton's interpreter, TRITON_INTERPRET=1, is for tests.)
     """
     if wanted not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels {wanted!r} is unknown; known: auto, torch, triton")
     if wanted == "torch":
         return "torch"
     cuda = torch.device(device).type == "cuda"
-    missing = "" if cuda or wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else (
-        f"a CUDA device, not {device}")
-    if not missing:
+    if not (cuda or wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        missing = f"they need a CUDA device, not {device}"
+    else:
         try:
-            _kernels()
+            missing = _kernels().refusal(head_dim, features)
         except ImportError as error:
-            missing = f"kernels.py and the triton package ({error})"
+            missing = f"they need kernels.py and the triton package ({error})"
     if missing and wanted == "triton":
-        raise ValueError(f"kernels='triton' needs {missing}; use kernels='torch'")
+        raise ValueError(f"kernels='triton': {missing}; use kernels='torch'")
+    if missing and cuda:
+        print(f"kernels   plain PyTorch: {missing}")
     return "torch" if missing else "triton"
 
 
@@ -878,7 +866,7 @@ class WindowAttention(Attention):
     """"swa", the control: window and sinks alone. No new parameters."""
 
     kernels = "torch"  # what computes sequences: see `choose_kernels`. Steps are always torch
-    gate_heads = 0  # R: how many heads have gates, and so a state, of their own. Here none
+    state_heads = 0  # how many heads have an mLSTM state. Here none
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -900,7 +888,7 @@ class WindowAttention(Attention):
         return self.window_branch(heads, document_ids, cache)
 
     def new_cache(self, batch, max_length, like):
-        return HybridCache(batch, self.config, self.gate_heads, self.short_window, self.sinks,
+        return HybridCache(batch, self.config, self.state_heads, self.short_window, self.sinks,
                            like)
 
 
@@ -910,13 +898,13 @@ class LinearAttention(WindowAttention):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         c, features = config, config.hybrid.features
-        self.gate_heads = c.num_kv_heads if c.hybrid.shared_gates else c.num_heads
+        self.state_heads = c.num_heads
         self.feature_map_q = FeatureMap(c.num_heads, c.head_dim, features)
         self.feature_map_k = FeatureMap(c.num_kv_heads, c.head_dim, features)
 
     def log_gates(self, x):
-        """x (B, T, hidden) -> log input gate, log forget gate, each (B, R, T) fp32."""
-        zeros = x.new_zeros(x.shape[0], self.gate_heads, x.shape[1], dtype=torch.float32)
+        """x (B, T, hidden) -> log input gate, log forget gate, each (B, H, T) fp32."""
+        zeros = x.new_zeros(x.shape[0], self.config.num_heads, x.shape[1], dtype=torch.float32)
         return zeros, zeros  # both gates are 1
 
     def recurrent_branch(self, heads, document_ids, cache):
@@ -944,8 +932,8 @@ class MLSTMAttention(LinearAttention):
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
-        self.input_gate = Gate(config.hidden_size, self.gate_heads)
-        self.forget_gate = Gate(config.hidden_size, self.gate_heads)
+        self.input_gate = Gate(config.hidden_size, config.num_heads)
+        self.forget_gate = Gate(config.hidden_size, config.num_heads)
 
     def log_gates(self, x):
         return self.input_gate(x), F.logsigmoid(self.forget_gate(x))  # i = exp, f = sigmoid
@@ -1000,7 +988,7 @@ def initialise_mixer(attention):
         elif is_new(f".{name}"):
             p.zero_()
     if hasattr(attention, "forget_gate"):  # heads forget half after 256 ... 4096 tokens
-        keep = 0.5 ** (1 / torch.logspace(8, 12, attention.gate_heads, base=2))
+        keep = 0.5 ** (1 / torch.logspace(8, 12, attention.config.num_heads, base=2))
         attention.forget_gate.bias.copy_(torch.logit(keep))
     if hasattr(attention, "output_gate"):
         attention.output_gate.bias.fill_(-2.0)  # o = 0.12: mostly window
@@ -1205,11 +1193,13 @@ def student_config(config, window, sinks, mixer, features):
 
 def _set_kernels(model, wanted):
     """Store `choose_kernels` on every mixer that has a choice, and return the model."""
-    chosen = choose_kernels(wanted, model.lm_head_weight.device)
-    model.kernels = chosen
+    c = model.config
+    if c.hybrid is not None:
+        model.kernels = choose_kernels(wanted, model.lm_head_weight.device, c.head_dim,
+                                       c.hybrid.features)
     for block in model.model["layers"]:
         if isinstance(block.self_attn, WindowAttention):
-            block.self_attn.kernels = chosen
+            block.self_attn.kernels = model.kernels
     return model
 
 
@@ -1291,13 +1281,13 @@ class HybridCache:
     so the order of slots does not matter to a softmax.
     """
 
-    def __init__(self, batch, config, gate_heads, window, sinks, like):
+    def __init__(self, batch, config, state_heads, window, sinks, like):
         c = config
         self.k = like.new_zeros(batch, c.num_kv_heads, sinks + window, c.head_dim)
         self.v = torch.zeros_like(self.k)
         self.length = torch.zeros((), dtype=torch.long, device=like.device)
         self.window, self.sinks = window, sinks
-        self.state = empty_state(batch, gate_heads, c.hybrid.features * c.head_dim, c.head_dim,
+        self.state = empty_state(batch, state_heads, c.hybrid.features * c.head_dim, c.head_dim,
                                  like.device)
 
     def slots(self, positions):

@@ -102,7 +102,7 @@ def decoding_step(lengths, H=32, K=8, D=128):
         max_positions=max(lengths) + 1, eos_ids=())
     mixers = {"teacher": model.Attention(config, 0)} | {
         f"student, {n} D features": model.HybridAttention(dataclasses.replace(
-            config, hybrid=model.Hybrid(features=n, shared_gates=n > 1)), 0) for n in (1, 4)}
+            config, hybrid=model.Hybrid(features=n)), 0) for n in (1, 4)}
     x, tables = torch.randn(1, 1, H * D), model.rope_tables(rope, torch.zeros(1, 1), D)
     print(f"\none token, a layer's mixer ({H} heads of {D}, {K} key/value heads), milliseconds")
     for name, mixer in mixers.items():
@@ -152,13 +152,9 @@ def main():
     for H, D, rounds in ((8, 64, 11), (32, 128, 1)):  # the others take 10 s a round
         compare(f"mLSTM, {H} heads of {D}, 4096 tokens", inputs(H, 4096, D),
                 {"ours": ours} | rivals(), rounds)
-    for H, K, D in ((9, 3, 64), (32, 8, 128)):  # SmolLM2's and Llama 3.1's heads
-        q, k, v, i, f = inputs(H, 4096, D, features=4)
-        wide = [q, *(y[:, :K].detach().requires_grad_() for y in (k, v)), i, f]
-        own = lambda q, k, v, i, f: ours(q, k, v, i, f)  # noqa: E731
-        group = lambda q, k, v, i, f: ours(q, k, v, i[:, :K], f[:, :K])  # noqa: E731
-        compare(f"mLSTM, {H} heads of {D} with 4 D features, {K} key/value heads, 4096 tokens",
-                wide, {"gates per query head": own, "per key/value head": group}, 1)
+    for H, D in ((9, 64), (32, 128)):  # SmolLM2's and Llama 3.1's heads
+        compare(f"mLSTM, {H} heads of {D} with 4 D features, 4096 tokens",
+                inputs(H, 4096, D, features=4), {"ours": ours}, 1)
     x = inputs(8, 16384, 64)
     compare("mLSTM, 8 heads of 64, 16k tokens", x, {"ours": ours, "SDPA": causal}, 1)
     compare("window 512 + 4 sinks, 8 heads of 64, 16k tokens", x,
