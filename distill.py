@@ -28,12 +28,13 @@ Run:
     python distill.py --experts                                   # branch, merge, score
 
 Contents: 1 data · 2 losses · 3 processes · 4 targets on disk · 5 held-out comparison · 6 optimiser
-and checkpoints · 7 stage I · 8 stage II · 9 memory, progress, report · 10 students · 11 command
+and checkpoints · 7 the two stages · 8 memory and time, before and during a run · 9 students and
+experts · 10 the command. To learn the method read 2 and 7; a new loss is a change in 2 alone.
 """
 
 import argparse
+import collections
 import contextlib
-import copy
 import dataclasses
 import datetime
 import hashlib
@@ -42,15 +43,19 @@ import math
 import mmap
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import uuid
 import warnings
 import weakref
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
 from pathlib import Path
 
@@ -65,12 +70,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate
 from merge import merge
-from model import (MIXERS, Attention, ModelConfig, Tokenizer, Transformer, assign, generate, is_new,
-                   load_pretrained, load_with_tokenizer, local_rows, read_json,
+from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, assign, generate,
+                   is_new, load_pretrained, load_with_tokenizer, local_rows, read_json, read_rows,
                    reverse_complement, save_pretrained, save_tensors, sha256, student_config,
                    student_from_teacher, write_json)
 
@@ -79,27 +85,35 @@ HERE = Path(__file__).resolve().parent
 # ----------------------------------------------------------------------------------------------
 # 1. Data: files -> token ids on disk, once -> packed rows that keep their document boundaries
 # ----------------------------------------------------------------------------------------------
+# A row is `context` tokens of as many documents as fit. Where each ends is carried along as a
+# document id a token, never guessed from an end-of-text token: attention, recurrent state and
+# positions restart there, and no label crosses. Order is a function of (seed, step), so that a run
+# resumes from one integer, without a loader's state.
 
-DATA_FORMAT = 3  # part of the cache key: raise it when the files below change their meaning
+DATA_FORMAT = 4  # part of the cache key: raise it when the files below change their meaning
+DOCUMENT = np.dtype([
+    ("length", "<i8"),  # tokens
+    ("labels", "<i8"),  # how many of them may be a label: those in the loss, never the first
+    ("skipped", "<i8"),  # assistant's turns that are read and not learnt
+    ("hash", "<i8"),  # of the content: decides whether the document is held out
+    ("head", "<i8"),  # of a family: where its first member starts
+    ("separator", "<i8")])  # of a family: the id behind each member; else -1
 FILES = {"tokens.bin": np.uint32,  # the tokens' ids, document after document
-         "loss.bin": bool,  # for each token: may it be a label
-         "documents.bin": np.int64}  # for each document its length, a hash of its content, where
-#   its first member starts, the id of the separator behind each member (no family: 0, -1)
+         "loss.bin": bool,  # for each token: is it in the loss
+         "documents.bin": DOCUMENT}
 PART = 1 << 25  # bytes of a file that one process tokenises at a time, and that a stop can lose
 
 
-def document_start(file, offset, is_text):
-    """The first byte at or after `offset` of an open file where a document may begin.
+def text_start(file, offset):
+    """The first byte at or after `offset` of an open .txt where a piece of it may begin.
 
-    Behind a line end. In a .txt, which may have none for gigabytes: if none is within 64 KB, behind
-    a blank, or at least between two characters.
+    Behind a line end. There may be none for gigabytes: if none is within 64 KB, behind a blank, or
+    at least between two characters.
     """
     size = os.fstat(file.fileno()).st_size
     if not 0 < offset < size:
         return max(0, min(offset, size))
     file.seek(offset)
-    if not is_text:
-        return offset + len(file.readline())
     ahead = file.read(1 << 16)
     line_end = ahead.find(b"\n") + 1
     if not line_end and offset + len(ahead) == size:
@@ -108,109 +122,82 @@ def document_start(file, offset, is_text):
     return offset + (line_end or ahead.find(b" ") + 1 or next(characters, 0))
 
 
-def read_pieces(path, start, stop):
-    """Yield (offset, bytes) of each line of a .jsonl, or document of a .txt, in start..stop."""
-    is_text = path.suffix == ".txt"
+def read_text(path, start=0, stop=None):
+    """Yield (place, piece) of a .txt file, or of its bytes start..stop.
+
+    One long text, cut at line ends into about fifty pieces or more, so that some can be held out.
+    Ranges that meet hold every piece once. ValueError names file and line.
+    """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        stop = size if stop is None else document_start(file, stop, is_text)
-        start = document_start(file, start, is_text)
         length = min(max(size // 50, 2000), 1 << 16)
+        start, stop = (text_start(file, x) for x in (start, size if stop is None else stop))
         while start < stop:
-            end = document_start(file, start + length, True) if is_text else None
+            end = min(text_start(file, start + length), stop)
             file.seek(start)
-            piece = file.read(min(end, stop) - start) if is_text else file.readline()
-            yield start, piece
-            start += len(piece)
+            piece = file.read(end - start)
+            try:
+                yield Place(path, start), piece.decode("utf-8" if start else "utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{Place(path, start + error.start)}: not UTF-8 ({error}); "
+                                 "convert the file") from None
+            start = end
 
 
-def read_documents(path, tokenizer, start=0, stop=None):
-    """Yield the documents of a .txt or .jsonl file, or of its bytes start..stop.
+def parse_row(row, tokenizer):
+    """A row of a .jsonl -> its documents: (kind, [(text, in_loss), ...], turns skipped) each.
 
-    Each is (kind, [(text, in_loss), ...]). .jsonl: one JSON object a line with `text`, or with
-    `messages` ([{"role", "content"}, ...]; kind "chat"), rendered in the teacher's chat format with
-    only the assistant's parts in the loss, or `sequences` (members of one "family": homologues,
-    molecules), or `dna` (a text whose reverse complement is another document). .txt: one long
-    text, cut at line ends into about fifty documents or more (kind "piece") so that some can be
-    held out. Ranges that meet hold every document once. Raises ValueError naming file and line.
+    `text`: a text. `messages`: a conversation, with a row's `tools`, in the words of the teacher's
+    chat template; only the assistant's are in the loss. `sequences`: members of one "family"
+    (homologues, molecules). `dna`: a text, and its reverse complement as another document.
     """
-    for offset, piece in read_pieces(path, start, stop):
+    kinds = {"text": str, "messages": list, "dna": str, "sequences": list}
+    found = [kind for kind, type_ in kinds.items() if isinstance(row.get(kind), type_)]
+    content = row[found[0]] if len(found) == 1 else None
+    if found == ["text"]:
+        return [("text", [(content, True)], 0)]
+    if found == ["messages"]:
         try:
-            if path.suffix == ".txt":
-                document = "piece", [(_decode(piece), True)]
-            elif piece.strip():
-                document = parse_row(_decode(piece), tokenizer)
-            else:
-                continue
-            documents = [document]
-            if document[0] == "dna":  # its other strand is as good a text
-                documents.append(("dna", [(reverse_complement(document[1][0][0]), True)]))
-        except ValueError as error:
-            line = 1
-            with open(path, "rb") as file:  # counted only now: parts do not know their line
-                for start in range(0, offset, 1 << 20):
-                    line += file.read(min(1 << 20, offset - start)).count(b"\n")
-            if isinstance(error.__cause__, UnicodeDecodeError):
-                line += piece[:error.__cause__.start].count(b"\n")
-            raise ValueError(f"{path}:{line}: {error}") from None
-        yield from documents
-
-
-def _decode(data):
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error}); convert the file") from error
-
-
-def parse_row(line, tokenizer):
-    """One line of a .jsonl -> (kind, [(text, in_loss), ...]); ValueError says what is wrong."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not a JSON object ({error})") from None
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return "text", [(row["text"], True)]
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        try:
-            return "chat", tokenizer.render_chat_parts(row["messages"])
+            return [("chat", *tokenizer.render_chat_parts(content, tools=row.get("tools")))]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"messages cannot be rendered ({error})") from None
-    if isinstance(row, dict) and isinstance(row.get("dna"), str):
-        return "dna", [(row["dna"], True)]
-    sequences = row.get("sequences") if isinstance(row, dict) else None
-    if isinstance(sequences, list) and sequences and all(
-            isinstance(s, str) and s for s in sequences):
-        return "family", [(sequence, True) for sequence in sequences]
-    raise ValueError('expected a string "text" or "dna", a list "messages", or a list "sequences" '
-                     "of strings that are not empty")
+    if found == ["dna"]:  # the other strand is as good a text
+        return [("dna", [(s, True)], 0) for s in (content, reverse_complement(content))]
+    if found == ["sequences"] and content and all(isinstance(s, str) and s for s in content):
+        return [("family", [(sequence, True) for sequence in content], 0)]
+    raise ValueError('expected one of: a string "text" or "dna", a list "messages", a list '
+                     f'"sequences" of strings that are not empty; found {", ".join(row) or "{}"}')
 
 
 def encode_document(kind, parts, tokenizer, eos_id):
-    """A document of read_documents -> its token ids and in-loss flags, two lists of one length.
+    """A document of `parse_row` -> its token ids and in-loss flags, two lists of one length.
 
-    A text is [BOS] text EOS, a piece has no EOS, a conversation is what its chat format says, a
-    family is [BOS], its members with the separator after each, EOS.
+    A text is [BOS] text EOS, a piece has no EOS, a conversation is what its template says, a family
+    is [BOS], its members with the separator after each, EOS.
     """
     if kind == "family":
         ids = tokenizer.encode("", specials=False)  # BOS, or nothing
-        for text, _ in parts:
-            ids += tokenizer.encode_member(text)
-        ids += [] if eos_id is None else [eos_id]
-        return ids, [True] * len(ids)
-    ids, in_loss = [], []
-    for text, learn in parts:
-        # Plain text may spell a special token: that is text. A chat format means it.
-        new = tokenizer.encode(text, bos=False if kind == "chat" else None, specials=kind == "chat")
-        ids += new
-        in_loss += [learn] * len(new)
-    if kind in ("text", "dna") and eos_id is not None:
-        ids, in_loss = ids + [eos_id], in_loss + [True]
+        ids += [i for text, _ in parts for i in tokenizer.encode_member(text)]
+        in_loss = [True] * len(ids)
+    else:
+        ids, in_loss, is_chat = [], [], kind == "chat"
+        for text, learn in parts:
+            # A plain text that spells a special token means the letters. A template means the token.
+            new = tokenizer.encode(text, bos=False if is_chat else None, specials=is_chat)
+            ids += new
+            in_loss += [learn] * len(new)
+    if kind in ("text", "dna", "family") and eos_id is not None:
+        ids.append(eos_id)
+        in_loss.append(True)
     return ids, in_loss
 
 
-def describe_document(kind, parts, ids, tokenizer):
-    """A row of documents.bin. The hash is that of both strands, and of a family in any order."""
+def identify_document(kind, parts, ids, tokenizer):
+    """The hash, head and separator of a row of documents.bin.
+
+    The hash is the same for both strands of DNA, and for a family in any order of its members, so
+    that what is held out is not trained on in another guise.
+    """
     content, family = ids.tobytes(), (0, -1)
     if kind == "dna":
         strand = parts[0][0]
@@ -218,69 +205,73 @@ def describe_document(kind, parts, ids, tokenizer):
     elif kind == "family":
         content = json.dumps(sorted(text for text, _ in parts)).encode()
         family = len(tokenizer.encode("", specials=False)), tokenizer.separator_id
-    return np.array([len(ids), zlib.crc32(content), *family])
+    return zlib.crc32(content), *family
 
 
 def tokenise_part(path, tokenizer, eos_id, start, stop):
-    """The documents in bytes start..stop of a file -> {name: array} of FILES."""
+    """The documents that begin in bytes start..stop of a file -> {name: array} of FILES.
+
+    Raises ValueError naming file and line, whoever refuses: the reader, the chat template or the
+    tokenizer.
+    """
     found = {name: [np.zeros(0, dtype)] for name, dtype in FILES.items()}
-    for kind, parts in read_documents(path, tokenizer, start, stop):
-        ids, in_loss = encode_document(kind, parts, tokenizer, eos_id)
-        if len(ids) < 2:
-            continue  # nothing to predict
-        ids = np.array(ids, np.uint32)
-        found["tokens.bin"].append(ids)
-        found["loss.bin"].append(np.array(in_loss, bool))
-        found["documents.bin"].append(describe_document(kind, parts, ids, tokenizer))
+    for place, row in (read_text if path.suffix == ".txt" else read_rows)(path, start, stop):
+        try:
+            documents = [("piece", [(row, True)], 0)] if isinstance(row, str) else (
+                parse_row(row, tokenizer))
+            for kind, parts, skipped in documents:
+                ids, in_loss = encode_document(kind, parts, tokenizer, eos_id)
+                if len(ids) < 2:
+                    continue  # nothing to predict
+                ids, in_loss = np.array(ids, np.uint32), np.array(in_loss, bool)
+                described = (len(ids), in_loss[1:].sum(), skipped,
+                             *identify_document(kind, parts, ids, tokenizer))
+                for name, value in zip(FILES, (ids, in_loss, np.array([described], DOCUMENT))):
+                    found[name].append(value)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
 
-def _tokenise_parts(pipe, path, directory, eos_id, bounds):
-    """A worker process: send each part, or the error that stops here. Waits until it is taken."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
-    try:
-        tokenizer = Tokenizer(directory)
-        for start, stop in bounds:
-            pipe.send(tokenise_part(path, tokenizer, eos_id, start, stop))
-    except BrokenPipeError:
-        pass  # the parent was killed
-    except (ValueError, OSError) as error:
-        pipe.send(error)
+def _start_worker():
+    """A worker of `tokenise_parts` leaves Ctrl-C to its parent, and never outlives it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(daemon=True, target=lambda: (
+        multiprocessing.parent_process().join(), os._exit(1))).start()
+
+
+_worker_tokenizer = cache(Tokenizer)  # by folder: read once a worker, not once a part
+
+
+def _tokenise_part(path, folder, eos_id, start, stop):
+    return tokenise_part(path, _worker_tokenizer(folder), eos_id, start, stop)
 
 
 def tokenise_parts(path, tokenizer, eos_id, bounds, workers):
     """Yield tokenise_part of each (start, stop) of `bounds`, in order, from `workers` processes.
 
-    Processes, not threads: almost half of the time is spent in Python itself. Worker w makes parts
-    w, w + workers, ...; each holds one part until its turn comes, so memory is bounded. They are
-    spawned: the parent may hold threads, a GPU, a process group.
+    Processes, not threads: almost half of the time is spent in Python itself. Spawned, not forked:
+    the parent may hold threads, a GPU, a process group. At most one part more than there are
+    workers is begun and not yet taken, so memory is bounded whatever the file's size.
     """
     if workers == 1 or len(bounds) < 2:
         for start, stop in bounds:
             yield tokenise_part(path, tokenizer, eos_id, start, stop)
         return
-    spawn, pipes, processes = multiprocessing.get_context("spawn"), [], []
+    pool = ProcessPoolExecutor(min(workers, len(bounds)), multiprocessing.get_context("spawn"),
+                               _start_worker)
+    begun, folder = collections.deque(), Path(tokenizer.path).parent
     try:
-        for w in range(min(workers, len(bounds))):
-            pipe, theirs = spawn.Pipe(duplex=False)
-            pipes.append(pipe)
-            processes.append(spawn.Process(
-                target=_tokenise_parts, daemon=True,
-                args=(theirs, path, Path(tokenizer.path).parent, eos_id, bounds[w::workers])))
-            processes[-1].start()
-            theirs.close()  # so that a worker's death is the end of its pipe
-        for i in range(len(bounds)):
-            try:
-                part = pipes[i % len(pipes)].recv()
-            except EOFError:
-                raise OSError("a worker process was killed; is there too little memory?") from None
-            if isinstance(part, Exception):
-                raise part
-            yield part
+        for start, stop in bounds:
+            begun.append(pool.submit(_tokenise_part, path, folder, eos_id, start, stop))
+            if len(begun) > workers:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    except BrokenProcessPool:
+        raise OSError("a worker process was killed; is there too little memory?") from None
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+        pool.shutdown(cancel_futures=True)
 
 
 def _append(folder, part):
@@ -391,18 +382,20 @@ class Source:
     """
 
     def __init__(self, name, folder, split, T, fraction=0.02):
-        lengths, hashes, *family = np.fromfile(folder / "documents.bin", np.int64).reshape(-1, 4).T
-        rank = max(1, round(fraction * len(hashes))) - 1
-        limit = np.partition(hashes, rank)[rank]
-        chosen = hashes <= limit if split == "heldout" else hashes > limit
+        documents = np.fromfile(folder / "documents.bin", DOCUMENT)
+        rank = max(1, round(fraction * len(documents))) - 1
+        limit = np.partition(documents["hash"], rank)[rank]
         self.name, self.folder, self.T = name, folder, T
+        self.skipped = int(documents["skipped"].sum())  # of the whole file
+        starts = documents["length"].cumsum() - documents["length"]
+        chosen = (documents["hash"] <= limit) == (split == "heldout")
+        documents = documents[chosen]
         self.tokens = map_array(folder / "tokens.bin", np.uint32)
         self.loss = map_array(folder / "loss.bin", bool)
-        self.lengths = lengths[chosen]
-        self.starts = (lengths.cumsum() - lengths)[chosen]  # in the files
-        self.heads, self.separators = (column[chosen] for column in family)
+        self.lengths, self.starts = documents["length"], starts[chosen]  # in the files
+        self.heads, self.separators = documents["head"], documents["separator"]
         self.ends = self.lengths.cumsum()  # in the stream of chosen documents
-        self.total = int(self.lengths.sum())
+        self.total, self.labels = int(self.lengths.sum()), int(documents["labels"].sum())
         self.num_rows = max(0, self.total - 1) // T
 
     def row(self, i, order=None):
@@ -474,6 +467,7 @@ class Mixture:
         return s, int(self.orders[s][1][j])
 
     def row(self, i):
+        """Row i of the mixture, as `Source.row` gives it."""
         s, j = self.locate(i)
         order = self.seed, s, int(self.nth[i]) // self.sources[s].num_rows
         return self.sources[s].row(j, order if self.reorder else None)
@@ -519,34 +513,56 @@ def parse_data(spec):
     return path, weight
 
 
-def open_data(specs, tokenizer, eos_id, folder, T):
-    """--data arguments -> (training sources, their weights, held-out sources), tokenised.
+def open_data(run, tokenizer, eos_id):
+    """--data -> (training sources, their weights, held-out sources), tokenised; says what they are.
 
     Weights default to the number of tokens, so that files without one are as if concatenated.
-    Raises ValueError / FileNotFoundError naming the file or flag.
+    Raises ValueError / FileNotFoundError naming the file or flag: also for a split in which no
+    token is a label, such as conversations without an assistant, whose losses would be means over
+    nothing and look like success.
     """
     train, weights, heldout = [], [], []
-    for path, weight in map(parse_data, specs):
-        cached = tokenise(path, tokenizer, eos_id, folder)
-        train.append(Source(path.stem, cached, "train", T))
-        heldout.append(Source(path.stem, cached, "heldout", T))
+    for path, weight in map(parse_data, run.data):
+        folder = tokenise(path, tokenizer, eos_id, run.out / "data")
+        train.append(Source(path.stem, folder, "train", run.context))
+        heldout.append(Source(path.stem, folder, "heldout", run.context))
         for source, split in ((train[-1], "training"), (heldout[-1], "held-out")):
             if source.num_rows == 0:
                 raise ValueError(f"--data {path}: {source.total} {split} tokens do not fill a row "
-                                 f"of --context {T}; give more text or a shorter context")
+                                 f"of --context {run.context}; give more text or a shorter context")
+            if source.labels == 0:
+                raise ValueError(f"--data {path}: none of the {source.total} {split} tokens is to "
+                                 "be learnt; do its conversations have an assistant's turns?")
         weights.append(weight or float(train[-1].total))
+    for source, weight in zip(train, weights):
+        learnt = source.labels / source.total
+        print(f"data      {source.name}: {source.total:,} tokens to train on, "
+              f"{learnt:.0%} of them labels, the longest document {source.lengths.max():,}; "
+              f"{weight / sum(weights):.0%} of every batch")
+        if source.skipped:
+            print(f"data      {source.name}: {source.skipped:,} assistant's turns are read and not "
+                  "learnt, as the chat template renders them otherwise than it did when they were "
+                  "said, or their row asks so")
     return train, weights, heldout
 
 
 # ----------------------------------------------------------------------------------------------
 # 2. Losses
 # ----------------------------------------------------------------------------------------------
+# Stage I compares what attention returns, layer by layer; stage II what the model says. Logits are
+# the largest thing in stage II: 4096 tokens x 128k x 4 bytes are 2.1 GB, and a loss needs several
+# such. So each use of them below takes a slice of tokens at a time.
+
+LOGITS_AT_ONCE = 1 << 26  # 256 MB in fp32
 
 
-def _chunks(count, width):
-    """Slices of range(count) so small that (slice, width) in fp32 stays below 256 MB."""
-    size = max(1, (1 << 26) // width)
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+def slices(vocab_size, *tensors):
+    """The tensors (N, ...), cut alike into slices of N whose logits are few: tuples of slices.
+
+    By `split`: the backward of a plain index would fill a tensor of the whole length each time.
+    """
+    size = max(1, LOGITS_AT_ONCE // vocab_size)
+    return list(zip(*(x.split(size) for x in tensors)))
 
 
 @torch.no_grad()
@@ -555,17 +571,14 @@ def teacher_topk(hidden, lm_head_weight, k):
 
     fp32. Log-probabilities are over the full vocabulary: the mass outside the top k stays known.
     """
-    hidden = hidden.flatten(0, -2)
-    k = min(k, len(lm_head_weight))
-    ids, logprobs = [], []
-    for rows in _chunks(len(hidden), len(lm_head_weight)):
-        logits = F.linear(hidden[rows], lm_head_weight).float()
+    k, found = min(k, len(lm_head_weight)), []
+    for x, in slices(len(lm_head_weight), hidden.flatten(0, -2)):
+        logits = F.linear(x, lm_head_weight).float()
         top = logits.topk(k, dim=-1, sorted=False)
-        ids.append(top.indices)
         largest = top.values.amax(-1, keepdim=True)
         log_z = logits.sub_(largest).exp_().sum(-1, keepdim=True).log()  # logsumexp would copy
-        logprobs.append(top.values - largest - log_z)
-    return torch.cat(ids), torch.cat(logprobs)
+        found.append((top.indices, top.values - largest - log_z))
+    return tuple(map(torch.cat, zip(*found)))
 
 
 def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, gamma=0.9, beta=0.1):
@@ -573,122 +586,69 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
 
     hidden (..., hidden), lm_head_weight (V, hidden), labels (...) int64 with -100 = not valid,
     topk_ids and topk_logprobs (..., k): the teacher's top tokens and their log-probabilities.
-    Returns (loss, {"ce", "kl"}) in fp32, in nats per token.
+    Returns (loss, {"ce", "kl"}) in fp32, in nats per token; 0 where no token is valid.
 
     Paper: KL over "the distribution over the top-k tokens". Here: both distributions are
     renormalised over those k tokens, because cutting them off without is biased (2503.16870).
-    With k = V it is the full KL. Logits exist for one slice of the vocabulary at a time, and
-    gradients are formed in the forward pass: there is never a (tokens, V) matrix.
+    With k = V it is the full KL. A slice's logits are forgotten and computed again in the backward
+    pass: there is never a (tokens, V) matrix, for 2 % more of an 8B model's step.
     """
-    loss, ce, kl = _SparseKD.apply(
-        hidden.flatten(0, -2), lm_head_weight, labels.flatten(), topk_ids.flatten(0, -2),
-        topk_logprobs.flatten(0, -2), gamma, beta)
-    return loss, {"ce": ce.detach(), "kl": kl.detach()}
+    kind, weight = hidden.device.type, lm_head_weight
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if weight.requires_grad:
+        # Every slice adds to the gradient of lm_head. It is summed in the dtype of what the slices
+        # share, so they share fp32 and each casts it for itself: `weight.to` below. Left to
+        # autocast, or under FSDP2, which gathers bf16, they would share bf16 and sum in it.
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
+    def sums(x, labels, ids, logprobs):  # of a slice: CE and KL, (2,)
+        logits = F.linear(x.to(dtype), weight.to(dtype))
+        logits = logits.to(torch.promote_types(dtype, torch.float32))
+        # One gather, the label as one more column: its backward fills a tensor as large as logits.
+        columns = torch.cat((ids.long(), labels.clamp_min(0)[:, None]), dim=1)  # (slice, k + 1)
+        z = logits.gather(1, columns)
+        ce = logits.logsumexp(-1) - z[:, -1]
+        log_p = logprobs.to(z.dtype).log_softmax(-1)  # teacher over its top k
+        log_q = z[:, :-1].log_softmax(-1)  # student over the same k
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        return (torch.stack((ce, kl)) * (labels != -100)).sum(1)
 
-class _SparseKD(torch.autograd.Function):
-    """Two passes over slices of the vocabulary: log Z and the logits that count, then gradients.
-
-    Slices of V, not of tokens: every row of lm_head's gradient is then one matrix product over all
-    tokens, rounded once, and needs no fp32 buffer of lm_head's size. The price is that logits are
-    computed twice, 2 % of an 8B model's step.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, ids, logprobs, gamma, beta):
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        x, (N, V) = hidden.to(dtype), (len(hidden), len(weight))
-        slices = _chunks(V, max(N, x.shape[1]))  # no (slice, hidden) product above 256 MB either
-        valid = (labels != -100)[:, None]
-        share = valid.to(wide) / valid.sum().clamp_min(1)
-        # The label is one more column of ids; each column is looked up in the slice it falls in.
-        ids = torch.cat((ids.long(), labels.clamp_min(0)[:, None]), dim=1)  # (N, k + 1)
-
-        def local(v):
-            if v.stop - v.start == V:
-                return ids, torch.ones((), dtype=torch.bool, device=ids.device)
-            return (ids - v.start).clamp(0, v.stop - v.start - 1), (ids >= v.start) & (ids < v.stop)
-
-        with torch.autocast(kind, enabled=False):
-            log_z = torch.full((N, 1), -torch.inf, dtype=wide, device=hidden.device)
-            z_ids = torch.zeros(ids.shape, dtype=wide, device=hidden.device)
-            for v in slices:
-                z = (x @ weight[v].to(dtype).T).to(wide)  # (N, slice)
-                at, here = local(v)
-                z_ids = torch.where(here, z.gather(1, at), z_ids)
-                top = z.amax(-1, keepdim=True)
-                z.sub_(top).exp_()
-                log_z = torch.logaddexp(log_z, z.sum(-1, keepdim=True).log() + top)
-            ce = ((log_z - z_ids[:, -1:]) * share).sum()
-            log_p = logprobs.to(wide).log_softmax(-1)  # teacher over its top k
-            log_q = z_ids[:, :-1].log_softmax(-1)  # student over the same k
-            p, q = log_p.exp(), log_q.exp()
-            kl = (p * (log_p - log_q) * share).sum()
-
-            # d CE / dz = softmax(z) - onehot(label);  d KL / dz_k = q_k - p_k
-            need_x, need_w = ctx.needs_input_grad[:2]
-            grad_x = torch.zeros_like(hidden, dtype=wide) if need_x else None
-            grad_w = torch.empty_like(weight) if need_w else None
-            change = torch.cat((beta * share * (q - p), -gamma * share), dim=1)
-            for v in slices if need_x or need_w else ():
-                if len(slices) > 1:
-                    z = (x @ weight[v].to(dtype).T).to(wide).sub_(log_z).exp_()
-                else:
-                    z.mul_((top - log_z).exp())
-                g = z.mul_(gamma * share)
-                at, here = local(v)
-                g = g.scatter_add_(1, at, change * here).to(dtype)
-                if need_x:
-                    grad_x += g @ weight[v].to(dtype)
-                if need_w:
-                    grad_w[v] = g.T @ x
-        ctx.grads = grad_x if grad_x is None else grad_x.to(hidden.dtype), grad_w
-        return gamma * ce + beta * kl, ce, kl
-
-    @staticmethod
-    def backward(ctx, grad, _ce, _kl):
-        grads, ctx.grads = ctx.grads, None  # let go of them: else autograd must copy them
-        return *(None if g is None else g.mul_(grad) for g in grads), *(None,) * 5
-
-
-@torch.no_grad()
-def teacher_layers(student, tokens, document_ids, positions=None):
-    """The teacher's forward pass inside its student, as far as stage I needs it, layer by layer.
-
-    Yields the student's mixer, what both read (`model.Heads`), and the teacher's softmax output
-    (B, H, T, D), which goes on to the next layer.
-    """
-    if positions is None:
-        positions = student.positions(tokens, document_ids=document_ids)
-    x, layers = student.embed(tokens), student.model["layers"]
-    for block, tables in zip(layers, student.rope_tables(positions, x.dtype)):
-        attention = block.self_attn
-        heads = attention.heads(block.attention_input(x), tables)
-        target = Attention.mix(attention, heads, document_ids=document_ids)
-        yield attention, heads, target
-        if block is not layers[-1]:
-            x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
+    parts = slices(len(weight), hidden.flatten(0, -2), labels.flatten(), topk_ids.flatten(0, -2),
+                   topk_logprobs.flatten(0, -2))
+    # A single slice is small enough to be kept.
+    run = partial(checkpoint, sums, use_reentrant=False, preserve_rng_state=False)
+    total = sum(run(*part) if len(parts) > 1 else sums(*part) for part in parts)
+    ce, kl = total / (labels != -100).sum().clamp_min(1)
+    return gamma * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
 
 def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
     """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of ||h_T - h_S||^2.
 
+    The teacher's forward pass, made inside its student, whose frozen weights are the teacher's own.
     Each layer gets the TEACHER's input; its softmax output is the target, its hybrid output the
-    prediction. So student and teacher share one copy of all frozen weights, layers do not depend
-    on each other, and memory is that of one layer: with `backward_scale` each layer's graph is used
-    at once (gradients of scale * loss are added) and freed. positions: as in `Transformer.forward`.
+    prediction, and the teacher's output goes on to the next layer. So layers do not depend on each
+    other, and memory is that of one layer: with `backward_scale` each layer's graph is used at once
+    (gradients of scale * loss are added) and freed. positions: as in `Transformer.forward`.
     Returns (layers,) fp32, detached.
     """
-    losses = []
-    for attention, heads, target in teacher_layers(student, tokens, document_ids, positions):
-        with torch.set_grad_enabled(backward_scale is not None):
-            h = attention.mix(heads, document_ids=document_ids)
-            loss = (h.float() - target.float()).square().mean()
-            if backward_scale is not None:
-                (loss * backward_scale).backward()
-        losses.append(loss.detach())
+    if positions is None:
+        positions = student.positions(tokens, document_ids=document_ids)
+    layers, losses = student.model["layers"], []
+    with torch.no_grad():
+        x = student.embed(tokens)
+        for block, tables in zip(layers, student.rope_tables(positions, x.dtype)):
+            attention = block.self_attn
+            heads = attention.heads(block.attention_input(x), tables)
+            target = Attention.mix(attention, heads, document_ids=document_ids)  # (B, H, T, D)
+            with torch.set_grad_enabled(backward_scale is not None):
+                h = attention.mix(heads, document_ids=document_ids)
+                loss = (h.float() - target.float()).square().mean()
+                if backward_scale is not None:
+                    (loss * backward_scale).backward()
+            losses.append(loss.detach())
+            if block is not layers[-1]:
+                x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
     return torch.stack(losses)
 
 
@@ -718,19 +678,25 @@ def autocast(run):
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
-# Nothing below depends on how many there are: a step has --batch rows whatever their number, losses
-# and gradients are sums over all rows divided by the step's count. Without torchrun every function
-# from here to section 4 is the identity.
+# Nothing below depends on how many processes there are: a step has --batch rows whatever their
+# number, losses and gradients are sums over all rows divided by the step's count. Without torchrun
+# every function from here to section 4 is the identity.
 
 
 def start_processes(run):
     """Join torchrun's processes, if it started this one; set run.device, .dtype, .rank, .world."""
-    run.device, run.rank, run.world = torch.device(run.device), 0, 1
-    run.dtype = choose_dtype(run.dtype, run.device)
+    if "RANK" in os.environ and run.device.startswith("cuda"):
+        run.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:  # fp64 too: held-out sums are in it
+        run.device = torch.device(run.device)
+        torch.zeros(1, dtype=torch.float64, device=run.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"--device {run.device}: this torch cannot use it ({str(error).strip()[:99]}"
+                         "...); use --device cpu, or cuda where there is a GPU") from None
+    run.dtype, run.rank, run.world = choose_dtype(run.dtype, run.device), 0, 1
     if "RANK" not in os.environ:
         return
     if run.device.type == "cuda":
-        run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(run.device)
     # The others wait for the first one's slow work (tokenising, saving): longer than the default
     # half hour. A process that dies is noticed by torchrun, which stops all.
@@ -741,7 +707,7 @@ def start_processes(run):
         raise ValueError(f"--batch {run.batch} rows cannot be dealt out to {run.world} processes "
                          "evenly; make it a multiple")
     if run.rank > 0:  # one voice: errors still reach stderr from every process
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def leave(status):
@@ -789,9 +755,9 @@ def sum_gradients(trainable):
             g.copy_(part.view_as(g))
 
 
-def clip_gradients(trainable, largest):
-    """Scale gradients down to a norm of `largest`; return the norm before, over all processes."""
-    norm = nn.utils.clip_grad_norm_(trainable.values(), largest)
+def clip_gradients(trainable):
+    """Scale gradients down to a norm of 1 (Paper: 1.0); return the norm before, of all processes."""
+    norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
@@ -1010,14 +976,17 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
 # 5. Held-out comparison of student and teacher
 # ----------------------------------------------------------------------------------------------
 
+METRICS = ("ce", "kl", "top1")
+
 
 @torch.no_grad()
 def compare(run, student, teacher, sources):
     """Held-out CE of the student, KL(teacher || student) over the full vocabulary, agreement.
 
     On the first run.eval_rows rows of every source. Returns {source: {"ce", "kl" (nats per token),
-    "top1" (share of tokens where both rank the same token first)}, ..., "all": their mean}. With
-    student=teacher: the teacher's own CE, and KL 0.
+    "top1" (share of tokens where both rank the same token first)}, ..., "all": their mean}; None in
+    place of a mean over nothing, for a source whose rows hold no label. With student=teacher: the
+    teacher's own CE, and KL 0.
     """
     results = {}
     for source in sources:
@@ -1029,31 +998,38 @@ def compare(run, student, teacher, sources):
             rows = [source.row(i) for i in range(a, min(a + run.micro_batch, n))]
             tokens, ids, labels = collate(rows or [source.row(0)], run.device)
             labels = labels if rows else torch.full_like(labels, -100)
+            # One model's head runs inside the other's: both lm_heads are gathered then.
             with autocast(run):
                 sums += teacher(tokens, document_ids=ids, head=lambda h_t, w_t: (
-                    _agreement(h_t, w_t, h_t, w_t, labels) if student is teacher else
+                    agreement(h_t, w_t, h_t, w_t, labels) if student is teacher else
                     student(tokens, document_ids=ids, head=lambda h_s, w_s: (
-                        _agreement(h_t, w_t, h_s, w_s, labels)))))
+                        agreement(h_t, w_t, h_s, w_s, labels)))))
         *sums, count = all_sum(sums).tolist()
-        results[source.name] = dict(zip(("ce", "kl", "top1"), (x / max(count, 1) for x in sums)))
-    results["all"] = {key: sum(r[key] for r in results.values()) / len(results)
-                      for key in ("ce", "kl", "top1")}
+        results[source.name] = {key: x / count if count else None for key, x in zip(METRICS, sums)}
+    known = [r for r in results.values() if r["ce"] is not None]
+    results["all"] = {key: sum(r[key] for r in known) / len(known) if known else None
+                      for key in METRICS}
     return results
 
 
-def _agreement(hidden_t, weight_t, hidden_s, weight_s, labels):
+def agreement(hidden_t, weight_t, hidden_s, weight_s, labels):
     """Sums over valid tokens: student's CE, KL to the teacher, equal argmax, 1.  -> (4,) fp64."""
-    valid = labels.flatten() != -100
-    labels = labels.flatten()[valid, None]
-    hidden_t, hidden_s = hidden_t.flatten(0, -2)[valid], hidden_s.flatten(0, -2)[valid]
+    valid, labels = labels.flatten() != -100, labels.flatten()
     sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
-    for part in _chunks(len(labels), len(weight_t)):
-        p = F.linear(hidden_t[part], weight_t).float().log_softmax(-1)
-        q = F.linear(hidden_s[part], weight_s).float().log_softmax(-1)
-        sums += torch.stack([-q.gather(1, labels[part]).sum(), (p.exp() * (p - q)).sum(),
+    for x, y, label in slices(len(weight_t), hidden_t.flatten(0, -2)[valid],
+                              hidden_s.flatten(0, -2)[valid], labels[valid, None]):
+        p = F.linear(x, weight_t).float().log_softmax(-1)
+        q = F.linear(y, weight_s).float().log_softmax(-1)
+        sums += torch.stack([-q.gather(1, label).sum(), (p.exp() * (p - q)).sum(),
                              (p.argmax(-1) == q.argmax(-1)).sum(),
-                             valid.new_ones(len(q)).sum()]).double()
+                             label.new_tensor(len(label))]).double()
     return sums
+
+
+def show(metrics):
+    """A model's numbers in words; "-" where there is no number."""
+    ce, kl, top1 = ("-" if metrics[key] is None else f"{metrics[key]:.4f}" for key in METRICS)
+    return f"CE {ce}  KL {kl}  top-1 {top1}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1219,22 +1195,26 @@ class Stopped(Exception):
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. Stage I: align
+# 7. The two stages
 # ----------------------------------------------------------------------------------------------
+# Both are the same loop, written out twice: learning rate, micro-batches, sums over processes, a
+# check before the update, log, checkpoint. They differ in what is differentiated, and in who holds
+# the weights: stage I walks over the layers by hand, which is no `forward` that FSDP2 could hook
+# into, so every process holds all frozen weights, and only the new parameters' gradients (0.4 % of
+# an 8B model's, 0.8 % with --features 4) are summed. Stage II calls the model, and is sharded.
 
 
 def align(run, student, mixture, stop):
-    """Train the new parameters on `alignment_losses` for run.align_steps steps, in place.
+    """Stage I: train the new parameters on `alignment_losses` for run.align_steps steps, in place.
 
-    Every process holds all frozen weights and its share of the batch: the walk over the layers
-    is no `forward`, which FSDP2 would need, and only the new parameters' gradients (0.5 % of an
-    8B model) have to be summed.
+    Raises Stopped when `stop` becomes true, after a checkpoint, and ValueError when a loss is not
+    finite, before the update.
     """
     trainable = select_trainable(student, "new")
     describe(run, "stage I (align)", student, trainable, run.align_steps)
     optimizer = make_optimizer(trainable)
     first = load_checkpoint(run, "align", trainable, optimizer)
-    with progress_bar("align", first, run.align_steps, run) as bar:
+    with Progress(run, "align", first, run.align_steps) as progress:
         for step in range(first, run.align_steps):
             # ----- one step -----
             lr = learning_rate(step, run.align_steps, run.warmup, run.align_lr, run.align_lr * 1e-3)
@@ -1243,18 +1223,20 @@ def align(run, student, mixture, stop):
             losses = 0.0
             for part in my_micro_batches(run, step):
                 tokens, ids, _ = collate(map(mixture.row, part), run.device)
+                progress.lap("data")
                 with autocast(run):
                     scale = len(part) / run.batch
                     losses = losses + scale * alignment_losses(student, tokens, ids, scale)
+                progress.lap("teacher and student, layer by layer")
             sum_gradients(trainable)
-            norm = clip_gradients(trainable, run.clip)
+            norm = clip_gradients(trainable)
             sums = torch.cat((losses, losses.new_tensor([bool(stop)])))
             *losses, stopping = all_sum(sums).tolist()
             check_finite(run, mixture, "align", step, sum(losses), norm)
             optimizer.step()
             optimizer.zero_grad()
             # --------------------
-            log(run, bar, "align", step, lr=lr, loss=sum(losses), norm=norm)
+            progress.log(step, lr=lr, loss=sum(losses), norm=norm)
             done = step + 1
             if done < run.align_steps and (done % run.save_every == 0 or stopping):
                 save_checkpoint(run, "align", done, trainable, optimizer)
@@ -1263,65 +1245,99 @@ def align(run, student, mixture, stop):
     tqdm.write("loss per layer: " + " ".join(f"{x:.2e}" for x in losses))
 
 
-# ----------------------------------------------------------------------------------------------
-# 8. Stage II: distil
-# ----------------------------------------------------------------------------------------------
+def distil_loss(run, student, teacher, cache, mixture, part, batch, lap=lambda part: None):
+    """Eq. 13 of a micro-batch `batch` = (tokens, ids, labels), rows `part` of the mixture.
+
+    What the teacher says comes from `cache`, a TargetCache, or else from the teacher, as they go.
+    lap: is told when the teacher is done. Returns what `sparse_kd_loss` does.
+    """
+    tokens, ids, labels = batch
+    if cache:
+        targets = cache.rows([mixture.locate(i) for i in part], run.device)
+    else:
+        with torch.no_grad(), autocast(run):
+            targets = teacher(tokens, document_ids=ids, head=partial(teacher_topk, k=run.topk))
+    lap("teacher")
+    with autocast(run):
+        return student(tokens, document_ids=ids, head=lambda h, w: (
+            sparse_kd_loss(h, w, labels, *targets, gamma=run.gamma, beta=run.beta)))
 
 
 def distil(run, student, teacher, cache, mixture, heldout, stop):
-    """Train run.train's parameters on `sparse_kd_loss` for run.distil_steps steps, in place.
+    """Stage II: train run.train's parameters on `distil_loss` for run.distil_steps steps, in place.
 
-    What the teacher says comes from `cache`, a TargetCache, or else from the teacher, as they go.
+    Raises as `align`. A step in which no token is a label is said and changes nothing.
     """
     trainable = select_trainable(student, run.train)
     describe(run, "stage II (distil)", student, trainable, run.distil_steps)
     optimizer = make_optimizer(trainable)
     first = load_checkpoint(run, "distil", trainable, optimizer)
-    with progress_bar("distil", first, run.distil_steps, run) as bar:
+    with Progress(run, "distil", first, run.distil_steps) as progress:
         for step in range(first, run.distil_steps):
             # ----- one step -----
-            lr = learning_rate(step, run.distil_steps, run.warmup, run.lr, run.lr)  # constant
+            lr = learning_rate(step, run.distil_steps, run.warmup, run.lr, run.final_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             parts = my_micro_batches(run, step)
             batches = [collate(map(mixture.row, part), run.device) for part in parts]
-            valid = all_sum(sum((labels != -100).sum() for _, _, labels in batches)).clamp_min(1)
+            valid = all_sum(sum((labels != -100).sum() for _, _, labels in batches))
+            progress.lap("data")
             sums = torch.zeros(3, device=run.device)  # ce, kl, whether to stop
-            for part, (tokens, ids, labels) in zip(parts, batches):
-                if cache:
-                    targets = cache.rows([mixture.locate(i) for i in part], run.device)
-                else:
-                    with torch.no_grad(), autocast(run):
-                        targets = teacher(tokens, document_ids=ids,
-                                          head=partial(teacher_topk, k=run.topk))
-                with autocast(run):
-                    loss, terms = student(tokens, document_ids=ids, head=lambda h, w: (
-                        sparse_kd_loss(h, w, labels, *targets, gamma=run.gamma, beta=run.beta)))
-                share = (labels != -100).sum() / valid  # of all processes' tokens in this step
+            for part, batch in zip(parts, batches):
+                loss, terms = distil_loss(run, student, teacher, cache, mixture, part, batch,
+                                          progress.lap)
+                progress.lap("student and loss")
+                share = (batch[2] != -100).sum() / valid.clamp_min(1)  # of all processes' labels
                 (loss * share * run.world).backward()  # FSDP2 takes the mean over processes
                 sums[:2] += torch.stack((terms["ce"], terms["kl"])) * share
+                progress.lap("backward")
             sums[2] = bool(stop)
             ce, kl, stopping = all_sum(sums).tolist()
-            norm = clip_gradients(trainable, run.clip)
-            check_finite(run, mixture, "distil", step, ce + kl, norm)
-            optimizer.step()
+            norm = clip_gradients(trainable)
+            if valid:
+                check_finite(run, mixture, "distil", step, ce + kl, norm)
+                optimizer.step()
+                progress.log(step, lr=lr, norm=norm, ce=ce, kl=kl)
+            else:
+                progress.log(step, labels=0)
+                tqdm.write(f"distil step {step + 1}: no token is a label, nothing was learnt from "
+                           f"rows {rows_of_step(mixture, run, step)}")
             optimizer.zero_grad()
             # --------------------
-            log(run, bar, "distil", step, lr=lr, norm=norm, ce=ce, kl=kl)
             done = step + 1
             if done % run.save_every == 0 or stopping or done == run.distil_steps:
                 save_checkpoint(run, "distil", done, trainable, optimizer)
                 if stopping and done < run.distil_steps:
                     raise Stopped(f"stage II, step {done}")
             if done < run.distil_steps and done % run.eval_every == 0:
-                r = compare(run, student, teacher or student, heldout)["all"]
-                tqdm.write(f"held-out after {done} steps: CE {r['ce']:.4f}" + (
-                    f"  KL {r['kl']:.4f}  top-1 {r['top1']:.3f}" if teacher else ""))
+                found = compare(run, student, teacher or student, heldout)["all"]
+                tqdm.write(f"held-out after {done} steps: " + (
+                    show(found) if teacher else f"CE {found['ce']:.4f}"))
+
+
+def rows_of_step(mixture, run, step):
+    """The rows of a step in words: "a 5, 17; b 3"."""
+    found = {}
+    for s, j in map(mixture.locate, range(step * run.batch, (step + 1) * run.batch)):
+        found.setdefault(mixture.sources[s].name, []).append(str(j))
+    return "; ".join(f"{name} {', '.join(rows)}" for name, rows in found.items())
+
+
+def check_finite(run, mixture, stage, step, *values):
+    """Before the update: weights and the last checkpoint stay good when a loss is not finite."""
+    if not all(math.isfinite(float(v)) for v in values):
+        raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
+                         f"made. The last good state is in {run.checkpoints}; lower the learning "
+                         "rate in a new --out, or look at what this step read: rows of "
+                         f"{run.context} tokens, {rows_of_step(mixture, run, step)}")
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. What the user sees: memory, plan, progress, report
+# 8. Memory and time: before a run, and while it goes on
 # ----------------------------------------------------------------------------------------------
+# Both are measured, not guessed. Memory: a step is run on tensors that have a shape and no storage,
+# of a model of few layers, and what is alive is counted. Time: a micro-batch of each stage is run
+# before the first step, and the real steps 2 to 4 of each stage are timed part by part.
 
 
 class LiveBytes(TorchDispatchMode):
@@ -1342,6 +1358,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def free(self, size):
+        """A tensor of `size` bytes is gone."""
         self.now -= size
 
 
@@ -1350,41 +1367,44 @@ def storages(values):
     return {x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
 
 
-def working_bytes(run, config, stage, layers):
-    """Peak of what one micro-batch needs besides weights, gradients and optimiser state.
+def working_bytes(run, config, stage, layers, weight_dtype):
+    """What one micro-batch needs besides weights, gradients and optimiser state, at its peaks.
 
-    By running it, on tensors that have a shape and no memory, on a model cut to `layers` layers.
+    By running it on tensors without storage, on a model cut to `layers` layers, with trained
+    weights in `weight_dtype`. Returns the peaks of the forward and of the backward pass, in bytes.
     """
     config = dataclasses.replace(config, num_layers=layers,
                                  layer_windows=config.layer_windows[:layers])
     with torch.device("meta"):
         student = Transformer(config)
         teacher = Transformer(dataclasses.replace(config, hybrid=None))
+    which = "new" if stage == "align" else run.train
     with FakeTensorMode(), torch.no_grad():
         for model in (student, teacher):
             for name, p in list(model.named_parameters()):
-                assign(model, name, nn.Parameter(torch.empty(
-                    p.shape, dtype=torch.float32 if is_new(name) else run.dtype)))
+                trains = model is student and TRAIN[which](name)
+                dtype = torch.float32 if is_new(name) else weight_dtype if trains else run.dtype
+                assign(model, name, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
         teacher.requires_grad_(False)
         for block in student.model["layers"]:
             block.recompute = run.recompute
-        trainable = select_trainable(student, "new" if stage == "align" else run.train)
-        for p in trainable.values():  # they are counted as gradients
+        for p in select_trainable(student, which).values():  # they are counted as gradients
             p.grad = torch.empty_like(p)
         tokens = torch.zeros(run.micro_batch, run.context, dtype=torch.long)
+        batch, stored = (tokens, tokens, tokens), None
+        if run.targets:
+            targets = [torch.zeros(tokens.numel(), run.topk, dtype=dtype)
+                       for dtype in (torch.int32, torch.float16)]
+            stored = argparse.Namespace(rows=lambda where, device: targets)
         with LiveBytes() as live, torch.enable_grad():
             if stage == "align":
-                alignment_losses(student, tokens, tokens, 1.0)
-            else:
-                targets = [torch.zeros(tokens.numel(), run.topk, dtype=dtype) for dtype in (
-                    torch.int32, torch.float16)]
-                if not run.targets:
-                    with torch.no_grad():
-                        targets = teacher(tokens, document_ids=tokens,
-                                          head=partial(teacher_topk, k=run.topk))
-                student(tokens, document_ids=tokens, head=lambda h, w: sparse_kd_loss(
-                    h, w, tokens, *targets, gamma=run.gamma, beta=run.beta))[0].backward()
-    return live.peak
+                with autocast(run):
+                    alignment_losses(student, tokens, tokens, 1.0)
+                return live.peak, live.peak
+            loss, _ = distil_loss(run, student, teacher, stored, None, (), batch)
+            forward, live.peak = live.peak, live.now
+            loss.backward()
+            return forward, live.peak
 
 
 def plan_memory(run, config, stage, stored=None):
@@ -1393,42 +1413,37 @@ def plan_memory(run, config, stage, stored=None):
     config: the student's. Weights: fp32 where they train or the teacher is `stored` as "float32",
     else run.dtype. Under torchrun stage II's are sharded, and the block at work, the next one and
     the embeddings whole.
-    "at work": activations, the loss chunk and temporary gradients (`working_bytes`).
+    "at work": activations, logits, casts of weights, temporary gradients (`working_bytes`).
     """
     sharded, half = stage == "distil" and "RANK" in os.environ, run.dtype.itemsize
     share = run.world if sharded else 1
     with torch.device("meta"):
         student = Transformer(config)
     sizes = {name: p.numel() for name, p in student.named_parameters()}
-    copied = sum(n for name, n in sizes.items() if not is_new(name))
+    total, copied = sum(sizes.values()), sum(n for name, n in sizes.items() if not is_new(name))
     trains = TRAIN["new" if stage == "align" else run.train]
     train = sum(n for name, n in sizes.items() if trains(name))
     frozen = 4 if stored == "float32" else half
-    needs = {"weights": (4 * train + frozen * (sum(sizes.values()) - train)) // share,
+    needs = {"weights": (4 * train + frozen * (total - train)) // share,
              "gradients": 4 * train // share, "AdamW": 8 * train // share}
     if stage == "distil" and not run.targets:
         needs["teacher"] = frozen * copied // share
-    blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
     if sharded:
-        needs["gathered"] = half * (2 * (sum(sizes.values()) - sum(blocks)) + 4 * max(blocks))
-    elif half == 2 and stage == "distil":
-        needs["bf16 copies"] = 2 * train  # autocast's
-    # By running a few layers. Stage I lets go of a layer before the next. Of each more in stage II
-    # stays its input, or without --recompute what a third adds to two (the first is special).
-    few = min(1 if stage == "align" else 2, config.num_layers)
-    needs["at work"] = work = working_bytes(run, config, stage, few)
-    if stage == "distil":
-        each = half * run.micro_batch * run.context * config.hidden_size
-        if not run.recompute and few < config.num_layers:
-            each = working_bytes(run, config, stage, few + 1) - work
-        needs["at work"] += (config.num_layers - few) * each
+        blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
+        needs["gathered"] = half * (2 * (total - sum(blocks)) + 4 * max(blocks))
+    # Each peak grows by as much with every layer, the first aside: 2 and 3 layers tell of them all.
+    weight_dtype = run.dtype if sharded else torch.float32
+    few = min(2, config.num_layers)
+    two, three = (working_bytes(run, config, stage, min(n, config.num_layers), weight_dtype)
+                  for n in (few, few + 1))
+    needs["at work"] = max(a + (config.num_layers - few) * (b - a) for a, b in zip(two, three))
     return needs | {"in all": sum(needs.values())}
 
 
 def why_no_align(run):
     """Why the run has no stage I, or None."""
     return f"the run starts from {run.start}" if run.start else (
-        "--skip-align" if run.skip_align else
+        "--align-tokens 0" if not run.align_tokens else
         "the mixer has no new parameters" if run.mixer == "swa" else None)
 
 
@@ -1445,68 +1460,145 @@ def show_plan(run):
         print(f"  {stage:<7}" + "  ".join(f"{k} {v / 1e9:.3g}" for k, v in needs.items()))
 
 
+def show_time(run, student, teacher, cache, students):
+    """Before training: say how long each stage will take, and what to set if it is beyond a day.
+
+    A micro-batch of each is run without an update: what `align` and `distil` call for each of
+    theirs. Up to three times within a minute, and the best counts, as the first compiles kernels.
+    Under torchrun stage II is sharded, which only its own first steps can time.
+    """
+    mixture, tokens_a_step = next(iter(students.values()))[1], run.batch * run.context
+    part = my_micro_batches(run, 0)[0]
+    batch = collate(map(mixture.row, part), run.device)
+
+    def align_once():
+        with autocast(run):
+            alignment_losses(student, *batch[:2], 1.0)
+
+    def distil_once():
+        distil_loss(run, student, teacher, cache, mixture, part, batch)[0].backward()
+
+    distil_steps = sum(own.distil_steps for own, _ in students.values())
+    stages = []
+    if not why_no_align(run):
+        stages.append(("align", "new", align_once, run.align_steps, "align_tokens"))
+    if not dist.is_initialized():
+        stages.append(("distil", run.train, distil_once, distil_steps, "tokens"))
+    for stage, which, run_once, steps, flag in stages:
+        select_trainable(student, which)
+        seconds, started = [], time.perf_counter()
+        while len(seconds) < 3 and sum(seconds) < 60:
+            run_once()
+            synchronise(run.device)
+            seconds.append(time.perf_counter() - started - sum(seconds))
+        student.zero_grad()
+        speed = batch[0].numel() * run.world / min(seconds)
+        days = steps * tokens_a_step / speed / 86400
+        print(f"time      {stage}: about {duration(days)} at {speed:,.0f} tokens/s")
+        if days > 1:
+            budget = getattr(run, flag) / days
+            few = f", in {budget / tokens_a_step:,.0f} steps" + (
+                "; with a smaller --batch or --context there are more"
+                if budget < 1000 * tokens_a_step else "")
+            print(f"          --{flag.replace('_', '-')} {budget:.1e} takes a day{few}")
+    student.requires_grad_(False)
+
+
+def duration(days):
+    """Days in words, in the unit that fits."""
+    for unit, length in (("days", 1), ("hours", 24), ("minutes", 1440)):
+        if days * length >= 2:
+            return f"{days * length:,.0f} {unit}"
+    return f"{days * 86400:.0f} seconds"
+
+
+def synchronise(device):
+    """Wait for what a GPU still has to do, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def describe(run, title, student, trainable, steps):
     """Say what is about to train, before it does."""
-    kinds = {}
+    kinds = collections.Counter()
     for name, p in trainable.items():
-        kind = ".".join(part for part in name.split(".") if part not in ("model", "layers")
-                        and not part.isdigit())
-        kinds[kind] = kinds.get(kind, 0) + p.numel()
+        kinds[re.sub(r"^model\.|layers\.\d+\.", "", name)] += p.numel()
     total = sum(p.numel() for p in student.parameters())
-    count = sum(kinds.values())
+    count = kinds.total()
     tokens = run.batch * run.context
     print(f"\n{title}: {steps} steps of {run.batch} x {run.context} = {tokens:,} tokens, "
           f"{steps * tokens:,} in all")
-    print(f"  {count:,} parameters train, {total - count:,} are frozen. Training:")
+    print(f"  {count:,} parameters train ({count / total:.2%}), {total - count:,} are frozen. "
+          "Training:")
     listed = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items())
     print(textwrap.fill(listed, 96, initial_indent="    ", subsequent_indent="    "))
 
 
-def progress_bar(name, first, steps, run):
-    """tqdm over the tokens of a stage, from step `first` on."""
-    tokens = run.batch * run.context
-    return tqdm(desc=name, total=steps * tokens, initial=first * tokens, unit="tok",
-                unit_scale=True, dynamic_ncols=True, disable=run.rank > 0)
+class Progress(tqdm):
+    """What a stage shows while it trains: a bar with the time left, and log.jsonl, a line a step.
 
+    And after its fourth step in this process one line of speed: tokens/s, the share of each part,
+    the length of the stage. `lap` times the parts inside the real steps 2 to 4 (the first warms
+    up). It waits for the GPU each time, so it leaves the later steps alone.
+    """
 
-def log(run, bar, stage, step, **metrics):
-    """Progress bar each step; log.jsonl too (a line a step: stage, step, metrics)."""
-    if run.rank > 0:
-        return
-    metrics = {key: float(value) for key, value in metrics.items()}
-    bar.update(run.batch * run.context)
-    bar.set_postfix({key: f"{value:.3g}" for key, value in metrics.items()})
-    with open(run.out / "log.jsonl", "a") as f:
-        f.write(json.dumps({"stage": stage, "step": step + 1, **metrics}) + "\n")
+    TIMED = 3
 
+    def __init__(self, run, stage, first, steps):
+        self.run, self.stage, self.steps = run, stage, steps
+        self.taken, self.seconds, self.last = 0, collections.Counter(), 0.0
+        self.tokens = run.batch * run.context
+        super().__init__(desc=stage, total=steps * self.tokens, initial=first * self.tokens,
+                         unit="tok", unit_scale=True, dynamic_ncols=True, disable=run.rank > 0)
 
-def rows_of_step(mixture, run, step):
-    """The rows of a step in words: "a 5, 17; b 3"."""
-    found = {}
-    for s, j in map(mixture.locate, range(step * run.batch, (step + 1) * run.batch)):
-        found.setdefault(mixture.sources[s].name, []).append(str(j))
-    return "; ".join(f"{name} {', '.join(rows)}" for name, rows in found.items())
+    def lap(self, part):
+        """The time since the last lap went into `part` of a step."""
+        if self.taken <= self.TIMED:
+            synchronise(self.run.device)
+            now = time.perf_counter()
+            self.seconds[part] += now - self.last if self.taken else 0
+            self.last = now
 
+    def log(self, step, **metrics):
+        """A step is done: bar and log.jsonl (stage, step from 1, metrics)."""
+        self.lap("update")
+        self.taken += 1
+        if self.taken == self.TIMED + 1:
+            self.show_speed()
+        metrics = {key: float(value) for key, value in metrics.items()}
+        self.update(self.tokens)
+        self.set_postfix({key: f"{value:.3g}" for key, value in metrics.items()})
+        if self.run.rank == 0:
+            with open(self.run.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": self.stage, "step": step + 1, **metrics}) + "\n")
 
-def check_finite(run, mixture, stage, step, *values):
-    """Before the update: weights and the last checkpoint stay good when a loss is not finite."""
-    if not all(math.isfinite(float(v)) for v in values):
-        raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
-                         f"made. The last good state is in {run.checkpoints}; lower the learning "
-                         "rate in a new --out, or look at what this step read: rows of "
-                         f"{run.context} tokens, {rows_of_step(mixture, run, step)}")
+    def show_speed(self):
+        """Print the speed of the timed steps, and on a GPU the largest memory so far."""
+        seconds = self.seconds.total() / self.TIMED
+        shares = ", ".join(f"{part} {s / self.seconds.total():.0%}"
+                           for part, s in self.seconds.items())
+        memory = ""
+        if self.run.device.type == "cuda":
+            memory = f"; peak memory {torch.cuda.max_memory_allocated(self.run.device) / 1e9:.1f} GB"
+        if self.run.rank == 0:
+            self.write(f"{self.stage}: {self.tokens / seconds:,.0f} tokens/s ({shares}), "
+                       f"{duration(self.steps * seconds / 86400)} for the stage{memory}")
 
 
 def report(results):
     """The final table: one line a model, held-out numbers, KL also per source."""
     names = [n for n in next(iter(results.values())) if n != "all"]
     width = max(8, *map(len, names))
+
+    def cell(metrics, key, width, digits=4):
+        return f"{'-' if metrics[key] is None else format(metrics[key], f'.{digits}f'):>{width}}"
+
     print("\nheld-out            CE  KL to teacher  top-1 agreement   KL on:"
           + "".join(f" {n:>{width}}" for n in names))
     for model, r in results.items():
         a = r["all"]
-        print(f"{model:<16}{a['ce']:6.3f} {a['kl']:14.4f} {a['top1']:16.3f}         "
-              + "".join(f" {r[n]['kl']:{width}.4f}" for n in names))
+        print(f"{model:<16}{cell(a, 'ce', 6, 3)} {cell(a, 'kl', 14)} {cell(a, 'top1', 16, 3)}"
+              + " " * 9 + "".join(f" {cell(r[n], 'kl', width)}" for n in names))
 
 
 def show_samples(run, folder, tokenizer, heldout):
@@ -1528,125 +1620,16 @@ def show_samples(run, folder, tokenizer, heldout):
             print(f"  {left:<48}{right}")
 
 
-def align_parts(run, student, _teacher, mixture):
-    """A step of `align` on one micro-batch, over and over; yields a part's name at its end."""
-    trainable = select_trainable(student, "new")
-    optimizer = make_optimizer(trainable)
-    yield "set up"
-    while True:
-        tokens, ids, _ = collate(map(mixture.row, range(run.micro_batch)), run.device)
-        yield "data"
-        with autocast(run):
-            for _ in teacher_layers(student, tokens, ids):
-                pass
-        yield "teacher forward"  # the next two are nested: they walk the layers once more
-        with autocast(run):
-            alignment_losses(student, tokens, ids)
-        yield "student forward"
-        with autocast(run):
-            alignment_losses(student, tokens, ids, 1.0)
-        yield "backward"
-        clip_gradients(trainable, run.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield "update"
-
-
-def distil_parts(run, student, teacher, mixture):
-    """A step of `distil` on one micro-batch, over and over; yields a part's name at its end."""
-    student = copy.deepcopy(student).float()  # its own weights, as `train_student` loads them
-    trainable = select_trainable(student, run.train)
-    for p in student.parameters():
-        if not p.requires_grad:
-            p.data = p.data.to(teacher.lm_head_weight.dtype)
-    for block in student.model["layers"]:
-        block.recompute = run.recompute
-    optimizer = make_optimizer(trainable)
-    yield "set up"
-    while True:
-        tokens, ids, labels = collate(map(mixture.row, range(run.micro_batch)), run.device)
-        yield "data"
-        with torch.no_grad(), autocast(run):
-            hidden = teacher.hidden(tokens, document_ids=ids)
-        yield "teacher forward"
-        with autocast(run):
-            targets = teacher_topk(hidden, teacher.lm_head_weight, run.topk)
-        yield "teacher's top k"
-        with autocast(run):
-            hidden = student.hidden(tokens, document_ids=ids)
-        yield "student forward"
-        with autocast(run):
-            loss, _ = sparse_kd_loss(hidden, student.lm_head_weight, labels, *targets,
-                                     gamma=run.gamma, beta=run.beta)
-        yield "loss and its gradient"
-        loss.backward()
-        yield "backward"
-        clip_gradients(trainable, run.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield "update"
-
-
-def time_stage(run, parts, nested=()):
-    """Seconds by part of a whole step, from `align_parts` or `distil_parts`: medians of 5 rounds.
-
-    Two more come first, to warm up. nested: parts that each do the one before them again.
-    """
-    laps, started = {}, time.perf_counter()
-    for part in parts:
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        laps.setdefault(part, []).append(time.perf_counter() - started)
-        if len(laps.get("update", ())) == 7:
-            break
-        started = time.perf_counter()
-    del laps["set up"]
-    seconds = {part: sorted(times[2:])[2] for part, times in laps.items()}
-    for inner, outer in reversed(list(zip(nested, nested[1:]))):
-        seconds[outer] -= seconds[inner]
-    return {part: s * (1 if part == "update" else run.batch / run.micro_batch)
-            for part, s in seconds.items()}
-
-
-def report_speed(run, student, teacher, mixture):
-    """`--speed`: tokens/s of both stages, each part's share of a step; also in speed.json."""
-    if run.world > 1:
-        raise ValueError("--speed times one process; start it without torchrun")
-    run.micro_batch, on_gpu, found = min(run.micro_batch, run.batch), run.device.type == "cuda", {}
-    for stage, steps, parts, nested in (
-            ("align", run.align_steps, align_parts,
-             ("teacher forward", "student forward", "backward")),
-            ("distil", run.distil_steps, distil_parts, ())):
-        if stage == "align" and why_no_align(run):
-            continue
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(run.device)
-        seconds = time_stage(run, parts(run, student, teacher, mixture), nested)
-        step, tokens = sum(seconds.values()), run.batch * run.context
-        peak = torch.cuda.max_memory_allocated(run.device) if on_gpu else None
-        found[stage] = {"tokens_per_s": tokens / step, "step_s": step, "parts_s": seconds,
-                        "peak_bytes": peak}
-        print(f"\n{stage}: {tokens / step:,.0f} tokens/s. A step of {run.batch} x {run.context} "
-              f"takes {step:.3g} s, {steps:,} steps {steps * step / 3600:.3g} hours"
-              + (f"; peak memory {peak / 1e9:.1f} GB" if on_gpu else ""))
-        for part, s in seconds.items():
-            print(f"    {part:<22}{s / step:7.1%}{s:10.3g} s")
-    write_json(run.out / "speed.json", {
-        "device": str(run.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "dtype": str(run.dtype)[6:], "teacher": str(run.teacher), "context": run.context,
-        "batch": run.batch, "micro_batch": run.micro_batch, "recompute": run.recompute,
-        "train": run.train, "stages": found})
-    print(f"\nreport: {run.out / 'speed.json'}; nothing was trained")
-
-
 # ----------------------------------------------------------------------------------------------
-# 10. A student, or experts and their merger
+# 9. A student, or experts and their merger
 # ----------------------------------------------------------------------------------------------
 
 
 def open_model(run, directory, train=None):
-    """A model as stage II uses it: what trains in fp32 (bf16 weights would lose an AdamW step of
-    1e-5), the rest as `frozen_dtype`; sharded over torchrun's processes.
+    """A model as stage II uses it, sharded over torchrun's processes.
+
+    What trains ("new", "mixer", "all"; None: nothing) is in fp32, since bf16 weights would lose an
+    AdamW step of 1e-5; the rest as `frozen_dtype`.
     """
     def dtype(name):
         return torch.float32 if train and TRAIN[train](name) else frozen_dtype(run)
@@ -1654,36 +1637,34 @@ def open_model(run, directory, train=None):
     prepare = partial(shard, device=run.device, dtype=run.dtype) if dist.is_initialized() else None
     model = load_pretrained(directory, device=run.device, dtype=dtype, kernels=run.kernels,
                             prepare=prepare)
-    return model.requires_grad_(False)
+    return with_recompute(run, model.requires_grad_(False))
 
 
-def train_student(run, seed, teacher, cache, mixture, heldout, stop):
-    """Stage II: the student folder `seed` -> run.out/student, unless that exists; returns it."""
-    final = run.out / "student"
-    if not final.exists():
-        student = open_model(run, seed, run.train)
-        for block in student.model["layers"]:
-            block.recompute = run.recompute
-        distil(run, student, teacher, cache, mixture, heldout, stop)
-        del student
-    once(run, final, lambda: export_student(run, seed, final))
-    return final
+def with_recompute(run, model):
+    """The model, its blocks set to --recompute. It matters where gradients are formed alone."""
+    for block in model.model["layers"]:
+        block.recompute = run.recompute
+    return model
 
 
-def export_student(run, seed, final):
-    """`seed` with the weights of stage II's last checkpoint, in the seed's precision -> `final`.
-
-    Tensor by tensor from the checkpoint's files: nobody has to hold the fp32 weights whole.
-    """
-    student = load_pretrained(seed)
-    weights = StoredState(checkpoints(run, "distil")[-1], "weight")
-    for name in weights.names():
-        p = student.get_parameter(name)
-        p.data = weights.rows(name).to(p.dtype)
-    # merge.py refuses experts that do not share a seed.
-    lineage = {"seed_sha256": sha256(*sorted(seed.glob("*.safetensors")))}
-    save_pretrained(student, final, extra={"lineage.json": lineage})
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+def new_student(run, teacher):
+    """The student before training, or for --start the one to go on from."""
+    if run.start:
+        student = open_model(run, run.start)
+        if dataclasses.replace(student.config, hybrid=None) != teacher.config:
+            raise ValueError(f"--start {run.start}: its config.json is not of a student of "
+                             f"{run.teacher}")
+    else:
+        student = with_recompute(run, student_from_teacher(
+            teacher, window=run.window, sinks=run.sinks, mixer=run.mixer, features=run.features,
+            kernels=run.kernels))
+    hybrid = student.config.hybrid
+    if hybrid is None:
+        raise ValueError(f"--start {run.start} is a teacher, not a student")
+    print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks, "
+          f"{hybrid.features} x as wide features; on {run.device} in {str(run.dtype)[6:]}, kernels: "
+          f"{student.kernels}")
+    return student
 
 
 def plan_students(run, sources, weights):
@@ -1711,16 +1692,42 @@ def plan_students(run, sources, weights):
     return students
 
 
-def finish(run, folders, results, tokenizer, heldout, started):
-    """The table, continuations, --tasks, and where everything is."""
-    report(results)
-    final = list(folders.values())[-1]
-    show_samples(run, final, tokenizer, heldout)
-    if run.tasks:
-        prove(run, folders if run.experts else {"student": final})
-    print(f"\n{time.time() - started:.0f} s. The student is in {final}; "
-          "model.load_pretrained opens it.\nNext: what the mLSTM adds, "
-          f"`python distill.py --mixer swa --out {run.out}-swa`")
+def stage_one(run, student, sources, weights, stop):
+    """Stage I, unless it is done or not wanted; returns the seed's folder."""
+    seed, skipped = run.start or run.out / "seed", why_no_align(run)
+    if skipped:
+        print(f"stage I is skipped: {skipped}")
+    if not seed.exists():
+        if not skipped:
+            align(run, student, Mixture(sources, weights, run.align_steps * run.batch, run.seed),
+                  stop)
+        once(run, seed, lambda: save_pretrained(student, seed))
+    return seed
+
+
+def stage_two(run, seed, teacher, cache, mixture, heldout, stop):
+    """Stage II: the student folder `seed` -> run.out/student, unless that exists; returns it."""
+    final = run.out / "student"
+    if not final.exists():
+        distil(run, open_model(run, seed, run.train), teacher, cache, mixture, heldout, stop)
+    once(run, final, lambda: export_student(run, seed, final))
+    return final
+
+
+def export_student(run, seed, final):
+    """`seed` with the weights of stage II's last checkpoint, in the seed's precision -> `final`.
+
+    Tensor by tensor from the checkpoint's files: nobody has to hold the fp32 weights whole.
+    """
+    student = load_pretrained(seed)
+    weights = StoredState(checkpoints(run, "distil")[-1], "weight")
+    for name in weights.names():
+        p = student.get_parameter(name)
+        p.data = weights.rows(name).to(p.dtype)
+    # merge.py refuses experts that do not share a seed.
+    lineage = {"seed_sha256": sha256(*sorted(seed.glob("*.safetensors")))}
+    save_pretrained(student, final, extra={"lineage.json": lineage})
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
 def prove(run, folders):
@@ -1737,97 +1744,120 @@ def prove(run, folders):
 
 
 # ----------------------------------------------------------------------------------------------
-# 11. The command
+# 10. The command
 # ----------------------------------------------------------------------------------------------
 
 # The shipped teacher's preset: what differs from the paper's settings below when --teacher is not
 # given. A window of 16 makes its context of 512 tokens long. Paper: loss .9 CE + .1 KL. Here: the
 # reverse, because this teacher was trained on this very text: CE teaches the student things that
-# the teacher does not do, and pulls it away (README, "How stage II weighs its losses").
+# the teacher does not do, and pulls it away (README, "How stage II weighs its losses"). Paper: a
+# constant rate in stage II. Here: it falls to 0, which lets a short run start higher (KL .104 at
+# a constant 3e-4, .099 at 5e-4 falling).
 SMALL = dict(
     teacher=HERE / "tests/teacher", out=Path("out"), context=512, window=16, batch=4,
-    micro_batch=4, align_tokens=819_200, align_lr=3e-2, tokens=819_200, lr=3e-4, gamma=0.1,
-    beta=0.9, warmup=20, eval_every=100, eval_rows=16, save_every=100, recompute=False,
+    micro_batch=4, align_tokens=819_200, align_lr=3e-2, tokens=819_200, lr=5e-4, final_lr=0.0,
+    gamma=0.1, beta=0.9, warmup=20, eval_every=100, save_every=100, recompute=False,
     data=sorted(str(p) for p in (HERE / "tests/teacher/data").glob("*.jsonl")))
 SMALL_EXPERTS = dict(
     out=Path("out-experts"), tokens=204_800,
     tasks=sorted(str(p) for p in (HERE / "tests/tasks").glob("*.jsonl")))
 
 
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float from `low` to `high`, and neither nan nor infinite."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high and math.isfinite(kind(text)):
+                return kind(text)
+        bound = "" if high == math.inf else f" to {high:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} "
+                                         f"number from {low:g}{bound}")
+    return parse
+
+
 def parse_arguments(argv):
     """The command line -> settings; without --teacher the small preset comes before the paper's."""
-    p = argparse.ArgumentParser(description="Distil a Transformer into a hybrid xLSTM student.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--teacher", type=Path, help="Hugging Face folder; none: the shipped teacher "
-                   "with its own small preset of the settings below")
-    p.add_argument("--data", nargs="+", metavar="FILE[=WEIGHT]", help=".txt or .jsonl")
-    p.add_argument("--out", type=Path, help="folder of the run")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
-    p.add_argument("--plan", action="store_true", help="print the memory that a step needs, stop")
-    p.add_argument("--speed", action="store_true", help="time both stages' parts and stop")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX")
-    p.add_argument("--kernels", choices=("auto", "torch", "triton"), default="auto",
-                   help="what computes mLSTM and window; auto: Triton on a GPU")
-    p.add_argument("--seed", type=int, default=0)
+    p = argparse.ArgumentParser(
+        description="Distil a Transformer into a hybrid xLSTM student. Without --teacher the shipped "
+        "teacher is distilled with a small preset (SMALL in distill.py) in place of the paper's "
+        "defaults below.", usage="distill.py [--teacher DIR --data FILE... --out RUN] [options]")
 
-    g = p.add_argument_group("student")
-    g.add_argument("--mixer", choices=MIXERS, default="hybrid")
-    g.add_argument("--window", type=int, default=512, help="W, tokens")
-    g.add_argument("--sinks", type=int, default=4, help="tokens")
-    g.add_argument("--features", type=int, choices=(1, 2, 4, 8), default=4, help="width of the "
-                   "mLSTM's keys as a multiple of the heads'; the paper's is 1")
+    def add(group, name, default, help, **options):
+        shown = "" if default in (None, [], False, True) else " (%(default)s)"
+        group.add_argument(name, default=default, help=help + shown, **options)
 
-    g = p.add_argument_group("both stages")
-    g.add_argument("--context", type=int, default=4096, help="tokens a row")
-    g.add_argument("--batch", type=int, default=64, help="rows a step")
-    g.add_argument("--micro-batch", type=int, default=1, help="rows in a process's memory at once")
-    g.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    count, amount = number(int, 1), number(float, 0)
+    add_run_flags(partial(add, p), p)
+    g = partial(add, p.add_argument_group("student"))
+    g("--mixer", "hybrid", "the paper's, or a part of it alone", choices=MIXERS)
+    g("--window", 512, "tokens that the window sees", type=count)
+    g("--sinks", 4, "first tokens that it sees as well", type=number(int, 0))
+    g("--features", 4, "width of the mLSTM's keys in heads' widths; the paper's is 1", type=int,
+      choices=(1, 2, 4, 8))
+    g = partial(add, p.add_argument_group("both stages"))
+    g("--context", 4096, "tokens a row", type=count)
+    g("--batch", 64, "rows a step", type=count)
+    g("--micro-batch", 1, "rows in a process's memory at once", type=count)
+    g("--warmup", 100, "steps of rising learning rate", type=count)
+    g("--save-every", 200, "steps between checkpoints", type=count)
+    g = partial(add, p.add_argument_group("stage I (align)"))
+    g("--align-tokens", 655e6, "0: no stage I", type=number(float, 0, 1e13))
+    g("--align-lr", 1e-2, "peak learning rate, from which a cosine falls to a thousandth",
+      type=amount)
+    g("--start", None, "no stage I: start stage II from this student folder, such as another run's "
+      "seed/", type=Path, metavar="DIR")
+    add_distil_flags(partial(add, p.add_argument_group("stage II (distil)")), count, amount)
 
-    g = p.add_argument_group("stage I (align)")
-    g.add_argument("--align-tokens", type=float, default=655e6)
-    g.add_argument("--align-lr", type=float, default=1e-2, help="peak; cosine to a thousandth")
-    g.add_argument("--skip-align", action="store_true", help="ablation: no stage I")
-    g.add_argument("--start", type=Path, metavar="DIR", help="no stage I: start stage II from this "
-                   "student folder, such as another run's seed/")
+    if p.parse_known_args(argv)[0].teacher is None:
+        experts = p.parse_known_args(argv)[0].experts
+        p.set_defaults(**SMALL | (SMALL_EXPERTS if experts else {}))
+    run = p.parse_args(argv)
+    run.final_lr = run.lr if run.final_lr is None else run.final_lr
+    return run
 
-    g = p.add_argument_group("stage II (distil)")
-    g.add_argument("--tokens", type=float, default=5e9)
-    g.add_argument("--lr", type=float, default=1e-5, help="constant after warm-up")
-    g.add_argument("--train", choices=("new", "mixer", "all"), default="all",
-                   help="new parameters; and attention projections; and everything")
-    g.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True,
-                   help="keep only the blocks' inputs and run each block again in the backward")
-    g.add_argument("--gamma", type=float, default=0.9, help="weight of next-token CE")
-    g.add_argument("--beta", type=float, default=0.1, help="weight of KL to the teacher")
-    g.add_argument("--topk", type=int, default=256, help="teacher tokens in the KL")
-    g.add_argument("--targets", type=Path, metavar="DIR", help="the teacher's top k on disk: made "
-                   "first where missing, then stage II runs without the teacher")
-    g.add_argument("--targets-only", action="store_true", help="make --targets and stop")
-    g.add_argument("--experts", action="store_true", help="an expert of --tokens per --data file, "
-                   "a generalist of as many as all experts, and the merged experts (Eq. 14)")
-    g.add_argument("--tasks", nargs="+", metavar="FILE", default=[],
-                   help="task files on which the students are scored at the end (evaluate.py)")
-    g.add_argument("--eval-every", type=int, default=500, help="steps between held-out checks")
-    g.add_argument("--eval-rows", type=int, default=16, help="held-out rows a source")
 
-    run, _ = p.parse_known_args(argv)
-    if run.teacher is None:
-        p.set_defaults(**SMALL | (SMALL_EXPERTS if run.experts else {}))
-    return p.parse_args(argv)
+def add_run_flags(g, parser):
+    """The flags of a run as a whole."""
+    g("--teacher", None, "Hugging Face folder", type=Path, metavar="DIR")
+    g("--data", None, ".txt or .jsonl", nargs="+", metavar="FILE[=WEIGHT]")
+    g("--out", None, "folder of the run", type=Path, metavar="RUN")
+    g("--resume", False, "go on from the last checkpoint of --out", action="store_true")
+    g("--plan", False, "print the memory that a step needs, and stop", action="store_true")
+    g("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    g("--dtype", "auto", "of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX",
+      choices=("auto", "float32", "bfloat16"))
+    g("--kernels", "auto", "what computes mLSTM and window; auto: Triton on a GPU",
+      choices=("auto", "torch", "triton"))
+    g("--seed", 0, "of the order of the data", type=number(int, 0, 2 ** 31))
+    g("--tasks", [], "task files on which the students are scored at the end (evaluate.py)",
+      nargs="+", metavar="FILE")
+    g("--eval-every", 500, "stage II's steps between held-out checks", type=number(int, 1))
+    g("--eval-rows", 16, "held-out rows a source", type=number(int, 1))
+
+
+def add_distil_flags(g, count, amount):
+    """The flags of stage II."""
+    g("--tokens", 5e9, "", type=number(float, 1, 1e13))
+    g("--lr", 1e-5, "learning rate after warm-up", type=amount)
+    g("--final-lr", None, "what a cosine takes it to (--lr: constant)", type=amount)
+    g("--train", "all", "new parameters; and attention's projections; and everything",
+      choices=TRAIN)
+    g("--recompute", True, "keep only the blocks' inputs and run each block again in the backward",
+      action=argparse.BooleanOptionalAction)
+    g("--gamma", 0.9, "weight of next-token CE", type=amount)
+    g("--beta", 0.1, "weight of KL to the teacher", type=amount)
+    g("--topk", 256, "teacher's tokens in the KL", type=count)
+    g("--targets", None, "the teacher's top k on disk: made first where missing, then stage II runs "
+      "without the teacher", type=Path, metavar="DIR")
+    g("--targets-only", False, "make --targets and stop", action="store_true")
+    g("--experts", False, "an expert of --tokens per --data file, a generalist of as many as all "
+      "experts, and the merged experts (Eq. 14)", action="store_true")
 
 
 def check_arguments(run):
-    """Refuse what cannot work, before anything is read or written."""
+    """Refuse what cannot work together, before anything is read or written."""
     if (run.data is None or run.out is None) and not run.plan:
         raise ValueError("--teacher DIR also needs --data FILE... and --out DIR")
-    for name in ("context", "batch", "micro_batch", "warmup", "save_every", "topk", "eval_every",
-                 "eval_rows", "align_tokens", "tokens", "window"):
-        if getattr(run, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     names = [parse_data(spec)[0].stem for spec in run.data or ()]
     taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all"}
     if len(set(names)) < len(names) or taken & set(names):
@@ -1837,20 +1867,16 @@ def check_arguments(run):
         raise ValueError("--targets-only needs --targets DIR, where to make them")
     if run.experts and len(run.data) < 2:
         raise ValueError("--experts needs two --data files or more: an expert for each")
-    for path in run.tasks:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--tasks {path}: there is no such file")
-    if not (run.gamma >= 0 and run.beta >= 0 and run.gamma + run.beta > 0):
-        raise ValueError("--gamma and --beta must not be negative, nor both 0")
-    if run.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {run.device}: this torch sees no GPU; use --device cpu")
+    if missing := [path for path in run.tasks if not Path(path).is_file()]:
+        raise FileNotFoundError(f"--tasks {missing[0]}: there is no such file")
+    if run.gamma + run.beta == 0:
+        raise ValueError("--gamma and --beta must not both be 0")
 
 
 def settings_of(run):
     """What must not change between a run and its resumption, as JSON."""
-    free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan", "speed",
-            "targets_only", "micro_batch", "recompute", "rank", "world",
-            "kernels", "dtype")
+    free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan",
+            "targets_only", "micro_batch", "recompute", "rank", "world", "kernels", "dtype")
     settings = {k: v for k, v in vars(run).items() if k not in free}
     settings["targets"] = bool(run.targets)
     settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
@@ -1869,44 +1895,36 @@ def open_run(run):
         return {}
     if not path.exists():
         raise FileNotFoundError(f"--resume: {path} does not exist; is {run.out} a run's folder?")
-    old, new = json.loads(path.read_text()), settings_of(run)
+    old, new = read_json(path), settings_of(run)
     changed = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
     if changed:
         raise ValueError(f"--resume: {run.out} was made with other settings: " + "; ".join(changed))
-    return json.loads(results.read_text()) if results.exists() else {}
+    return read_json(results) if results.exists() else {}
 
 
-def new_student(run, teacher):
-    """The student before training, or for --start the one to go on from."""
-    if run.start:
-        student = open_model(run, run.start)
-        if dataclasses.replace(student.config, hybrid=None) != teacher.config:
-            raise ValueError(f"--start {run.start}: its config.json is not of a student of "
-                             f"{run.teacher}")
-    else:
-        student = student_from_teacher(teacher, window=run.window, sinks=run.sinks,
-                                       mixer=run.mixer, features=run.features,
-                                       kernels=run.kernels)
-    hybrid = student.config.hybrid
-    if hybrid is None:
-        raise ValueError(f"--start {run.start} is a teacher, not a student")
-    print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks; on "
-          f"{run.device} in {str(run.dtype)[6:]}, kernels: {student.kernels}")
-    return student
-
-
-def load_data(run, tokenizer, eos_ids):
-    """--data -> `open_data`'s sources, weights and held-out sources, and say what they are."""
+def load(run):
+    """Teacher, its tokenizer, its student and the data; says what they are."""
+    teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device,
+                                             dtype=frozen_dtype(run))
+    teacher.requires_grad_(False)
+    print(f"teacher   {run.teacher} ({teacher.config.family}, "
+          f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
+    student, eos_ids = new_student(run, teacher), teacher.config.eos_ids
     if run.rank > 0:
         barrier()  # the first process tokenises, the others find it done
-    eos_id = eos_ids[0] if eos_ids else None
-    train, weights, heldout = open_data(run.data, tokenizer, eos_id, run.out / "data", run.context)
+    data = open_data(run, tokenizer, eos_ids[0] if eos_ids else None)
     if run.rank == 0:
         barrier()
-    for source, weight in zip(train, weights):
-        print(f"data      {source.name}: {source.total:,} tokens to train on, the longest document "
-              f"{source.lengths.max():,}; {weight / sum(weights):.0%} of every batch")
-    return train, weights, heldout
+    return teacher, tokenizer, student, *data
+
+
+def measure(run, results, name, model, teacher, heldout):
+    """A model's row of the table, unless a resumed run has it already; all rows to results.json."""
+    if name not in results:
+        results[name] = compare(run, model, teacher or open_model(run, run.teacher), heldout)
+        if run.rank == 0:
+            write_json(run.out / "results.json", results)
+    print(f"held-out, {name}: {show(results[name]['all'])}")
 
 
 def main(argv=None):
@@ -1920,17 +1938,9 @@ def main(argv=None):
     run.checkpoints = run.out / "checkpoints"
     run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
     run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
-    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
+    run.warmup = min(run.warmup, run.align_steps or run.distil_steps, run.distil_steps)
     results = open_run(run)
-    teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device,
-                                             dtype=frozen_dtype(run))
-    teacher.requires_grad_(False)
-    print(f"teacher   {run.teacher} ({teacher.config.family}, "
-          f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
-    student = new_student(run, teacher)
-    sources, weights, heldout = load_data(run, tokenizer, teacher.config.eos_ids)
-    if run.speed:
-        return report_speed(run, student, teacher, Mixture(sources, weights, run.batch, run.seed))
+    teacher, tokenizer, student, sources, weights, heldout = load(run)
     students, stop, cache = plan_students(run, sources, weights), StopRequested(), None
     if run.targets:
         mixtures = [mixture for _, mixture in students.values()]
@@ -1940,30 +1950,16 @@ def main(argv=None):
             return print(f"the targets are in {run.targets}")
     if not run.resume:
         show_plan(run)
+        show_time(run, student, teacher, cache, students)
     # Only now: a refused run leaves none.
     once(run, run.out / "run.json", lambda: write_json(run.out / "run.json", settings_of(run)))
 
-    def measure(name, model):
-        if name not in results:
-            results[name] = compare(run, model, teacher or open_model(run, run.teacher), heldout)
-            if run.rank == 0:
-                write_json(run.out / "results.json", results)
-        r = results[name]["all"]
-        print(f"held-out, {name}: CE {r['ce']:.4f}  KL {r['kl']:.4f}  top-1 {r['top1']:.3f}")
-
-    measure("teacher", teacher)
-    seed, skipped = run.start or run.out / "seed", why_no_align(run)
-    if skipped:
-        print(f"stage I is skipped: {skipped}")
+    measure(run, results, "teacher", teacher, teacher, heldout)
     if not run.start:
-        measure("entry", student)
-    if not seed.exists():
-        if not skipped:
-            total = run.align_steps * run.batch
-            align(run, student, Mixture(sources, weights, total, run.seed), stop)
-        once(run, seed, lambda: save_pretrained(student, seed))
-    if not skipped or run.start:
-        measure("after stage I", open_model(run, seed))
+        measure(run, results, "entry", student, teacher, heldout)
+    seed = stage_one(run, student, sources, weights, stop)
+    if run.start or not why_no_align(run):
+        measure(run, results, "after stage I", open_model(run, seed), teacher, heldout)
 
     # Stage I needed the teacher whole. Stage II shards it, or does without.
     student, folders = None, {}
@@ -1972,18 +1968,32 @@ def main(argv=None):
         if run.experts:
             print(f"\n===== {name} =====")
             once(run, own.out, own.out.mkdir)
-        folders[name] = train_student(own, seed, teacher, cache, mixture, heldout, stop)
-        measure(name, open_model(run, folders[name]))
+        folders[name] = stage_two(own, seed, teacher, cache, mixture, heldout, stop)
+        measure(run, results, name, open_model(run, folders[name]), teacher, heldout)
     if run.experts:
         experts, folders["merged"] = list(folders.values())[:-1], run.out / "merged"
         once(run, folders["merged"], lambda: merge(experts, folders["merged"]))
-        measure("merged", open_model(run, folders["merged"]))
+        measure(run, results, "merged", open_model(run, folders["merged"]), teacher, heldout)
     teacher = None
     if run.rank == 0:
         finish(run, folders, results, tokenizer, heldout, started)
 
 
+def finish(run, folders, results, tokenizer, heldout, started):
+    """The table, continuations, --tasks, and where everything is."""
+    report(results)
+    final = list(folders.values())[-1]
+    show_samples(run, final, tokenizer, heldout)
+    if run.tasks:
+        prove(run, folders if run.experts else {"student": final})
+    print(f"\n{time.time() - started:.0f} s. The student is in {final}; "
+          "model.load_pretrained opens it.\nNext: what the mLSTM adds, "
+          f"`python distill.py --mixer swa --out {run.out}-swa`")
+
+
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character ends no run
+        stream.reconfigure(errors="replace")
     try:
         main()
     except Stopped as where:
