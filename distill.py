@@ -101,7 +101,25 @@ DOCUMENT = np.dtype([
 FILES = {"tokens.bin": np.uint32,  # the tokens' ids, document after document
          "loss.bin": bool,  # for each token: is it in the loss
          "documents.bin": DOCUMENT}
-PART = 1 << 25  # bytes of a file that one process tokenises at a time, and that a stop can lose
+PART = 1 << 25  # bytes of a file that a process tokenises at a time, and that a stop can lose
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A new file that takes the place of `path` if the block ends well, whoever else does so.
+
+    So a file is whole or absent, after a kill and beside other processes that write it as well.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(tmp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def text_start(file, offset):
@@ -182,7 +200,7 @@ def encode_document(kind, parts, tokenizer, eos_id):
     else:
         ids, in_loss, is_chat = [], [], kind == "chat"
         for text, learn in parts:
-            # A plain text that spells a special token means the letters. A template means the token.
+            # A plain text that spells a special token means letters, a template means the token.
             new = tokenizer.encode(text, bos=False if is_chat else None, specials=is_chat)
             ids += new
             in_loss += [learn] * len(new)
@@ -208,12 +226,13 @@ def identify_document(kind, parts, ids, tokenizer):
     return zlib.crc32(content), *family
 
 
-def tokenise_part(path, tokenizer, eos_id, start, stop):
-    """The documents that begin in bytes start..stop of a file -> {name: array} of FILES.
+def tokenise_part(path, tokenizer, eos_id, out, start, stop):
+    """Write the documents that begin in bytes start..stop of a file as an .npz `out` of FILES.
 
-    Raises ValueError naming file and line, whoever refuses: the reader, the chat template or the
-    tokenizer.
+    tokenizer: a Tokenizer, or in a process of its own the folder of one. Raises ValueError naming
+    file and line, whoever refuses: the reader, the chat template or the tokenizer.
     """
+    tokenizer = _worker_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
     found = {name: [np.zeros(0, dtype)] for name, dtype in FILES.items()}
     for place, row in (read_text if path.suffix == ".txt" else read_rows)(path, start, stop):
         try:
@@ -230,75 +249,39 @@ def tokenise_part(path, tokenizer, eos_id, start, stop):
                     found[name].append(value)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
-    return {name: np.concatenate(arrays) for name, arrays in found.items()}
+    with replacing(out) as file:
+        np.savez(file, **{name: np.concatenate(arrays) for name, arrays in found.items()})
+
+
+_worker_tokenizer = cache(Tokenizer)  # read once a process, not once a part
 
 
 def _start_worker():
-    """A worker of `tokenise_parts` leaves Ctrl-C to its parent, and never outlives it."""
+    """A worker of `tokenise` leaves Ctrl-C to its parent, and never outlives it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(daemon=True, target=lambda: (
         multiprocessing.parent_process().join(), os._exit(1))).start()
 
 
-_worker_tokenizer = cache(Tokenizer)  # by folder: read once a worker, not once a part
+def tokenise_parts(path, tokenizer, eos_id, parts, workers):
+    """Make the parts [(out, start, stop), ...] by `tokenise_part`; yields as each is done.
 
-
-def _tokenise_part(path, folder, eos_id, start, stop):
-    return tokenise_part(path, _worker_tokenizer(folder), eos_id, start, stop)
-
-
-def tokenise_parts(path, tokenizer, eos_id, bounds, workers):
-    """Yield tokenise_part of each (start, stop) of `bounds`, in order, from `workers` processes.
-
-    Processes, not threads: almost half of the time is spent in Python itself. Spawned, not forked:
-    the parent may hold threads, a GPU, a process group. At most one part more than there are
-    workers is begun and not yet taken, so memory is bounded whatever the file's size.
+    In processes, not threads: almost half of the time is spent in Python itself. Spawned, not
+    forked: the parent may hold threads, a GPU, a process group.
     """
-    if workers == 1 or len(bounds) < 2:
-        for start, stop in bounds:
-            yield tokenise_part(path, tokenizer, eos_id, start, stop)
+    if workers == 1 or len(parts) < 2:
+        for part in parts:
+            yield tokenise_part(path, tokenizer, eos_id, *part)
         return
-    pool = ProcessPoolExecutor(min(workers, len(bounds)), multiprocessing.get_context("spawn"),
+    pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"),
                                _start_worker)
-    begun, folder = collections.deque(), Path(tokenizer.path).parent
+    make = partial(tokenise_part, path, Path(tokenizer.path).parent, eos_id)
     try:
-        for start, stop in bounds:
-            begun.append(pool.submit(_tokenise_part, path, folder, eos_id, start, stop))
-            if len(begun) > workers:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+        yield from pool.map(make, *zip(*parts))
     except BrokenProcessPool:
         raise OSError("a worker process was killed; is there too little memory?") from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _append(folder, part):
-    """Add a part to the files of a folder. It counts once its row of file sizes is in parts.bin."""
-    sizes = []
-    for name, array in part.items():
-        with open(folder / name, "ab") as file:
-            file.write(array)
-            file.flush()
-            os.fsync(file.fileno())
-            sizes.append(file.tell())
-    with open(folder / "parts.bin", "ab") as file:
-        file.write(np.array(sizes, np.int64))
-
-
-def _finished_parts(folder):
-    """How many whole parts a folder holds; what a stop has left behind them is cut off."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [*FILES, "parts.bin"]
-    for name in names:
-        (folder / name).touch()
-    sizes = np.fromfile(folder / "parts.bin", np.int64)
-    done = len(sizes) // len(FILES)
-    ends = sizes[(done - 1) * len(FILES):done * len(FILES)] if done else [0] * len(FILES)
-    for name, size in zip(names, [*ends, done * len(FILES) * sizes.itemsize]):
-        os.truncate(folder / name, size)
-    return done
 
 
 def tokenise(path, tokenizer, eos_id, folder, workers=None):
@@ -315,23 +298,26 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
     if folder.exists():
         return folder
     tmp, size = folder.with_name(folder.name + ".tmp"), path.stat().st_size
-    workers = workers or min(os.cpu_count(), 32)
+    parts = [(tmp / f"{i:06d}.npz", start, min(start + PART, size))
+             for i, start in enumerate(range(0, size, PART))]
+    todo = [part for part in parts if not part[0].exists()]
     try:
-        done, tokens, started = _finished_parts(tmp), 0, time.time()
-        bounds = [(start, min(start + PART, size)) for start in range(0, size, PART)]
-        with tqdm(desc=f"tokenise {path.name}", total=size, initial=min(done * PART, size),
-                  unit="B", unit_scale=True, leave=False) as bar:
-            parts = tokenise_parts(path, tokenizer, eos_id, bounds[done:], workers)
-            for (start, stop), part in zip(bounds[done:], parts):
-                _append(tmp, part)
-                tokens += len(part["tokens.bin"])
-                bar.set_postfix_str(f"{tokens / (time.time() - started):,.0f} tok/s", False)
-                bar.update(stop - start)
+        made = tokenise_parts(path, tokenizer, eos_id, todo, workers or min(os.cpu_count(), 32))
+        for _ in tqdm(made, f"tokenise {path.name}", len(parts), initial=len(parts) - len(todo),
+                      unit="part", leave=False):
+            pass
+        for name in FILES:  # the parts end to end
+            with replacing(tmp / name) as file:
+                for part, _, _ in parts:
+                    with np.load(part) as arrays:
+                        file.write(arrays[name].tobytes())
         if not (tmp / "documents.bin").stat().st_size:
             raise ValueError(f"{path}: there is no document of two tokens or more in this file")
+        for path_ in set(tmp.iterdir()) - {tmp / name for name in FILES}:
+            path_.unlink()
         os.replace(tmp, folder)
     except ValueError:
-        shutil.rmtree(tmp)  # the file must change, and with it the key
+        shutil.rmtree(tmp, ignore_errors=True)  # the file must change, and with it the key
         raise
     except OSError as error:
         raise OSError(f"{path}: tokenising stopped ({error}). {tmp} keeps what is done: when the "
@@ -497,15 +483,16 @@ def interleave(weights, n):
 
 def parse_data(spec):
     """One --data argument FILE[=WEIGHT] -> (path, weight or None); ValueError naming the flag."""
-    name, _, weight = (spec, "", "") if "=" not in spec or Path(spec).exists() else (
-        spec.rpartition("="))
+    name, equals, weight = spec.rpartition("=")
+    if not equals or Path(spec).exists():
+        name, weight = spec, "nothing"
     path = Path(name)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--data {spec}: expected FILE.txt or FILE.jsonl, optionally =WEIGHT")
     if not path.is_file():
         raise FileNotFoundError(f"--data {spec}: there is no file {path}")
     try:
-        weight = float(weight) if weight else None
+        weight = None if weight == "nothing" else float(weight)
     except ValueError:
         raise ValueError(f"--data {spec}: the weight {weight!r} is not a number") from None
     if weight is not None and not 0 < weight < math.inf:
@@ -535,14 +522,12 @@ def open_data(run, tokenizer, eos_id):
                                  "be learnt; do its conversations have an assistant's turns?")
         weights.append(weight or float(train[-1].total))
     for source, weight in zip(train, weights):
-        learnt = source.labels / source.total
-        print(f"data      {source.name}: {source.total:,} tokens to train on, "
-              f"{learnt:.0%} of them labels, the longest document {source.lengths.max():,}; "
+        print(f"data      {source.name}: {source.total:,} tokens to train on, {source.labels:,} "
+              f"labels, the longest document {source.lengths.max():,}; "
               f"{weight / sum(weights):.0%} of every batch")
         if source.skipped:
-            print(f"data      {source.name}: {source.skipped:,} assistant's turns are read and not "
-                  "learnt, as the chat template renders them otherwise than it did when they were "
-                  "said, or their row asks so")
+            print(f"          {source.skipped:,} of its assistant's turns are read and not learnt: "
+                  "the chat template rewrites them once others follow")
     return train, weights, heldout
 
 
@@ -691,8 +676,9 @@ def start_processes(run):
         run.device = torch.device(run.device)
         torch.zeros(1, dtype=torch.float64, device=run.device).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"--device {run.device}: this torch cannot use it ({str(error).strip()[:99]}"
-                         "...); use --device cpu, or cuda where there is a GPU") from None
+        raise ValueError(f"--device {run.device}: this torch cannot use it; use --device cpu, or "
+                         f"cuda where there is a GPU ({str(error).strip().splitlines()[0]})"
+                         ) from None
     run.dtype, run.rank, run.world = choose_dtype(run.dtype, run.device), 0, 1
     if "RANK" not in os.environ:
         return
@@ -756,7 +742,7 @@ def sum_gradients(trainable):
 
 
 def clip_gradients(trainable):
-    """Scale gradients down to a norm of 1 (Paper: 1.0); return the norm before, of all processes."""
+    """Scale gradients down to a norm of 1 (as the paper); return what it was, over all processes."""
     norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
@@ -792,183 +778,126 @@ def my_micro_batches(run, step):
 # ----------------------------------------------------------------------------------------------
 # 4. Teacher targets on disk: the teacher runs once; stage II then needs it no more
 # ----------------------------------------------------------------------------------------------
+# A file a row, named by source and row, not by step: epochs, experts, other weights and other seeds
+# share them, and whoever lacks some makes those. A row of 4096 tokens is a file of 4 or 5 MB.
 
-TARGETS_FORMAT = 1  # raise it when the files change their meaning
-SHARD_ROWS = 64
-
-
-def targets_row(T, k, vocab_size):
-    """The numpy dtype of a row: the top k ids and fp16 log-probs of T tokens, and their CRC-32.
-
-    Ids take 2 bytes, and a third in `high` where the vocabulary has more than 2^16 tokens: with
-    k = 256, 1024 or 1280 bytes a token.
-    """
-    parts = [("low", "<u2", (T, k)), ("logprobs", "<f2", (T, k))]
-    parts += [("high", "u1", (T, k))] if vocab_size > 1 << 16 else []
-    return np.dtype([("targets", parts), ("crc", "<u4")])
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A new file that takes the place of `path` if the block ends well, whoever else does so."""
-    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(tmp, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+TARGETS_FORMAT = 2  # raise it when the files change their meaning
 
 
 class TargetCache:
-    """The teacher's top-k log-probabilities for rows of the sources, in files of SHARD_ROWS rows.
+    """The teacher's top-k log-probabilities for rows of the sources, on disk.
 
-    Keyed by (source, row), not by step: epochs, experts and other weights share them. A source's
-    rows stand in the order of the first epoch, so that a run shorter than it needs the first
-    shards only. A shard exists whole or not at all. manifest.json says whose targets these are
-    (`described`, see `describe_targets`); ValueError names what differs. The seed may differ: the
-    manifest's orders the rows.
+    manifest.json says whose targets these are (`described`); ValueError names what differs. A row's
+    file holds the ids and fp16 log-probs of its T tokens, (T, k) each, and their CRC-32. Ids take 2
+    bytes, and a third in `high` where the vocabulary has more than 2^16 tokens: with k = 256, 1024
+    or 1280 bytes a token.
     """
 
     def __init__(self, folder, sources, described):
-        self.folder, self.sources = folder, sources
-        path = folder / "manifest.json"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.sources, path = folder, sources, folder / "manifest.json"
         if not path.exists():
             with replacing(path) as file:
                 file.write((json.dumps(described, indent=2) + "\n").encode())
         found = read_json(path)
         differs = [f"{key} was {found.get(key)!r}, now {value!r}"
-                   for key, value in described.items() if key != "seed" and found.get(key) != value]
+                   for key, value in described.items() if found.get(key) != value]
         if differs:
             raise ValueError(f"--targets {folder} was made with other settings: "
                              f"{'; '.join(differs)}. Name another folder, or delete this one")
-        self.row_type = targets_row(described["context"], described["k"], described["vocab_size"])
-        self.orders = [row_order(found["seed"], s, 0, source.num_rows)
-                       for s, source in enumerate(sources)]
-        self.places = [np.argsort(order) for order in self.orders]  # row -> its place in the files
+        shape = described["context"], described["k"]
+        parts = [("low", "<u2", shape), ("logprobs", "<f2", shape)]
+        parts += [("high", "u1", shape)] if described["vocab_size"] > 1 << 16 else []
+        self.row_type = np.dtype([("targets", parts), ("crc", "<u4")])
 
-    def shard(self, s, n):
-        """Path and rows of shard n of source s."""
-        rows = self.orders[s][n * SHARD_ROWS:(n + 1) * SHARD_ROWS]
-        return self.folder / self.sources[s].name / f"shard-{n:06d}", rows
+    def path(self, s, j):
+        """The file of row j of source s. A folder holds a thousand: more are slow to list."""
+        return self.folder / self.sources[s].name / f"{j // 1000:06d}" / f"{j:09d}"
 
-    def needed(self, mixtures):
-        """The shards [(s, n), ...] that mixtures draw from."""
-        found = []
-        for s, places in enumerate(self.places):
-            drawn = [row_order(m.seed, s, 0, len(places))[:(m.which == s).sum()] for m in mixtures]
-            found += [(s, n) for n in np.unique(places[np.concatenate(drawn)] // SHARD_ROWS)]
-        return found
-
-    def is_whole(self, s, n):
-        path, rows = self.shard(s, n)
-        return path.exists() and path.stat().st_size == len(rows) * self.row_type.itemsize
+    def is_whole(self, s, j):
+        """Whether row j of source s is there."""
+        path = self.path(s, j)
+        return path.exists() and path.stat().st_size == self.row_type.itemsize
 
     def rows(self, where, device="cpu"):
         """[(source, row), ...] -> ids (N, T, k) int32 and log-probs (N, T, k) fp16, from the disk.
 
-        As sparse_kd_loss takes them, which widens a chunk at a time. Raises FileNotFoundError, or
+        As sparse_kd_loss takes them, which widens a slice at a time. Raises FileNotFoundError, or
         ValueError if a row is damaged.
         """
         ids, logprobs = [], []
         for s, j in where:
-            n, i = divmod(int(self.places[s][j]), SHARD_ROWS)
-            path, _ = self.shard(s, n)
-            row = np.memmap(path, self.row_type, "r")[i]
-            targets = row["targets"]
-            if zlib.crc32(targets.tobytes()) != row["crc"]:
-                raise ValueError(f"{path}: row {i} is damaged; delete this file, and the run makes "
-                                 "it again")
-            wide = targets["low"].astype(np.int32)
+            row = np.fromfile(self.path(s, j), self.row_type)
+            if len(row) != 1 or zlib.crc32(row["targets"].tobytes()) != row["crc"][0]:
+                raise ValueError(f"{self.path(s, j)} is damaged; delete this file, and the run "
+                                 "makes it again")
+            targets = row["targets"][0]
+            ids.append(targets["low"].astype(np.int32))
             if "high" in targets.dtype.names:
-                wide |= targets["high"].astype(np.int32) << 16
-            ids.append(wide)
+                ids[-1] |= targets["high"].astype(np.int32) << 16
             logprobs.append(targets["logprobs"])
         return tuple(torch.from_numpy(np.stack(x)).to(device) for x in (ids, logprobs))
 
-    def write(self, s, n, teacher, micro_batch, device, after):
-        """Make shard n of source s. after(tokens) is called behind each micro-batch."""
-        path, rows = self.shard(s, n)
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as file:
-            for a in range(0, len(rows), micro_batch):
-                part = rows[a:a + micro_batch]
-                out = np.zeros(len(part), self.row_type)
-                targets = out["targets"]
-                shape = targets["low"].shape
-                tokens, document_ids, _ = collate([self.sources[s].row(int(j)) for j in part],
-                                                  device)
-                with torch.no_grad():
-                    ids, logprobs = teacher(tokens, document_ids=document_ids,
-                                            head=partial(teacher_topk, k=shape[-1]))
-                ids = ids.cpu().numpy().reshape(shape)
-                targets["low"] = ids & 0xFFFF
-                if "high" in targets.dtype.names:
-                    targets["high"] = ids >> 16
-                least = torch.finfo(torch.float16).min  # a masked token is not -inf: 0 * inf is nan
-                targets["logprobs"] = logprobs.clamp_min(least).cpu().numpy().reshape(shape)
-                out["crc"] = [zlib.crc32(t.tobytes()) for t in targets]
-                file.write(out)
-                after(tokens.numel())
-
-
-def describe_targets(run, teacher, tokenizer, mixture):
-    """What a target cache depends on: the content of its manifest.json."""
-    return {"format": TARGETS_FORMAT, "teacher_sha256": teacher_sha256(run.teacher),
-            "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            "data": [source.folder.name for source in mixture.sources],  # name, hash
-            "rows": [source.num_rows for source in mixture.sources], "context": run.context,
-            "k": min(run.topk, teacher.config.vocab_size),
-            "vocab_size": teacher.config.vocab_size, "seed": mixture.seed}
+    def write(self, where, teacher, device):
+        """Make the targets of rows [(source, row), ...], one micro-batch."""
+        out = np.zeros(len(where), self.row_type)
+        targets = out["targets"]
+        shape = targets["low"].shape  # (N, T, k)
+        tokens, document_ids, _ = collate([self.sources[s].row(j) for s, j in where], device)
+        with torch.no_grad():
+            ids, logprobs = teacher(tokens, document_ids=document_ids,
+                                    head=partial(teacher_topk, k=shape[-1]))
+        ids = ids.cpu().numpy().reshape(shape)
+        targets["low"] = ids & 0xFFFF
+        if "high" in targets.dtype.names:
+            targets["high"] = ids >> 16
+        least = torch.finfo(torch.float16).min  # a masked token is not -inf: 0 * inf is nan
+        targets["logprobs"] = logprobs.clamp_min(least).cpu().numpy().reshape(shape)
+        for (s, j), row in zip(where, out):
+            row["crc"] = zlib.crc32(row["targets"].tobytes())
+            with replacing(self.path(s, j)) as file:
+                file.write(row.tobytes())
 
 
 def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=1):
-    """Open the cache run.targets and make what `mixtures` draw and it lacks, shard by shard.
+    """Open the cache run.targets and make what `mixtures` draw and it lacks.
 
-    Process `rank` of `world` makes every world-th shard; afterwards they must wait for each other.
+    Process `rank` of `world` makes every world-th row; afterwards they must wait for each other.
     Processes that do not know of each other do no harm, only work twice. A killed call loses its
-    unfinished shard. Raises ValueError when the folder is another's or the disk too small, OSError,
-    and Stopped when `stop` becomes true.
+    unfinished micro-batch. Raises ValueError when the folder is another's or the disk too small,
+    OSError, and Stopped when `stop` becomes true.
     """
-    described = describe_targets(run, teacher, tokenizer, mixtures[0])
-    cache = TargetCache(run.targets, mixtures[0].sources, described)
-    for tmp in run.targets.glob("**/*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - tmp.stat().st_mtime > 3600:  # a live process writes all the time
-                tmp.unlink()
-    needed = cache.needed(mixtures)
-    missing = [x for x in needed if not cache.is_whole(*x)]
-    rows = sum(len(cache.shard(*x)[1]) for x in missing)
+    sources, config = mixtures[0].sources, teacher.config
+    cache = TargetCache(run.targets, sources, {
+        "format": TARGETS_FORMAT, "teacher_sha256": teacher_sha256(run.teacher),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "data": [source.folder.name for source in sources],  # name, hash
+        "context": run.context, "k": min(run.topk, config.vocab_size),
+        "vocab_size": config.vocab_size})
+    needed = sorted({m.locate(i) for m in mixtures for i in range(len(m.which))})
+    missing = [row for row in needed if not cache.is_whole(*row)]
     row_bytes, size = cache.row_type.itemsize, tqdm.format_sizeof
-    need, free = rows * row_bytes, shutil.disk_usage(run.targets).free
+    need, free = len(missing) * row_bytes, shutil.disk_usage(run.targets).free
     if rank == 0:
-        for path in (cache.shard(*x)[0] for x in missing):
-            if path.exists():
-                print(f"targets   {path} is torn ({path.stat().st_size:,} bytes): it is made again")
-        print(f"targets   {run.targets}: top {described['k']}, {row_bytes / run.context:,.0f} bytes"
-              f" a token; {len(needed) - len(missing)} of {len(needed)} files are there. To make: "
-              f"{rows:,} rows of {run.context}, {size(need)}B; free: {size(free)}B")
+        print(f"targets   {run.targets}: {row_bytes / run.context:,.0f} bytes a token; "
+              f"{len(needed) - len(missing):,} of {len(needed):,} rows are there. To write: "
+              f"{size(need)}B; free: {size(free)}B")
     if need > free:
         raise ValueError(f"--targets {run.targets}: {size(need)}B are to be written, {size(free)}B "
                          "are free: take another disk, fewer --tokens or a lower --topk")
     mine = sorted(set(needed[rank::world]) & set(missing))
-    with tqdm(desc="targets", total=sum(len(cache.shard(*x)[1]) for x in mine) * run.context,
-              unit="tok", unit_scale=True, disable=rank > 0 or not mine) as bar:
-        def after(tokens):
-            bar.update(tokens)
-            if stop:
-                raise Stopped("a part of the targets")
-
-        for x in mine:
+    with tqdm(desc="targets", total=len(mine) * run.context, unit="tok", unit_scale=True,
+              disable=rank > 0 or not mine) as bar:
+        for a in range(0, len(mine), run.micro_batch):
+            part = mine[a:a + run.micro_batch]
             try:
                 with autocast(run):
-                    cache.write(*x, teacher, run.micro_batch, run.device, after)
+                    cache.write(part, teacher, run.device)
             except OSError as error:
-                raise OSError(f"--targets {cache.shard(*x)[0]}: {error}. The files before it are "
-                              "whole, and the same command goes on behind them") from None
+                raise OSError(f"--targets {run.targets}: {error}. The rows before are whole, and "
+                              "the same command goes on behind them") from None
+            bar.update(len(part) * run.context)
+            if stop:
+                raise Stopped("a part of the targets")
     return cache
 
 
@@ -1026,9 +955,14 @@ def agreement(hidden_t, weight_t, hidden_s, weight_s, labels):
     return sums
 
 
+def number_or_dash(x):
+    """A held-out number for print."""
+    return "-" if x is None else f"{x:.4f}"
+
+
 def show(metrics):
-    """A model's numbers in words; "-" where there is no number."""
-    ce, kl, top1 = ("-" if metrics[key] is None else f"{metrics[key]:.4f}" for key in METRICS)
+    """A model's held-out numbers in words."""
+    ce, kl, top1 = (number_or_dash(metrics[key]) for key in METRICS)
     return f"CE {ce}  KL {kl}  top-1 {top1}"
 
 
@@ -1467,9 +1401,8 @@ def show_time(run, student, teacher, cache, students):
     theirs. Up to three times within a minute, and the best counts, as the first compiles kernels.
     Under torchrun stage II is sharded, which only its own first steps can time.
     """
-    mixture, tokens_a_step = next(iter(students.values()))[1], run.batch * run.context
-    part = my_micro_batches(run, 0)[0]
-    batch = collate(map(mixture.row, part), run.device)
+    mixture, part = next(iter(students.values()))[1], my_micro_batches(run, 0)[0]
+    batch, tokens = collate(map(mixture.row, part), run.device), run.batch * run.context
 
     def align_once():
         with autocast(run):
@@ -1479,12 +1412,11 @@ def show_time(run, student, teacher, cache, students):
         distil_loss(run, student, teacher, cache, mixture, part, batch)[0].backward()
 
     distil_steps = sum(own.distil_steps for own, _ in students.values())
-    stages = []
-    if not why_no_align(run):
-        stages.append(("align", "new", align_once, run.align_steps, "align_tokens"))
-    if not dist.is_initialized():
-        stages.append(("distil", run.train, distil_once, distil_steps, "tokens"))
-    for stage, which, run_once, steps, flag in stages:
+    for stage, skipped, which, run_once, steps, flag in (
+            ("align", why_no_align(run), "new", align_once, run.align_steps, "--align-tokens"),
+            ("distil", dist.is_initialized(), run.train, distil_once, distil_steps, "--tokens")):
+        if skipped:
+            continue
         select_trainable(student, which)
         seconds, started = [], time.perf_counter()
         while len(seconds) < 3 and sum(seconds) < 60:
@@ -1493,23 +1425,15 @@ def show_time(run, student, teacher, cache, students):
             seconds.append(time.perf_counter() - started - sum(seconds))
         student.zero_grad()
         speed = batch[0].numel() * run.world / min(seconds)
-        days = steps * tokens_a_step / speed / 86400
-        print(f"time      {stage}: about {duration(days)} at {speed:,.0f} tokens/s")
-        if days > 1:
-            budget = getattr(run, flag) / days
-            few = f", in {budget / tokens_a_step:,.0f} steps" + (
-                "; with a smaller --batch or --context there are more"
-                if budget < 1000 * tokens_a_step else "")
-            print(f"          --{flag.replace('_', '-')} {budget:.1e} takes a day{few}")
+        total = steps * tokens / speed
+        print(f"time      {stage}: about {tqdm.format_interval(total)} (hours:minutes:seconds) at "
+              f"{speed:,.0f} tokens/s")
+        if total > 86400:
+            budget = vars(run)[flag[2:].replace("-", "_")] * 86400 / total
+            print(f"          That is {total / 86400:,.0f} days. {flag} {budget:.1e} takes one, in "
+                  f"{budget / tokens:,.1f} steps: hundreds are needed, with a smaller --batch and "
+                  "--context there are more")
     student.requires_grad_(False)
-
-
-def duration(days):
-    """Days in words, in the unit that fits."""
-    for unit, length in (("days", 1), ("hours", 24), ("minutes", 1440)):
-        if days * length >= 2:
-            return f"{days * length:,.0f} {unit}"
-    return f"{days * 86400:.0f} seconds"
 
 
 def synchronise(device):
@@ -1523,15 +1447,12 @@ def describe(run, title, student, trainable, steps):
     kinds = collections.Counter()
     for name, p in trainable.items():
         kinds[re.sub(r"^model\.|layers\.\d+\.", "", name)] += p.numel()
-    total = sum(p.numel() for p in student.parameters())
-    count = kinds.total()
-    tokens = run.batch * run.context
+    total, tokens = sum(p.numel() for p in student.parameters()), run.batch * run.context
     print(f"\n{title}: {steps} steps of {run.batch} x {run.context} = {tokens:,} tokens, "
-          f"{steps * tokens:,} in all")
-    print(f"  {count:,} parameters train ({count / total:.2%}), {total - count:,} are frozen. "
-          "Training:")
-    listed = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items())
-    print(textwrap.fill(listed, 96, initial_indent="    ", subsequent_indent="    "))
+          f"{steps * tokens:,} in all\n  {kinds.total():,} of {total:,} parameters train "
+          f"({kinds.total() / total:.2%}), the others are frozen:")
+    print(textwrap.fill(", ".join(f"{kind} ({n:,})" for kind, n in kinds.items()), 96,
+                        initial_indent="    ", subsequent_indent="    "))
 
 
 class Progress(tqdm):
@@ -1574,50 +1495,39 @@ class Progress(tqdm):
 
     def show_speed(self):
         """Print the speed of the timed steps, and on a GPU the largest memory so far."""
-        seconds = self.seconds.total() / self.TIMED
-        shares = ", ".join(f"{part} {s / self.seconds.total():.0%}"
-                           for part, s in self.seconds.items())
-        memory = ""
-        if self.run.device.type == "cuda":
-            memory = f"; peak memory {torch.cuda.max_memory_allocated(self.run.device) / 1e9:.1f} GB"
+        total, device = self.seconds.total(), self.run.device
+        parts = ", ".join(f"{part} {s / total:.0%}" for part, s in self.seconds.items())
+        memory = "" if device.type != "cuda" else (
+            f"; peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
         if self.run.rank == 0:
-            self.write(f"{self.stage}: {self.tokens / seconds:,.0f} tokens/s ({shares}), "
-                       f"{duration(self.steps * seconds / 86400)} for the stage{memory}")
+            self.write(f"{self.stage}: {self.TIMED * self.tokens / total:,.0f} tokens/s ({parts}), "
+                       f"{self.format_interval(self.steps * total / self.TIMED)} in all{memory}")
 
 
 def report(results):
-    """The final table: one line a model, held-out numbers, KL also per source."""
+    """The final table: one line a model, held-out numbers, KL also per source; "-" for none."""
     names = [n for n in next(iter(results.values())) if n != "all"]
     width = max(8, *map(len, names))
-
-    def cell(metrics, key, width, digits=4):
-        return f"{'-' if metrics[key] is None else format(metrics[key], f'.{digits}f'):>{width}}"
-
     print("\nheld-out            CE  KL to teacher  top-1 agreement   KL on:"
           + "".join(f" {n:>{width}}" for n in names))
-    for model, r in results.items():
-        a = r["all"]
-        print(f"{model:<16}{cell(a, 'ce', 6, 3)} {cell(a, 'kl', 14)} {cell(a, 'top1', 16, 3)}"
-              + " " * 9 + "".join(f" {cell(r[n], 'kl', width)}" for n in names))
+    for model, found in results.items():
+        ce, kl, top1 = (number_or_dash(found["all"][key]) for key in METRICS)
+        print(f"{model:<16}{ce:>7} {kl:>14} {top1:>16}        "
+              + "".join(f" {number_or_dash(found[n]['kl']):>{width}}" for n in names))
 
 
 def show_samples(run, folder, tokenizer, heldout):
-    """One greedy continuation per source, teacher's and student's, side by side."""
+    """One greedy continuation per source, the teacher's and the student's."""
     prompts = [torch.from_numpy(source.row(0)[0][None, :run.context // 2]).long().to(run.device)
                for source in heldout]
-    texts = []
-    for directory in (run.teacher, folder):  # one after the other, whole: FSDP2 does not generate
-        model, _ = load_with_tokenizer(directory, device=run.device)
-        new = [generate(model, p, max_new_tokens=48)[0, p.shape[1]:].tolist() for p in prompts]
-        texts.append([tokenizer.decode(ids) for ids in new])
-    for source, prompt, *pair in zip(heldout, prompts, *texts):
+    said = {}
+    for name, directory in ("teacher", run.teacher), ("student", folder):
+        model, _ = load_with_tokenizer(directory, device=run.device)  # whole: FSDP2 cannot generate
+        said[name] = [generate(model, p, max_new_tokens=48)[0, p.shape[1]:] for p in prompts]
+    for i, (source, prompt) in enumerate(zip(heldout, prompts)):
         print(f"\n[{source.name}] ...{tokenizer.decode(prompt[0, -24:].tolist())!r}")
-        columns = [sum((textwrap.wrap(line, 46) or [""] for line in text.split("\n")), [])
-                   for text in pair]
-        print(f"  {'teacher':<48}student")
-        for i in range(max(map(len, columns))):
-            left, right = (c[i] if i < len(c) else "" for c in columns)
-            print(f"  {left:<48}{right}")
+        for name, ids in said.items():
+            print(f"  {name}: {tokenizer.decode(ids[i].tolist())!r}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1662,8 +1572,8 @@ def new_student(run, teacher):
     if hybrid is None:
         raise ValueError(f"--start {run.start} is a teacher, not a student")
     print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks, "
-          f"{hybrid.features} x as wide features; on {run.device} in {str(run.dtype)[6:]}, kernels: "
-          f"{student.kernels}")
+          f"{hybrid.features} x head_dim features; on {run.device} in {str(run.dtype)[6:]}, "
+          f"kernels: {student.kernels}")
     return student
 
 
@@ -1778,16 +1688,18 @@ def number(kind, low, high=math.inf):
 def parse_arguments(argv):
     """The command line -> settings; without --teacher the small preset comes before the paper's."""
     p = argparse.ArgumentParser(
-        description="Distil a Transformer into a hybrid xLSTM student. Without --teacher the shipped "
-        "teacher is distilled with a small preset (SMALL in distill.py) in place of the paper's "
-        "defaults below.", usage="distill.py [--teacher DIR --data FILE... --out RUN] [options]")
+        description="Distil a Transformer into a hybrid xLSTM student. Without --teacher: the "
+        "shipped one, with a small preset (SMALL in distill.py) in place of the paper's defaults "
+        "below.", usage="distill.py [--teacher DIR --data FILE... --out RUN] [options]")
 
     def add(group, name, default, help, **options):
-        shown = "" if default in (None, [], False, True) else " (%(default)s)"
+        if options.get("type") and not options.keys() & {"choices", "metavar"}:
+            options["metavar"] = "N"
+        shown = "" if default is None or isinstance(default, (bool, list)) else " (%(default)s)"
         group.add_argument(name, default=default, help=help + shown, **options)
 
     count, amount = number(int, 1), number(float, 0)
-    add_run_flags(partial(add, p), p)
+    add_run_flags(partial(add, p))
     g = partial(add, p.add_argument_group("student"))
     g("--mixer", "hybrid", "the paper's, or a part of it alone", choices=MIXERS)
     g("--window", 512, "tokens that the window sees", type=count)
@@ -1801,7 +1713,7 @@ def parse_arguments(argv):
     g("--warmup", 100, "steps of rising learning rate", type=count)
     g("--save-every", 200, "steps between checkpoints", type=count)
     g = partial(add, p.add_argument_group("stage I (align)"))
-    g("--align-tokens", 655e6, "0: no stage I", type=number(float, 0, 1e13))
+    g("--align-tokens", 655e6, "to train on; 0: no stage I", type=number(float, 0, 1e13))
     g("--align-lr", 1e-2, "peak learning rate, from which a cosine falls to a thousandth",
       type=amount)
     g("--start", None, "no stage I: start stage II from this student folder, such as another run's "
@@ -1816,14 +1728,14 @@ def parse_arguments(argv):
     return run
 
 
-def add_run_flags(g, parser):
+def add_run_flags(g):
     """The flags of a run as a whole."""
     g("--teacher", None, "Hugging Face folder", type=Path, metavar="DIR")
     g("--data", None, ".txt or .jsonl", nargs="+", metavar="FILE[=WEIGHT]")
     g("--out", None, "folder of the run", type=Path, metavar="RUN")
     g("--resume", False, "go on from the last checkpoint of --out", action="store_true")
     g("--plan", False, "print the memory that a step needs, and stop", action="store_true")
-    g("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    g("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", metavar="NAME")
     g("--dtype", "auto", "of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX",
       choices=("auto", "float32", "bfloat16"))
     g("--kernels", "auto", "what computes mLSTM and window; auto: Triton on a GPU",
@@ -1837,7 +1749,7 @@ def add_run_flags(g, parser):
 
 def add_distil_flags(g, count, amount):
     """The flags of stage II."""
-    g("--tokens", 5e9, "", type=number(float, 1, 1e13))
+    g("--tokens", 5e9, "to train on", type=number(float, 1, 1e13))
     g("--lr", 1e-5, "learning rate after warm-up", type=amount)
     g("--final-lr", None, "what a cosine takes it to (--lr: constant)", type=amount)
     g("--train", "all", "new parameters; and attention's projections; and everything",
@@ -1847,8 +1759,8 @@ def add_distil_flags(g, count, amount):
     g("--gamma", 0.9, "weight of next-token CE", type=amount)
     g("--beta", 0.1, "weight of KL to the teacher", type=amount)
     g("--topk", 256, "teacher's tokens in the KL", type=count)
-    g("--targets", None, "the teacher's top k on disk: made first where missing, then stage II runs "
-      "without the teacher", type=Path, metavar="DIR")
+    g("--targets", None, "the teacher's top k on disk: made first where missing, then stage II "
+      "runs without the teacher", type=Path, metavar="DIR")
     g("--targets-only", False, "make --targets and stop", action="store_true")
     g("--experts", False, "an expert of --tokens per --data file, a generalist of as many as all "
       "experts, and the merged experts (Eq. 14)", action="store_true")
