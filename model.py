@@ -6,7 +6,7 @@ attention reads all T previous tokens, so its cache grows with T. The hybrid mix
 whose memory is constant:
 
     window + sinks   exact softmax attention, over the last W tokens and the first few
-    mLSTM            a D x D matrix per head that every token is written into and fades from
+    mLSTM            a matrix per head that every token is written into and fades from
 
 and a learned scalar gate per head and token chooses between them (Eq. 11).
 
@@ -19,13 +19,14 @@ Contents: 1 configuration · 2 norm, RoPE, softmax attention · 3 the mLSTM · 4
 
 Glossary (code: meaning, symbol in the paper)
     B, T, V         batch, tokens, vocabulary
-    H, K, G         query heads, key/value heads, query heads per key/value head (H = K * G)
-    D, E            width of a query or key head, of a value head (D = E in every teacher here)
-    W, S            window length, number of sink tokens; (S, z, m) is the mLSTM's state
-    log_i           input-gate preactivation, log i_t
-    log_f           log sigmoid(forget-gate preactivation), log f_t
+    H, K            query heads, key/value heads; H / K query heads, a group, share one of K
+    R               heads with input and forget gates, and so a state, of their own: H, or K
+    D, E            width of a head of queries or keys, of values (the same in every teacher here)
+    F, width        features of a query or key in the mLSTM (the paper's: D; F is also torch's)
     S, z, m         mLSTM matrix state, normaliser, stabiliser; the true state is (S, z) * e^m
-    o               output gate, o_t
+    log_i, log_f    log input gate (its preactivation), log forget gate (log sigmoid of its own)
+    W, L            tokens a window sees; tokens of a chunk or block computed at once
+    o               output gate, o_t: 0 the window speaks, 1 the mLSTM
 
 Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), scoring
 (evaluate.py), merging (merge.py), GPU kernels (kernels.py).
@@ -1206,8 +1207,8 @@ class KVCache:
 class HybridCache:
     """A student layer's memory, constant in the length of the text.
 
-    k, v (B, K, S + W, D) rotated: token t < S has slot t; later ones share a ring, slot
-    S + (t - S) % W. state: the mLSTM's (S, z, m). Keys keep the rotation of their true position,
+    k, v (B, K, sinks + W, D) rotated: token t < sinks has slot t; later ones share a ring, slot
+    sinks + (t - sinks) % W. state: the mLSTM's (S, z, m). Keys keep the rotation of their true position,
     so the order of slots does not matter to a softmax.
     """
 
@@ -1242,17 +1243,17 @@ class HybridCache:
             return self.step(q, k, v)
         # Put the remembered tokens in front, in order. Sinks that left the window are really
         # further away than they stand here, but a sink is visible from any distance.
-        old, S, W = int(self.length), self.sinks, self.window
-        ring = torch.arange(max(S, old - W), max(S, old), device=q.device)
-        slots = self.slots(torch.cat((torch.arange(min(S, old), device=q.device), ring)))
+        old, sinks, W = int(self.length), self.sinks, self.window
+        ring = torch.arange(max(sinks, old - W), max(sinks, old), device=q.device)
+        slots = self.slots(torch.cat((torch.arange(min(sinks, old), device=q.device), ring)))
         k_all, v_all = (torch.cat(pair, dim=2) for pair in (
             (self.k[:, :, slots], k), (self.v[:, :, slots], v)))
         q = F.pad(q, (0, 0, len(slots), 0))  # remembered tokens ask nothing: rows dropped below
-        h = attend(q, k_all, v_all, window=W, sinks=S)[:, :, len(slots):]
-        # Of many tokens the first S of the text and the last W stay.
+        h = attend(q, k_all, v_all, window=W, sinks=sinks)[:, :, len(slots):]
+        # Of many tokens the first ones of the text and the last W stay.
         end = old + k.shape[2]
         positions = torch.arange(old, end, device=k.device)
-        kept = (positions < S) | (positions >= end - W)
+        kept = (positions < sinks) | (positions >= end - W)
         slots = self.slots(positions[kept])
         self.k[:, :, slots], self.v[:, :, slots] = k[:, :, kept], v[:, :, kept]
         self.length.fill_(end)

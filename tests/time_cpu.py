@@ -44,10 +44,10 @@ def rivals():
     return found
 
 
-def inputs(H, T, D):
+def inputs(H, T, D, features=1):
     """q, k as feature maps give them, v, logits of input and forget gate: leaves with gradients."""
     torch.manual_seed(0)
-    q, k = (torch.randn(1, H, T, D).softmax(-1) for _ in range(2))
+    q, k = (torch.randn(1, H, T, features * D).softmax(-1) for _ in range(2))
     gates = torch.randn(1, H, T), torch.randn(1, H, T) + 3
     return [x.requires_grad_() for x in (q, k, torch.randn(1, H, T, D), *gates)]
 
@@ -100,19 +100,22 @@ def decoding_step(lengths, H=32, K=8, D=128):
         num_heads=H, num_kv_heads=K, head_dim=D, norm_eps=1e-5, tied=True, qkv_bias=False,
         o_bias=False, mlp_bias=False, rope=rope, sliding_rope=rope, layer_windows=(None,),
         max_positions=max(lengths) + 1, eos_ids=())
-    student = model.HybridAttention(dataclasses.replace(config, hybrid=model.Hybrid()), 0)
-    model.initialise_mixer(student)
-    x, q, kv = torch.randn(1, 1, H * D), torch.randn(1, H, 1, D), torch.randn(2, 1, K, 1, D)
-    raw = [torch.randn(1, 1, heads * D) for heads in (H, K, K)]
+    mixers = {"teacher": model.Attention(config, 0)} | {
+        f"student, {n} D features": model.HybridAttention(dataclasses.replace(
+            config, hybrid=model.Hybrid(features=n, shared_gates=n > 1)), 0) for n in (1, 4)}
+    x, tables = torch.randn(1, 1, H * D), model.rope_tables(rope, torch.zeros(1, 1), D)
     print(f"\none token, a layer's mixer ({H} heads of {D}, {K} key/value heads), milliseconds")
-    for name, mixer in (("student", student), ("teacher", model.Attention(config, 0))):
+    for name, mixer in mixers.items():
+        if name != "teacher":
+            model.initialise_mixer(mixer)
+        heads = mixer.heads(x, tables)
         steps = {}  # not student and teacher in turns: the teacher's 0.5 GB would empty the caches
         for length in lengths:
             cache = mixer.new_cache(1, length + 200, x)
             if name == "teacher":  # untouched memory is one page of zeros, read over and over
                 cache.k.normal_(), cache.v.normal_()
             cache.length.fill_(length)
-            steps[length] = torch.no_grad()(partial(mixer.mix, x, raw, q, *kv, cache=cache))
+            steps[length] = torch.no_grad()(partial(mixer.mix, heads, cache=cache))
         seconds = in_turns(steps, 30)
         print(f"  {name}  " + "   ".join(f"{s * 1e3:.2f} at {length:,} tokens"
                                          for length, s in seconds.items()))
@@ -149,6 +152,13 @@ def main():
     for H, D, rounds in ((8, 64, 11), (32, 128, 1)):  # the others take 10 s a round
         compare(f"mLSTM, {H} heads of {D}, 4096 tokens", inputs(H, 4096, D),
                 {"ours": ours} | rivals(), rounds)
+    for H, K, D in ((9, 3, 64), (32, 8, 128)):  # SmolLM2's and Llama 3.1's heads
+        q, k, v, i, f = inputs(H, 4096, D, features=4)
+        wide = [q, *(y[:, :K].detach().requires_grad_() for y in (k, v)), i, f]
+        own = lambda q, k, v, i, f: ours(q, k, v, i, f)  # noqa: E731
+        group = lambda q, k, v, i, f: ours(q, k, v, i[:, :K], f[:, :K])  # noqa: E731
+        compare(f"mLSTM, {H} heads of {D} with 4 D features, {K} key/value heads, 4096 tokens",
+                wide, {"gates per query head": own, "per key/value head": group}, 1)
     x = inputs(8, 16384, 64)
     compare("mLSTM, 8 heads of 64, 16k tokens", x, {"ours": ours, "SDPA": causal}, 1)
     compare("window 512 + 4 sinks, 8 heads of 64, 16k tokens", x,
