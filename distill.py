@@ -742,7 +742,7 @@ def sum_gradients(trainable):
 
 
 def clip_gradients(trainable):
-    """Scale gradients down to a norm of 1 (as the paper); return what it was, over all processes."""
+    """Scale gradients down to a norm of 1, as the paper does; return what it was, for all."""
     norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
@@ -1695,7 +1695,9 @@ def parse_arguments(argv):
     def add(group, name, default, help, **options):
         if options.get("type") and not options.keys() & {"choices", "metavar"}:
             options["metavar"] = "N"
-        shown = "" if default is None or isinstance(default, (bool, list)) else " (%(default)s)"
+        form = ".4g" if isinstance(default, float) else "s"
+        shown = "" if default is None or isinstance(default, (bool, list)) else (
+            f" (%(default){form})")
         group.add_argument(name, default=default, help=help + shown, **options)
 
     count, amount = number(int, 1), number(float, 0)
@@ -1903,14 +1905,19 @@ def finish(run, folders, results, tokenizer, heldout, started):
           f"`python distill.py --mixer swa --out {run.out}-swa`")
 
 
-if __name__ == "__main__":
+def command(argv=None):
+    """`main` for a shell: its errors are one sentence and exit status 2. Ends the process."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character ends no run
         stream.reconfigure(errors="replace")
     try:
-        main()
+        main(argv)
     except Stopped as where:
         print(f"stopped after {where}; go on with the same command and --resume")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         leave(2)
     leave(0)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,7 +1,9 @@
 """distill.py: packing, mixtures, losses against autograd, exact resume, and what it refuses."""
 
+import contextlib
 import dataclasses
 import glob
+import io
 import json
 import multiprocessing
 import os
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 
 import distill
 from distill import (Mixture, Source, alignment_losses, collate, learning_rate, open_data,
-                     sparse_kd_loss, teacher_topk, tokenise)
+                     read_text, sparse_kd_loss, teacher_topk, tokenise)
 from model import (Attention, Tokenizer, document_starts, is_new, load_pretrained,
                    student_from_teacher)
 
@@ -49,11 +52,11 @@ def words(rng, n):
     return " ".join("".join(rng.choice(list("abcdefgh"), 3)) for _ in range(n))
 
 
-@pytest.fixture
-def corpus(tmp_path):
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
     rng = np.random.default_rng(0)
-    return write_rows(tmp_path / "a.jsonl", [words(rng, int(rng.integers(1, 120)))
-                                             for _ in range(300)])
+    return write_rows(tmp_path_factory.mktemp("corpus") / "a.jsonl",
+                      [words(rng, int(rng.integers(1, 120))) for _ in range(300)])
 
 
 # ------------------------------------------------------------------ data
@@ -105,19 +108,19 @@ def test_specials_in_plain_text_stay_text(tmp_path, tokenizer):
         2 if tokenizer.added[special] == tokenizer.bos_id else 0)  # the BOS in front, no other
 
 
-def test_text_files_are_cut_at_line_ends_and_lose_nothing(tmp_path, tokenizer):
+def test_text_files_are_cut_at_line_ends_and_lose_nothing(tmp_path):
     text = "".join(f"line {i} of a text é\n" for i in range(3000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    found = [parts[0][0] for _, parts in distill.read_documents(tmp_path / "a.txt", tokenizer)]
+    found = [piece for _, piece in read_text(tmp_path / "a.txt")]
     assert len(found) > 20 and "".join(found) == text
     assert all(piece.endswith("\n") for piece in found)
 
 
-def test_a_text_without_line_ends_is_cut_between_characters(tmp_path, tokenizer):
+def test_a_text_without_line_ends_is_cut_between_characters(tmp_path):
     for unit, end in (("word € ", " "), ("€", "€")):
         text = unit * 60_000
         (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-        found = [parts[0][0] for _, parts in distill.read_documents(tmp_path / "a.txt", tokenizer)]
+        found = [piece for _, piece in read_text(tmp_path / "a.txt")]
         assert "".join(found) == text and all(piece.endswith(end) for piece in found)
         assert max(len(piece.encode()) for piece in found) < 1 << 17
 
@@ -154,46 +157,140 @@ def test_tokens_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, mo
 def test_a_killed_tokenisation_goes_on_where_it_stopped(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(distill, "PART", 3000)
     path, _ = many_parts(tmp_path)
-    whole = tokenise(path, tokenizer, 1023, tmp_path / "whole")
-    script = f"""
-import distill, os, signal, sys, pathlib
-from model import Tokenizer
-distill.PART, append, left = 3000, distill._append, [7]
-def die_in_the_eighth(folder, part):
-    left[0] -= 1
-    if left[0] < 0:
-        (folder / "tokens.bin").open("ab").write(b"half of a part")
-        (folder / "parts.bin").open("ab").write(b"torn")
-        os.kill(os.getpid(), signal.SIGKILL)
-    append(folder, part)
-distill._append = die_in_the_eighth
-distill.tokenise(pathlib.Path({str(path)!r}), Tokenizer({str(TEACHER)!r}), 1023,
-                 pathlib.Path({str(tmp_path / "d")!r}), 2)
-"""
-    for _ in range(2):
-        died = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+    whole = tokenise(path, tokenizer, 1023, tmp_path / "whole", 1)
+    made, part = [], distill.tokenise_part
+    for _ in range(2):  # each dies in its eighth part
+        child = os.fork()
+        if child == 0:
+            def die_in_the_eighth(*args):
+                made.append(args)
+                if len(made) == 8:
+                    with distill.replacing(args[3]) as file:
+                        file.write(b"half of a part")
+                        os.kill(os.getpid(), signal.SIGKILL)
+                part(*args)
+            monkeypatch.setattr(distill, "tokenise_part", die_in_the_eighth)
+            tokenise(path, tokenizer, 1023, tmp_path / "d", 1)
+            os._exit(1)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     [left] = (tmp_path / "d").iterdir()
     assert left.suffix == ".tmp"
-    seen, append = [], distill._append
-    monkeypatch.setattr(distill, "_append", lambda *args: seen.append(append(*args)))
+    monkeypatch.setattr(distill, "tokenise_part", lambda *args: made.append(part(*args)))
     resumed = tokenise(path, tokenizer, 1023, tmp_path / "d", 1)
-    assert len(seen) == -(-path.stat().st_size // 3000) - 14  # seven parts each, none again
+    assert len(made) == -(-path.stat().st_size // 3000) - 14  # seven parts each, none again
     assert resumed.name == whole.name and read_files(resumed) == read_files(whole)
+    assert sorted(p.name for p in resumed.iterdir()) == sorted(distill.FILES)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forked, which takes no seconds of imports; the test before this spawns them."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(distill.multiprocessing, "get_context", lambda kind: context)
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path, tokenizer, monkeypatch, forked):
+    monkeypatch.setattr(distill, "PART", 3000)
+    path, _ = many_parts(tmp_path)
+    monkeypatch.setattr(distill, "partial", lambda f, *args: _die)
+    with pytest.raises(OSError, match="a worker process was killed.*the same call goes on"):
+        tokenise(path, tokenizer, 1023, tmp_path / "d", 2)
+
+
+def _die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path, tokenizer, monkeypatch, forked):
+    monkeypatch.setattr(distill, "PART", 3000)
+    path, _ = many_parts(tmp_path)
+    started = tmp_path / "started"
+    parent = os.fork()
+    if parent == 0:
+        monkeypatch.setattr(distill, "partial", lambda f, *args: partial(_wait, started))
+        tokenise(path, tokenizer, 1023, tmp_path / "d", 2)
+        os._exit(1)
+    deadline = time.time() + 120
+    while not started.exists():
+        assert time.time() < deadline
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    while is_running(int(started.read_text())):
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def _wait(started, *args):
+    write = started.with_name(f"{os.getpid()}")
+    write.write_text(f"{os.getpid()}")
+    os.replace(write, started)
+    time.sleep(600)
+
+
+def is_running(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_row_is_named_by_its_line_in_any_part(tmp_path, tokenizer, monkeypatch, workers):
+def test_a_bad_row_is_named_by_its_line_in_any_part(tmp_path, tokenizer, monkeypatch, workers,
+                                                    forked):
     monkeypatch.setattr(distill, "PART", 3000)
     path, text = many_parts(tmp_path)
-    for path, bad in ((path, b'{"text": "half'), (path, b'{"text": "\xff"}'), (text, b"\xff")):
+    for path, bad in ((path, b'{"text": "half'), (path, b'{"text": "\xff"}'), (text, b"\xff"),
+                      (path, b'{"dna": "ACGX"}')):
         lines = path.read_bytes().splitlines()
-        for at in (2, 150, len(lines)) if workers == 1 else (150,):
+        for at in (2, len(lines)) if workers == 1 else (150,):
             broken = tmp_path / f"broken{path.suffix}"
             broken.write_bytes(b"\n".join([*lines[:at - 1], bad, *lines[at - 1:]]) + b"\n")
-            with pytest.raises(ValueError, match=f"broken{path.suffix}:{at}: not "):
+            with pytest.raises(ValueError, match=f"broken{path.suffix}:{at}: .*(not |no DNA)"):
                 tokenise(broken, tokenizer, 1023, tmp_path / "d", workers)
-            assert not list((tmp_path / "d").iterdir())
+            assert not list((tmp_path / "d").glob("*"))
+
+
+def test_a_character_without_a_token_is_named_by_its_line(tmp_path, tokenizer, monkeypatch):
+    def refuse(text, **options):
+        if "X" in text:
+            raise ValueError("vocab.txt has no token 'X'")
+        return [1, 2, 3]
+
+    monkeypatch.setattr(tokenizer, "encode", refuse)
+    path = write_rows(tmp_path / "a.jsonl", ["ACGT", "ACXT"])
+    with pytest.raises(ValueError, match="a.jsonl:2: vocab.txt has no token 'X'"):
+        tokenise(path, tokenizer, None, tmp_path / "d", 1)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer):
+    rows = write_rows(tmp_path / "a.jsonl", ["one é", "two"])
+    (tmp_path / "a.txt").write_text("one é\ntwo\n", encoding="utf-8")
+    for path in (rows, tmp_path / "a.txt"):
+        marked = tmp_path / f"marked{path.suffix}"
+        marked.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        plain, found = (tokenise(p, tokenizer, 1023, tmp_path / "d", 1) for p in (path, marked))
+        assert read_files(plain) == read_files(found)
+
+
+def test_a_split_without_a_label_is_refused_and_skipped_turns_are_counted(
+        tmp_path, tokenizer, monkeypatch, capsys):
+    """Otherwise its losses are means over nothing: 0, which looks like success."""
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": [{"content": f"{i} " * 9}]}) + "\n"
+                            for i in range(200)))
+    run = Namespace(data=[str(path)], out=tmp_path / "none", context=64)
+
+    def parts(learnt):
+        monkeypatch.setattr(tokenizer, "render_chat_parts", lambda messages, tools: (
+            [("<u>", False), (messages[0]["content"], learnt)], 3))
+
+    parts(False)
+    with pytest.raises(ValueError, match="chat.jsonl: none of the .* training tokens is to be lea"):
+        open_data(run, tokenizer, 1023)
+    parts(True)
+    run.out = tmp_path / "all"
+    open_data(run, tokenizer, 1023)
+    assert "600 of its assistant's turns are read and not learnt" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, corpus, tokenizer, monkeypatch):
@@ -243,8 +340,8 @@ def test_mixture_counts_are_exact_and_order_depends_on_seed_and_step(tmp_path, t
     rng = np.random.default_rng(0)
     files = [write_rows(tmp_path / f"{n}.jsonl", [words(rng, 60) for _ in range(60)])
              for n in "ab"]
-    train, weights, _ = open_data([f"{files[0]}=3", f"{files[1]}=1"], tokenizer, 1023,
-                                  tmp_path / "data", 64)
+    run = Namespace(data=[f"{files[0]}=3", f"{files[1]}=1"], out=tmp_path, context=64)
+    train, weights, _ = open_data(run, tokenizer, 1023)
     mixture = Mixture(train, weights, 400, seed=5)
     assert np.abs(np.cumsum(mixture.which == 0) - 0.75 * np.arange(1, 401)).max() <= 1
     again = Mixture(train, weights, 400, seed=5)
@@ -259,6 +356,7 @@ def test_mixture_counts_are_exact_and_order_depends_on_seed_and_step(tmp_path, t
 
 
 def test_tokenising_twice_reads_the_first_result(tmp_path, corpus, tokenizer):
+    corpus = Path(shutil.copy(corpus, tmp_path))
     folder = tokenise(corpus, tokenizer, 1023, tmp_path / "d")
     stamp = (folder / "tokens.bin").stat().st_mtime_ns
     assert tokenise(corpus, tokenizer, 1023, tmp_path / "d") == folder
@@ -268,8 +366,8 @@ def test_tokenising_twice_reads_the_first_result(tmp_path, corpus, tokenizer):
 
 
 def test_conversations_learn_the_assistants_tokens_only(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "render_chat_parts", lambda messages: [
-        ("<u>" + messages[0]["content"], False), (messages[1]["content"] + "</s>", True)])
+    monkeypatch.setattr(tokenizer, "render_chat_parts", lambda messages, tools: ([
+        ("<u>" + messages[0]["content"], False), (messages[1]["content"] + "</s>", True)], 2))
     row = {"messages": [{"role": "user", "content": "what?"},
                         {"role": "assistant", "content": "that."}]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
@@ -278,6 +376,8 @@ def test_conversations_learn_the_assistants_tokens_only(tmp_path, tokenizer, mon
     loss = np.fromfile(folder / "loss.bin", bool)
     assert tokenizer.decode(tokens[loss]) == "that.</s>"
     assert tokenizer.decode(tokens[~loss]) == "<u>what?"
+    [document] = np.fromfile(folder / "documents.bin", distill.DOCUMENT)
+    assert document["labels"] == loss[1:].sum() and document["skipped"] == 2
 
 
 # ------------------------------------------------------------------ losses
@@ -298,7 +398,7 @@ def full_matrix_loss(hidden, weight, labels, ids, logprobs, gamma, beta):
 @pytest.mark.parametrize("gamma, beta", [(0.9, 0.1), (1.0, 0.0), (0.0, 1.0)])
 def test_sparse_kd_loss_equals_autograd_on_the_full_matrix(monkeypatch, dtype, tolerance, gamma,
                                                            beta):
-    monkeypatch.setattr(distill, "_chunks", lambda n, V: [slice(0, 37), slice(37, n)])
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 37 * 500)  # three slices, under checkpoint
     r = torch.Generator().manual_seed(0)
     N, V, width, k = 80, 500, 16, 20
     hidden, weight, other = (torch.randn(n, width, generator=r).to(dtype) for n in (N, V, V))
@@ -434,15 +534,14 @@ def prepare(folder, tokenizer):
         path = folder / f"{name}.jsonl"
         if not path.exists():  # other processes may be reading it
             write_rows(path, [words(rng, n) for n in range(1, 50, step)])
-        sources.append(Source(name, tokenise(path, tokenizer, 1023, folder / "data"), "train", 64))
+        sources.append(Source(name, tokenise(path, tokenizer, 1023, folder / "data", 1), "train", 64))
     run = Namespace(teacher=TEACHER, targets=folder / "targets", context=64, topk=16,
                     micro_batch=3, device=torch.device("cpu"), dtype=torch.float32)
     return run, Mixture(sources, [1, 1], 2 * sources[0].num_rows + 6, seed=1)
 
 
 @pytest.fixture
-def targets(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(distill, "SHARD_ROWS", 4)  # so that there are many files
+def targets(tmp_path, tokenizer):
     return prepare(tmp_path, tokenizer)
 
 
@@ -494,11 +593,10 @@ def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, 
 def test_a_short_run_makes_only_the_rows_it_draws_and_a_long_one_the_rest(targets, teacher,
                                                                          tokenizer):
     run, mixture = targets
-    short = Mixture(mixture.sources, [1, 3], 16, seed=1)  # 4 and 12 rows: one and three files
+    short = Mixture(mixture.sources, [1, 3], 16, seed=1)  # 4 and 12 rows
     cache = distill.prepare_targets(run, teacher, tokenizer, [short])
-    assert cache.needed([short]) == [(0, 0), (1, 0), (1, 1), (1, 2)]
     first = everything_in(run.targets)
-    assert len(first) == 1 + 4
+    assert len(first) == 1 + 16
     cache.rows([short.locate(i) for i in range(16)])
     again = Mixture(mixture.sources, [1, 1], 8, seed=9)  # another seed: other rows, the same files
     cache = distill.prepare_targets(run, teacher, tokenizer, [again, mixture])
@@ -510,86 +608,83 @@ def test_processes_write_what_one_process_writes(targets, teacher, tokenizer, tm
     run, mixture = targets
     distill.prepare_targets(run, teacher, tokenizer, [mixture])
     one = everything_in(run.targets)
-    script = """
-import distill, pathlib, sys
-sys.path.insert(0, "tests")
-from test_distill import TEACHER, prepare
-from model import load_with_tokenizer
-distill.SHARD_ROWS, (folder, out, rank, world) = 4, sys.argv[1:]
-teacher, tokenizer = load_with_tokenizer(TEACHER)
-run, mixture = prepare(pathlib.Path(folder), tokenizer)
-run.targets = pathlib.Path(out)
-distill.prepare_targets(run, teacher, tokenizer, [mixture], None, int(rank), int(world))
-"""
+
     def start(out, *args):
-        return subprocess.Popen([sys.executable, "-c", script, tmp_path, tmp_path / out, *args],
-                                cwd=ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL)
+        child = os.fork()
+        if child == 0:
+            run.targets = tmp_path / out
+            distill.prepare_targets(run, teacher, tokenizer, [mixture], None, *args)
+            os._exit(0)
+        return child
 
     # Two that share the work; and two that do not know of each other, of which one is killed.
-    sharing = [start("shared", "0", "2"), start("shared", "1", "2")]
-    assert [process.wait(timeout=120) for process in sharing] == [0, 0]
+    for child in [start("shared", 0, 2), start("shared", 1, 2)]:
+        assert os.waitpid(child, 0)[1] == 0
     assert everything_in(tmp_path / "shared") == one
-    strangers = [start("alone", "0", "1"), start("alone", "0", "1")]
+    strangers = [start("alone", 0, 1), start("alone", 0, 1)]
     deadline = time.time() + 120
-    while len(list((tmp_path / "alone").rglob("shard-*[0-9]"))) < 2:
+    while not list((tmp_path / "alone").rglob("*[0-9]")):
         assert time.time() < deadline
         time.sleep(0.001)
-    strangers[0].send_signal(signal.SIGKILL)
-    assert strangers[0].wait() == -signal.SIGKILL and strangers[1].wait(timeout=120) == 0
+    os.kill(strangers[0], signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(strangers[0], 0)[1]) == signal.SIGKILL
+    assert os.waitpid(strangers[1], 0)[1] == 0
     found = everything_in(tmp_path / "alone")
     assert {k: v for k, v in found.items() if not k.endswith(".tmp")} == one
 
 
 def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targets, teacher,
-                                                                           tokenizer, capsys):
+                                                                           tokenizer):
     run, mixture = targets
     cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
     whole = everything_in(run.targets)
     child = os.fork()
     if child == 0:  # dies by SIGKILL in the middle of a file
-        try:
-            shutil.rmtree(run.targets)
-            calls, hidden = [0], teacher.hidden
-            def hidden_then_die(*args, **kwargs):
-                calls[0] += 1
-                if calls[0] == 8:
+        shutil.rmtree(run.targets)
+        crc32, calls = distill.zlib.crc32, []
+        def die_in_the_eighth(data):
+            calls.append(0)
+            if len(calls) == 8:
+                with distill.replacing(run.targets / "a/torn") as file:
+                    file.write(data[:100])
                     os.kill(os.getpid(), signal.SIGKILL)
-                return hidden(*args, **kwargs)
-            dying = LongHead(teacher, teacher.lm_head_weight)
-            dying.hidden = hidden_then_die
-            distill.prepare_targets(run, dying, tokenizer, [mixture])
-        finally:
-            os._exit(1)
+            return crc32(data)
+        distill.zlib.crc32 = die_in_the_eighth
+        distill.prepare_targets(run, teacher, tokenizer, [mixture])
+        os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     left = everything_in(run.targets)
     [torn] = [k for k in left if k.endswith(".tmp")]
     del left[torn]
-    assert 1 < len(left) < len(whole) and left.items() < whole.items()
-    os.utime(run.targets / torn, (0, 0))  # as after some hours
-    path, _ = cache.shard(0, 0)
-    path.write_bytes(path.read_bytes()[:100])  # such as a copy that broke off
-    made = []
-    write = distill.TargetCache.write
+    assert len(left) == 1 + 7 and left.items() < whole.items()
+    path = cache.path(*mixture.locate(0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(whole[str(path.relative_to(run.targets))][:100])  # a copy that broke off
+    left = sum(p.stat().st_size == cache.row_type.itemsize for p in run.targets.rglob("*[0-9]")
+               if p.is_file())
+    made, write = [], distill.TargetCache.write
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill.TargetCache, "write",
-                      lambda self, *args: (made.append(args[:2]), write(self, *args)))
+        patch.setattr(distill.TargetCache, "write", lambda self, where, *args: (
+            made.extend(where), write(self, where, *args)))
         distill.prepare_targets(run, teacher, tokenizer, [mixture])
-    assert f"{path} is torn (100 bytes)" in capsys.readouterr().out
-    assert len(made) == len(whole) - len(left) + 1 and everything_in(run.targets) == whole
+    (run.targets / torn).unlink()
+    assert len(made) == len(whole) - 1 - left and everything_in(run.targets) == whole
 
 
 def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher, tokenizer):
     run, mixture = targets
     with pytest.raises(distill.Stopped):
         distill.prepare_targets(run, teacher, tokenizer, [mixture], stop=True)
+    before = everything_in(run.targets)
+    assert len(before) == 1 + run.micro_batch
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a file needs 16 KB
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a row needs 4 KB
     try:
-        with pytest.raises(OSError, match="shard-000000: .*the same command goes on"):
+        with pytest.raises(OSError, match="targets: .*the same command goes on"):
             distill.prepare_targets(run, teacher, tokenizer, [mixture])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(everything_in(run.targets)) == ["manifest.json"]
+    assert everything_in(run.targets) == before
 
 
 def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tokenizer, tmp_path,
@@ -623,25 +718,13 @@ def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tok
 def test_a_damaged_row_is_named(targets, teacher, tokenizer):
     run, mixture = targets
     cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
-    path, rows = cache.shard(1, 0)
+    (first, second), path = map(mixture.locate, (0, 1)), cache.path(*mixture.locate(1))
     data = bytearray(path.read_bytes())
-    data[2 * cache.row_type.itemsize + 40] ^= 1
+    data[40] ^= 1
     path.write_bytes(data)
-    cache.rows([(1, int(rows[1]))])
-    with pytest.raises(ValueError, match="shard-000000: row 2 is damaged"):
-        cache.rows([(1, int(rows[2]))])
-
-
-def test_reading_a_row_of_targets_does_not_read_its_file(targets, teacher, tokenizer):
-    run, mixture = targets
-    cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
-    path, rows = cache.shard(0, 0)
-    with open(path, "r+b") as file:  # a row further on would be gigabytes away: holes
-        file.truncate(cache.row_type.itemsize << 22)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cache.rows([(0, int(j)) for j in rows])
-    assert path.stat().st_size > 1 << 34
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
+    cache.rows([first])
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        cache.rows([second])
 
 
 # ------------------------------------------------------------------ the command
