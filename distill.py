@@ -87,8 +87,14 @@ HERE = Path(__file__).resolve().parent
 # ----------------------------------------------------------------------------------------------
 # A row is `context` tokens of as many documents as fit. Where each ends is carried along as a
 # document id a token, never guessed from an end-of-text token: attention, recurrent state and
-# positions restart there, and no label crosses. Order is a function of (seed, step), so that a run
+# positions restart there, and no label crosses. Without that a recurrent student learns to read
+# the leftovers of another text in its state. Order is a function of (seed, step), so that a run
 # resumes from one integer, without a loader's state.
+#
+#     file --read_rows / read_text--> documents --encode--> part files --end to end--> FILES
+#     FILES --Source--> rows of one file --Mixture--> rows by weight --collate--> tensors
+#
+# Token ids lie flat in a file and are mapped into memory, so that a corpus of any size costs none.
 
 DATA_FORMAT = 4  # part of the cache key: raise it when the files below change their meaning
 DOCUMENT = np.dtype([
@@ -125,8 +131,9 @@ def replacing(path):
 def text_start(file, offset):
     """The first byte at or after `offset` of an open .txt where a piece of it may begin.
 
-    Behind a line end. There may be none for gigabytes: if none is within 64 KB, behind a blank, or
-    at least between two characters.
+    A function of the file and the offset alone, so that processes which share a file agree on its
+    pieces without talking. Behind a line end. There may be none for gigabytes: if none is within
+    64 KB, behind a blank, or at least between two characters.
     """
     size = os.fstat(file.fileno()).st_size
     if not 0 < offset < size:
@@ -136,6 +143,7 @@ def text_start(file, offset):
     line_end = ahead.find(b"\n") + 1
     if not line_end and offset + len(ahead) == size:
         return size
+    # In UTF-8 a byte 10xxxxxx goes on with a character; any other begins one.
     characters = (i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80)
     return offset + (line_end or ahead.find(b" ") + 1 or next(characters, 0))
 
@@ -165,6 +173,8 @@ def read_text(path, start=0, stop=None):
 def parse_row(row, tokenizer):
     """A row of a .jsonl -> its documents: (kind, [(text, in_loss), ...], turns skipped) each.
 
+    ValueError where the row has none or several of these keys: which is meant is not guessed.
+
     `text`: a text. `messages`: a conversation, with a row's `tools`, in the words of the teacher's
     chat template; only the assistant's are in the loss. `sequences`: members of one "family"
     (homologues, molecules). `dna`: a text, and its reverse complement as another document.
@@ -191,7 +201,9 @@ def encode_document(kind, parts, tokenizer, eos_id):
     """A document of `parse_row` -> its token ids and in-loss flags, two lists of one length.
 
     A text is [BOS] text EOS, a piece has no EOS, a conversation is what its template says, a family
-    is [BOS], its members with the separator after each, EOS.
+    is [BOS], its members with the separator after each, EOS. A conversation's parts are encoded one
+    by one: an answer's first token then starts where generation starts, and no token straddles
+    what is given and what is learnt.
     """
     if kind == "family":
         ids = tokenizer.encode("", specials=False)  # BOS, or nothing
@@ -257,7 +269,11 @@ _worker_tokenizer = cache(Tokenizer)  # read once a process, not once a part
 
 
 def _start_worker():
-    """A worker of `tokenise` leaves Ctrl-C to its parent, and never outlives it."""
+    """A worker of `tokenise` leaves Ctrl-C to its parent, and never outlives it.
+
+    The pool alone would leave workers behind when the parent is killed: they wait for work at a
+    pipe whose other end they hold open themselves.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(daemon=True, target=lambda: (
         multiprocessing.parent_process().join(), os._exit(1))).start()
@@ -267,7 +283,9 @@ def tokenise_parts(path, tokenizer, eos_id, parts, workers):
     """Make the parts [(out, start, stop), ...] by `tokenise_part`; yields as each is done.
 
     In processes, not threads: almost half of the time is spent in Python itself. Spawned, not
-    forked: the parent may hold threads, a GPU, a process group.
+    forked: the parent may hold threads, a GPU, a process group. The workers write their parts to
+    the disk themselves, so that no memory is needed for what is done and waits its turn. A worker
+    that dies, as when memory runs out, is an OSError.
     """
     if workers == 1 or len(parts) < 2:
         for part in parts:
@@ -306,7 +324,7 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
         for _ in tqdm(made, f"tokenise {path.name}", len(parts), initial=len(parts) - len(todo),
                       unit="part", leave=False):
             pass
-        for name in FILES:  # the parts end to end
+        for name in FILES:  # the parts end to end; for a moment they take the disk twice
             with replacing(tmp / name) as file:
                 for part, _, _ in parts:
                     with np.load(part) as arrays:
@@ -331,13 +349,20 @@ def _sha256(path, size, time_ns):
 
 
 def file_sha256(path):
-    """sha256 of a file. A process reads it once, as long as its size and time stay the same."""
+    """sha256 of a file.
+
+    A process reads it once, as long as its size and time stay the same: a run asks for the hashes
+    of weights and data several times, and 16 GB of weights take half a minute.
+    """
     stat = path.stat()
     return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 def teacher_sha256(folder):
-    """One digest of the files that decide what a teacher computes."""
+    """One digest of the files that decide what a teacher computes: its weights and config.json.
+
+    Stored targets and a run's settings carry it, so that neither is continued with another teacher.
+    """
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
     return hashlib.sha256(" ".join(map(file_sha256, files)).encode()).hexdigest()
 
@@ -387,13 +412,17 @@ class Source:
     def row(self, i, order=None):
         """Row i: token ids, document ids, in-loss flags; T + 1 of each (the last: label only).
 
+        Rows i and i + 1 share one token, the label of one and the first input of the other: over an
+        epoch every token is input once. A document longer than what is left of the row goes on in
+        the next, there as a new document: what came before cannot be seen from it.
+
         order: integers that decide how each family's members are ordered; None: as in the file.
         """
         a, b = i * self.T, (i + 1) * self.T + 1
         ids = np.arange(np.searchsorted(self.ends, a, "right"),
                         np.searchsorted(self.ends, b, "left") + 1)
         pieces = []
-        for d in ids:
+        for d in ids:  # all documents of this split in a row are "the stream": a..b is cut from it
             shift = self.starts[d] - (self.ends[d] - self.lengths[d])  # stream -> file
             piece = slice(max(a + shift, self.starts[d]),
                           min(b + shift, self.starts[d] + self.lengths[d]))
@@ -406,7 +435,10 @@ class Source:
                 np.concatenate([self.loss[piece] for piece in pieces]))
 
     def shuffled(self, d, order):
-        """Where the tokens of family d stand in the files, members in a new order: (length,)."""
+        """Where the tokens of family d stand in the files, members in a new order: (length,).
+
+        A family is a set: a student that saw one order only would learn the order too.
+        """
         where = np.arange(self.starts[d], self.starts[d] + self.lengths[d])
         ends = np.flatnonzero(self.tokens[where] == self.separators[d]) + 1
         head, *members, tail = np.split(where, [self.heads[d], *ends])
@@ -417,7 +449,8 @@ class Source:
 def collate(rows, device):
     """Rows -> tokens, document_ids, labels, each (B, T) int64; labels -100 where none counts.
 
-    The last token of a document has no label: the next one belongs to another text.
+    labels[t] is the token at t + 1. The last token of a document has none: the next one belongs to
+    another text. Nor has a token before one that is not in the loss, as a user's words in a chat.
     """
     tokens, ids, loss = (torch.from_numpy(np.stack(x)) for x in zip(*rows))
     tokens = tokens.long()
@@ -460,7 +493,10 @@ class Mixture:
 
 
 def row_order(seed, s, epoch, n):
-    """The order in which source s gives its n rows in an epoch."""
+    """The order in which source s gives its n rows in an epoch: a permutation of range(n).
+
+    Seeded by all that it depends on, and by no state: any epoch can be had without those before.
+    """
     return np.random.default_rng((seed, s, epoch)).permutation(n)
 
 
@@ -534,11 +570,14 @@ def open_data(run, tokenizer, eos_id):
 # ----------------------------------------------------------------------------------------------
 # 2. Losses
 # ----------------------------------------------------------------------------------------------
-# Stage I compares what attention returns, layer by layer; stage II what the model says. Logits are
-# the largest thing in stage II: 4096 tokens x 128k x 4 bytes are 2.1 GB, and a loss needs several
-# such. So each use of them below takes a slice of tokens at a time.
+# Stage I compares what attention returns, layer by layer; stage II what the model says. Both are
+# means over tokens, so that a learning rate means the same whatever the batch: a reduction over the
+# batch only, as "batchmean" does with (B, T, V), would make it grow with the context.
+#
+# Logits are the largest thing in stage II: 4096 tokens x 128k x 4 bytes are 2.1 GB, and a loss
+# needs several such. So each use of them below takes a slice of tokens at a time.
 
-LOGITS_AT_ONCE = 1 << 26  # 256 MB in fp32
+LOGITS_AT_ONCE = 1 << 26  # 256 MB in fp32: 512 tokens of Llama 3, all 1024 of a short SmolLM2 row
 
 
 def slices(vocab_size, *tensors):
@@ -555,6 +594,7 @@ def teacher_topk(hidden, lm_head_weight, k):
     """The k most likely tokens, in no order: hidden (..., hidden) -> ids, logprobs (N, k).
 
     fp32. Log-probabilities are over the full vocabulary: the mass outside the top k stays known.
+    No order: the loss does not care, and sorting 256 of 128k for every token would take longer.
     """
     k, found = min(k, len(lm_head_weight)), []
     for x, in slices(len(lm_head_weight), hidden.flatten(0, -2)):
@@ -610,6 +650,7 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
 def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
     """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of ||h_T - h_S||^2.
 
+    h is what a mixer returns for its heads, before o_proj mixes them (model.Attention.mix).
     The teacher's forward pass, made inside its student, whose frozen weights are the teacher's own.
     Each layer gets the TEACHER's input; its softmax output is the target, its hybrid output the
     prediction, and the teacher's output goes on to the next layer. So layers do not depend on each
@@ -632,7 +673,7 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
                 if backward_scale is not None:
                     (loss * backward_scale).backward()
             losses.append(loss.detach())
-            if block is not layers[-1]:
+            if block is not layers[-1]:  # nobody reads what leaves the last
                 x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
     return torch.stack(losses)
 
@@ -659,7 +700,11 @@ def frozen_dtype(run):
 
 
 def autocast(run):
-    """Matrix products in run.dtype."""
+    """Matrix products in run.dtype, from weights and activations of any.
+
+    The weights that train stay fp32 underneath. An AdamW step at 7e-7 would move 1 % of bf16
+    weights, one at 1e-5 16 % (measured): the others would round it away.
+    """
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
@@ -669,7 +714,10 @@ def autocast(run):
 
 
 def start_processes(run):
-    """Join torchrun's processes, if it started this one; set run.device, .dtype, .rank, .world."""
+    """Join torchrun's processes, if it started this one; set run.device, .dtype, .rank, .world.
+
+    ValueError if this torch has no such device: said here in a sentence, not deep in a model.
+    """
     if "RANK" in os.environ and run.device.startswith("cuda"):
         run.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:  # fp64 too: held-out sums are in it
@@ -719,7 +767,10 @@ def barrier():
 
 
 def once(run, path, make):
-    """Have the first process call make(), unless `path` exists; all go on when it is done."""
+    """Have the first process call make(), unless `path` exists; all go on when it is done.
+
+    make leaves `path` whole or not at all, so that a run that was stopped in it does it again.
+    """
     if run.rank == 0 and not path.exists():
         make()
     barrier()
@@ -733,7 +784,10 @@ def all_sum(tensor):
 
 
 def sum_gradients(trainable):
-    """Stage I: add up all processes' gradients, in one message."""
+    """Stage I: add up all processes' gradients, in one message.
+
+    Of a few MB a layer. One message a tensor would wait for the network hundreds of times a step.
+    """
     if dist.is_initialized():
         grads = [p.grad for p in trainable.values()]
         flat = all_sum(torch.cat([g.flatten() for g in grads]))
@@ -742,7 +796,10 @@ def sum_gradients(trainable):
 
 
 def clip_gradients(trainable):
-    """Scale gradients down to a norm of 1, as the paper does; return what it was, for all."""
+    """Scale gradients down to a norm of 1, as the paper does; return what it was before.
+
+    Of sharded gradients the norm is that of all processes together.
+    """
     norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
@@ -770,7 +827,10 @@ def shard(model, device, dtype):
 
 
 def my_micro_batches(run, step):
-    """The mixture's row numbers of a step that are this process's, in --micro-batch pieces."""
+    """The mixture's row numbers of a step that are this process's, in --micro-batch pieces.
+
+    Process r takes rows r, r + world, ...: any number of processes reads the same rows in a step.
+    """
     mine = range(step * run.batch + run.rank, (step + 1) * run.batch, run.world)
     return [mine[a:a + run.micro_batch] for a in range(0, len(mine), run.micro_batch)]
 
@@ -778,6 +838,12 @@ def my_micro_batches(run, step):
 # ----------------------------------------------------------------------------------------------
 # 4. Teacher targets on disk: the teacher runs once; stage II then needs it no more
 # ----------------------------------------------------------------------------------------------
+# A fifth to a quarter of stage II's work is the teacher's forward pass, and it says the same of a
+# row every time. Storing it pays where rows come again: several experts or epochs over the same data, a
+# search over learning rates, a teacher that does not fit beside its student. It does not pay for
+# one pass over much data: 256 tokens' ids and log-probabilities are 1 KB a token (1.25 KB above
+# 65,536 tokens of vocabulary), so 5B tokens are 5.1 or 6.4 TB.
+#
 # A file a row, named by source and row, not by step: epochs, experts, other weights and other seeds
 # share them, and whoever lacks some makes those. A row of 4096 tokens is a file of 4 or 5 MB.
 
@@ -786,6 +852,10 @@ TARGETS_FORMAT = 2  # raise it when the files change their meaning
 
 class TargetCache:
     """The teacher's top-k log-probabilities for rows of the sources, on disk.
+
+    Log-probabilities are over the full vocabulary, in fp16: off by 1/2048 of their value at most.
+    Rows are as their files have them: a family's members are not reordered where targets are
+    stored.
 
     manifest.json says whose targets these are (`described`); ValueError names what differs. A row's
     file holds the ids and fp16 log-probs of its T tokens, (T, k) each, and their CRC-32. Ids take 2
@@ -870,7 +940,7 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
     cache = TargetCache(run.targets, sources, {
         "format": TARGETS_FORMAT, "teacher_sha256": teacher_sha256(run.teacher),
         "tokenizer_sha256": tokenizer_sha256(tokenizer),
-        "data": [source.folder.name for source in sources],  # name, hash
+        "data": [source.folder.name for source in sources],  # name and hash of each file
         "context": run.context, "k": min(run.topk, config.vocab_size),
         "vocab_size": config.vocab_size})
     needed = sorted({m.locate(i) for m in mixtures for i in range(len(m.which))})
@@ -904,6 +974,9 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
 # ----------------------------------------------------------------------------------------------
 # 5. Held-out comparison of student and teacher
 # ----------------------------------------------------------------------------------------------
+
+# What a stage was good for, on text that it never saw. Here the KL is over the whole vocabulary, as
+# the training loss, over the teacher's top k, is no measure of what lies outside.
 
 METRICS = ("ce", "kl", "top1")
 
@@ -942,7 +1015,10 @@ def compare(run, student, teacher, sources):
 
 
 def agreement(hidden_t, weight_t, hidden_s, weight_s, labels):
-    """Sums over valid tokens: student's CE, KL to the teacher, equal argmax, 1.  -> (4,) fp64."""
+    """Sums over valid tokens: student's CE, KL to the teacher, equal argmax, 1.  -> (4,) fp64.
+
+    Sums, so that slices and processes add up; fp64, so that their order does not show.
+    """
     valid, labels = labels.flatten() != -100, labels.flatten()
     sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
     for x, y, label in slices(len(weight_t), hidden_t.flatten(0, -2)[valid],
@@ -972,7 +1048,10 @@ def show(metrics):
 
 
 def learning_rate(step, steps, warmup, peak, final):
-    """Linear warm-up to `peak`, then a cosine to `final` (final = peak: constant). step from 0."""
+    """Linear warm-up to `peak`, then a cosine to `final` (final = peak: constant). step from 0.
+
+    Paper: stage I falls to a thousandth of its peak, stage II is constant.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -1009,7 +1088,12 @@ def make_optimizer(trainable):
                              betas=(0.9, 0.95), fused=True)
 
 
-STATE = ("weight", "exp_avg", "exp_avg_sq")  # a checkpoint's files: STATE-RANK.safetensors
+# A checkpoint is a folder of safetensors and a manifest: nothing is pickled, so nothing that is
+# read can run. With the step it is all that a run needs to go on, to the bit: data follow from
+# (seed, step), nothing else is random, and the schedule is a function of the step. A file for each
+# kind of state, because all three of an 8B model in fp32 are 96 GB, much to hold on a host at once.
+
+STATE = ("weight", "exp_avg", "exp_avg_sq")  # the files are STATE-RANK.safetensors
 
 
 def save_checkpoint(run, stage, step, trainable, optimizer):
@@ -1043,13 +1127,18 @@ def save_checkpoint(run, stage, step, trainable, optimizer):
 
 
 def checkpoints(run, stage):
-    """Folders of the stage's checkpoints, oldest first."""
+    """Folders of the stage's checkpoints, oldest first.
+
+    One that is still being written has another name, and is not among them.
+    """
     return sorted(run.checkpoints.glob(f"{stage}-{'[0-9]' * 8}"))
 
 
 class StoredState:
     """The tensors of one kind of STATE in a checkpoint, whatever number of processes wrote it.
 
+    FSDP2 cuts every tensor along its first axis, so the files, one behind the other, hold its rows
+    in order; whoever wants rows a..b finds them without holding the rest.
     Raises ValueError for a torn checkpoint.
     """
 
@@ -1134,8 +1223,12 @@ class Stopped(Exception):
 # Both are the same loop, written out twice: learning rate, micro-batches, sums over processes, a
 # check before the update, log, checkpoint. They differ in what is differentiated, and in who holds
 # the weights: stage I walks over the layers by hand, which is no `forward` that FSDP2 could hook
-# into, so every process holds all frozen weights, and only the new parameters' gradients (0.4 % of
-# an 8B model's, 0.8 % with --features 4) are summed. Stage II calls the model, and is sharded.
+# into, so every process holds all frozen weights, and only the new parameters' gradients (those of
+# 0.4 % of an 8B student's parameters with --features 1, of 1.1 % with 4) are summed. Stage II calls
+# the model, and is sharded.
+#
+# A third stage, on-policy distillation for example, would be a third such loop: rows from
+# `model.generate`, targets from `teacher_topk`, the loss as in `distil_loss`.
 
 
 def align(run, student, mixture, stop):
@@ -1154,7 +1247,7 @@ def align(run, student, mixture, stop):
             lr = learning_rate(step, run.align_steps, run.warmup, run.align_lr, run.align_lr * 1e-3)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            losses = 0.0
+            losses = 0.0  # per layer, the mean over the whole batch
             for part in my_micro_batches(run, step):
                 tokens, ids, _ = collate(map(mixture.row, part), run.device)
                 progress.lap("data")
@@ -1164,6 +1257,7 @@ def align(run, student, mixture, stop):
                 progress.lap("teacher and student, layer by layer")
             sum_gradients(trainable)
             norm = clip_gradients(trainable)
+            # Whether to stop is summed as well: all processes leave after the same step, or none.
             sums = torch.cat((losses, losses.new_tensor([bool(stop)])))
             *losses, stopping = all_sum(sums).tolist()
             check_finite(run, mixture, "align", step, sum(losses), norm)
@@ -1214,6 +1308,8 @@ def distil(run, student, teacher, cache, mixture, heldout, stop):
                 group["lr"] = lr
             parts = my_micro_batches(run, step)
             batches = [collate(map(mixture.row, part), run.device) for part in parts]
+            # The mean is over all labels of the step, so it must know their number first. Means of
+            # micro-batches, averaged, would weigh a label the more, the fewer its row has.
             valid = all_sum(sum((labels != -100).sum() for _, _, labels in batches))
             progress.lap("data")
             sums = torch.zeros(3, device=run.device)  # ce, kl, whether to stop
@@ -1221,7 +1317,7 @@ def distil(run, student, teacher, cache, mixture, heldout, stop):
                 loss, terms = distil_loss(run, student, teacher, cache, mixture, part, batch,
                                           progress.lap)
                 progress.lap("student and loss")
-                share = (batch[2] != -100).sum() / valid.clamp_min(1)  # of all processes' labels
+                share = (batch[2] != -100).sum() / valid.clamp_min(1)
                 (loss * share * run.world).backward()  # FSDP2 takes the mean over processes
                 sums[:2] += torch.stack((terms["ce"], terms["kl"])) * share
                 progress.lap("backward")
@@ -1250,7 +1346,7 @@ def distil(run, student, teacher, cache, mixture, heldout, stop):
 
 
 def rows_of_step(mixture, run, step):
-    """The rows of a step in words: "a 5, 17; b 3"."""
+    """The rows of a step in words: "a 5, 17; b 3", for who must look at what a step has read."""
     found = {}
     for s, j in map(mixture.locate, range(step * run.batch, (step + 1) * run.batch)):
         found.setdefault(mixture.sources[s].name, []).append(str(j))
@@ -1258,7 +1354,11 @@ def rows_of_step(mixture, run, step):
 
 
 def check_finite(run, mixture, stage, step, *values):
-    """Before the update: weights and the last checkpoint stay good when a loss is not finite."""
+    """Before the update: weights and the last checkpoint stay good when a loss is not finite.
+
+    values: losses and gradient norm. The norm counts too: a backward pass can overflow where the
+    forward did not.
+    """
     if not all(math.isfinite(float(v)) for v in values):
         raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
                          f"made. The last good state is in {run.checkpoints}; lower the learning "
@@ -1275,7 +1375,12 @@ def check_finite(run, mixture, stage, step, *values):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside it that are still alive, and their peak."""
+    """Counts the bytes of all tensors made inside it that are still alive, and their peak.
+
+    Every operation passes through `__torch_dispatch__`. What it returns is counted by memory block,
+    not by tensor, since a view costs nothing, and no longer when Python frees the block. What the
+    C++ side of autograd keeps for the backward pass is such a tensor too, and so is counted.
+    """
 
     def __init__(self):
         super().__init__()
@@ -1297,7 +1402,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(values):
-    """The set of memory blocks behind all tensors in a nest of tuples and dicts."""
+    """The set of memory blocks behind all tensors in a nest of tuples and dicts.
+
+    Views of one tensor share a block, so a set counts it once.
+    """
     return {x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
 
 
@@ -1305,7 +1413,9 @@ def working_bytes(run, config, stage, layers, weight_dtype):
     """What one micro-batch needs besides weights, gradients and optimiser state, at its peaks.
 
     By running it on tensors without storage, on a model cut to `layers` layers, with trained
-    weights in `weight_dtype`. Returns the peaks of the forward and of the backward pass, in bytes.
+    weights in `weight_dtype`. Returns the peaks of the forward and of the backward pass, in bytes:
+    two, for they grow differently with the layers. Autocast keeps bf16 copies of all weights that
+    train until the forward pass ends; the backward has its largest moment in one layer or the loss.
     """
     config = dataclasses.replace(config, num_layers=layers,
                                  layer_windows=config.layer_windows[:layers])
@@ -1326,7 +1436,7 @@ def working_bytes(run, config, stage, layers, weight_dtype):
             p.grad = torch.empty_like(p)
         tokens = torch.zeros(run.micro_batch, run.context, dtype=torch.long)
         batch, stored = (tokens, tokens, tokens), None
-        if run.targets:
+        if run.targets:  # as TargetCache.rows returns them
             targets = [torch.zeros(tokens.numel(), run.topk, dtype=dtype)
                        for dtype in (torch.int32, torch.float16)]
             stored = argparse.Namespace(rows=lambda where, device: targets)
@@ -1375,14 +1485,18 @@ def plan_memory(run, config, stage, stored=None):
 
 
 def why_no_align(run):
-    """Why the run has no stage I, or None."""
+    """Why the run has no stage I, or None.
+
+    Only for a reason that the user gave, and that is printed: stage II on maps and gates that were
+    never aligned starts from a worse student.
+    """
     return f"the run starts from {run.start}" if run.start else (
         "--align-tokens 0" if not run.align_tokens else
         "the mixer has no new parameters" if run.mixer == "swa" else None)
 
 
 def show_plan(run):
-    """Print the memory that each stage needs."""
+    """Print the memory that each stage needs. It reads config.json alone, and needs no weights."""
     directory = Path(run.start or run.teacher)
     config, hf = ModelConfig.from_hf(directory), read_json(directory / "config.json")
     stored = hf.get("dtype", hf.get("torch_dtype"))  # the key's new and old name
@@ -1437,13 +1551,20 @@ def show_time(run, student, teacher, cache, students):
 
 
 def synchronise(device):
-    """Wait for what a GPU still has to do, so that a clock tells the truth."""
+    """Wait for what a GPU still has to do, so that a clock tells the truth.
+
+    PyTorch only queues work there: without this a step seems to take no time, and what waits for
+    its result all of it.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def describe(run, title, student, trainable, steps):
-    """Say what is about to train, before it does."""
+    """Say what is about to train, before it does: a wrong --train or budget shows here, not after.
+
+    Parameters of all layers are listed together, by the name that they have in each.
+    """
     kinds = collections.Counter()
     for name, p in trainable.items():
         kinds[re.sub(r"^model\.|layers\.\d+\.", "", name)] += p.numel()
@@ -1473,7 +1594,10 @@ class Progress(tqdm):
                          unit="tok", unit_scale=True, dynamic_ncols=True, disable=run.rank > 0)
 
     def lap(self, part):
-        """The time since the last lap went into `part` of a step."""
+        """The time since the last lap went into `part` of a step.
+
+        The same part may come several times in a step, once for each micro-batch.
+        """
         if self.taken <= self.TIMED:
             synchronise(self.run.device)
             now = time.perf_counter()
@@ -1505,7 +1629,10 @@ class Progress(tqdm):
 
 
 def report(results):
-    """The final table: one line a model, held-out numbers, KL also per source; "-" for none."""
+    """The final table: one line a model, held-out numbers, KL also per source; "-" for none.
+
+    Per source, because a mean hides what linear attention is bad at: to recall what is far back.
+    """
     names = [n for n in next(iter(results.values())) if n != "all"]
     width = max(8, *map(len, names))
     print("\nheld-out            CE  KL to teacher  top-1 agreement   KL on:"
@@ -1551,14 +1678,21 @@ def open_model(run, directory, train=None):
 
 
 def with_recompute(run, model):
-    """The model, its blocks set to --recompute. It matters where gradients are formed alone."""
+    """The model, its blocks set to --recompute.
+
+    Where gradients are formed, a block then keeps its input only and runs a second time in the
+    backward pass: four passes' work in the place of three.
+    """
     for block in model.model["layers"]:
         block.recompute = run.recompute
     return model
 
 
 def new_student(run, teacher):
-    """The student before training, or for --start the one to go on from."""
+    """The student before training, or for --start the one to go on from; says what it is.
+
+    A new student shares its teacher's weights, and --start must be of this teacher: ValueError.
+    """
     if run.start:
         student = open_model(run, run.start)
         if dataclasses.replace(student.config, hybrid=None) != teacher.config:
@@ -1603,7 +1737,11 @@ def plan_students(run, sources, weights):
 
 
 def stage_one(run, student, sources, weights, stop):
-    """Stage I, unless it is done or not wanted; returns the seed's folder."""
+    """Stage I, unless it is done or not wanted; returns the seed's folder.
+
+    The seed is the student as stage II finds it, aligned or not: experts are trained from one seed,
+    and merge.py refuses those that are not.
+    """
     seed, skipped = run.start or run.out / "seed", why_no_align(run)
     if skipped:
         print(f"stage I is skipped: {skipped}")
@@ -1616,7 +1754,10 @@ def stage_one(run, student, sources, weights, stop):
 
 
 def stage_two(run, seed, teacher, cache, mixture, heldout, stop):
-    """Stage II: the student folder `seed` -> run.out/student, unless that exists; returns it."""
+    """Stage II: the student folder `seed` -> run.out/student, unless that exists; returns it.
+
+    Its weights are loaded anew: stage I's student shares the teacher's, which must not train.
+    """
     final = run.out / "student"
     if not final.exists():
         distil(run, open_model(run, seed, run.train), teacher, cache, mixture, heldout, stop)
@@ -1641,7 +1782,10 @@ def export_student(run, seed, final):
 
 
 def prove(run, folders):
-    """Score teacher and students on --tasks and print recovery, C_0 and alpha* (Eq. 15-17)."""
+    """Score teacher and students on --tasks and print recovery, C_0 and alpha* (Eq. 15-17).
+
+    Whole models on one device, one after the other: after training nothing is sharded any more.
+    """
     out = run.out / "report"
     out.mkdir(exist_ok=True)
     scores = {name: evaluate.evaluate_rows(folder, run.tasks, device=run.device.type,
@@ -1674,7 +1818,10 @@ SMALL_EXPERTS = dict(
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: an int or a float from `low` to `high`, and neither nan nor infinite."""
+    """An argparse type: an int or a float from `low` to `high`, and neither nan nor infinite.
+
+    A negative learning rate would train uphill without a word, and nan would blame the data.
+    """
     def parse(text):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high and math.isfinite(kind(text)):
@@ -1686,7 +1833,11 @@ def number(kind, low, high=math.inf):
 
 
 def parse_arguments(argv):
-    """The command line -> settings; without --teacher the small preset comes before the paper's."""
+    """The command line -> settings; without --teacher the small preset comes before the paper's.
+
+    A flag's default stands in one place, here or in SMALL, and --help prints it. ArgumentParser
+    ends the process with status 2 and one sentence when a value does not fit.
+    """
     p = argparse.ArgumentParser(
         description="Distil a Transformer into a hybrid xLSTM student. Without --teacher: the "
         "shipped one, with a small preset (SMALL in distill.py) in place of the paper's defaults "
@@ -1731,7 +1882,10 @@ def parse_arguments(argv):
 
 
 def add_run_flags(g):
-    """The flags of a run as a whole."""
+    """The flags of a run as a whole: what is read, where it goes, on what it runs.
+
+    g(name, default, help, **options of argparse) adds one, here and below.
+    """
     g("--teacher", None, "Hugging Face folder", type=Path, metavar="DIR")
     g("--data", None, ".txt or .jsonl", nargs="+", metavar="FILE[=WEIGHT]")
     g("--out", None, "folder of the run", type=Path, metavar="RUN")
@@ -1750,7 +1904,10 @@ def add_run_flags(g):
 
 
 def add_distil_flags(g, count, amount):
-    """The flags of stage II."""
+    """The flags of stage II, from the budget over the loss to where the teacher's words come from.
+
+    --gamma and --beta matter by their ratio above all, as AdamW divides by the gradient's size.
+    """
     g("--tokens", 5e9, "to train on", type=number(float, 1, 1e13))
     g("--lr", 1e-5, "learning rate after warm-up", type=amount)
     g("--final-lr", None, "what a cosine takes it to (--lr: constant)", type=amount)
@@ -1788,7 +1945,10 @@ def check_arguments(run):
 
 
 def settings_of(run):
-    """What must not change between a run and its resumption, as JSON."""
+    """What must not change between a run and its resumption, as JSON.
+
+    All but what changes no number, or by rounding alone: devices, processes, formats, memory.
+    """
     free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan",
             "targets_only", "micro_batch", "recompute", "rank", "world", "kernels", "dtype")
     settings = {k: v for k, v in vars(run).items() if k not in free}
@@ -1800,7 +1960,10 @@ def settings_of(run):
 
 
 def open_run(run):
-    """Refuse an --out of another run, or for --resume of other settings; return its results."""
+    """Refuse an --out of another run, or for --resume of other settings; return its results.
+
+    results: the rows of the table that a resumed run has measured already; {} for a new run.
+    """
     path, results = run.out / "run.json", run.out / "results.json"
     if not run.resume:
         if path.exists():
@@ -1817,7 +1980,10 @@ def open_run(run):
 
 
 def load(run):
-    """Teacher, its tokenizer, its student and the data; says what they are."""
+    """Teacher, its tokenizer, its student and the data, training and held-out; says what they are.
+
+    One process tokenises, which takes all cores anyway; the others wait and find it done.
+    """
     teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device,
                                              dtype=frozen_dtype(run))
     teacher.requires_grad_(False)
@@ -1825,7 +1991,7 @@ def load(run):
           f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
     student, eos_ids = new_student(run, teacher), teacher.config.eos_ids
     if run.rank > 0:
-        barrier()  # the first process tokenises, the others find it done
+        barrier()
     data = open_data(run, tokenizer, eos_ids[0] if eos_ids else None)
     if run.rank == 0:
         barrier()
@@ -1833,7 +1999,10 @@ def load(run):
 
 
 def measure(run, results, name, model, teacher, heldout):
-    """A model's row of the table, unless a resumed run has it already; all rows to results.json."""
+    """A model's row of the table, unless a resumed run has it already; all rows to results.json.
+
+    teacher: None where stored targets replace it in training; then it is loaded for this alone.
+    """
     if name not in results:
         results[name] = compare(run, model, teacher or open_model(run, run.teacher), heldout)
         if run.rank == 0:
@@ -1842,7 +2011,11 @@ def measure(run, results, name, model, teacher, heldout):
 
 
 def main(argv=None):
-    """One run from top to bottom: load, measure, align, distil, report."""
+    """One run from top to bottom: load, measure, align, distil, report.
+
+    Each step finds on disk what an earlier run has finished of it, and skips that: --resume is the
+    same walk. Raises ValueError or OSError in a sentence for the user, and Stopped.
+    """
     run, started = parse_arguments(argv), time.time()
     check_arguments(run)
     torch.manual_seed(run.seed)
@@ -1906,7 +2079,10 @@ def finish(run, folders, results, tokenizer, heldout, started):
 
 
 def command(argv=None):
-    """`main` for a shell: its errors are one sentence and exit status 2. Ends the process."""
+    """`main` for a shell: its errors are one sentence and exit status 2. Ends the process.
+
+    Other exceptions are our mistakes, and keep their traceback.
+    """
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character ends no run
         stream.reconfigure(errors="replace")
     try:
