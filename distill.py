@@ -839,10 +839,10 @@ def my_micro_batches(run, step):
 # 4. Teacher targets on disk: the teacher runs once; stage II then needs it no more
 # ----------------------------------------------------------------------------------------------
 # A fifth to a quarter of stage II's work is the teacher's forward pass, and it says the same of a
-# row every time. Storing it pays where rows come again: several experts or epochs over the same data, a
-# search over learning rates, a teacher that does not fit beside its student. It does not pay for
-# one pass over much data: 256 tokens' ids and log-probabilities are 1 KB a token (1.25 KB above
-# 65,536 tokens of vocabulary), so 5B tokens are 5.1 or 6.4 TB.
+# row every time. Storing it pays where rows come again: several experts or epochs over the same
+# data, a search over learning rates, a teacher that does not fit beside its student. It does not
+# pay for one pass over much data: 256 tokens' ids and log-probabilities are 1 KB a token (1.25 KB
+# above 65,536 tokens of vocabulary), so 5B tokens are 5.1 or 6.4 TB.
 #
 # A file a row, named by source and row, not by step: epochs, experts, other weights and other seeds
 # share them, and whoever lacks some makes those. A row of 4096 tokens is a file of 4 or 5 MB.
@@ -1144,7 +1144,7 @@ class StoredState:
 
     def __init__(self, path, state):
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
+            manifest = read_json(path / "manifest.json")
             self.world = manifest["world"]
             self.files = [safe_open(path / f"{state}-{i:04d}.safetensors", framework="pt")
                           for i in range(manifest["files"])]
@@ -1173,6 +1173,9 @@ def load_checkpoint(run, stage, trainable, optimizer):
     A torn one is named and passed over. One written by another number of processes is read by
     rows; the losses then go on equal up to the order of sums.
     """
+    for p in trainable.values():
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for path in reversed(checkpoints(run, stage)):
         try:
             stored = {state: StoredState(path, state) for state in STATE}
@@ -1182,9 +1185,7 @@ def load_checkpoint(run, stage, trainable, optimizer):
         step = int(path.name.rpartition("-")[2])
         for name, p in trainable.items():
             weight, first = local_rows(p.detach())
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
-                                  "exp_avg": torch.zeros_like(p),
-                                  "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p]["step"].fill_(step)
             for state in STATE:
                 into = weight if state == "weight" else local_rows(optimizer.state[p][state])[0]
                 if len(into):
@@ -1329,6 +1330,8 @@ def distil(run, student, teacher, cache, mixture, heldout, stop):
                 optimizer.step()
                 progress.log(step, lr=lr, norm=norm, ce=ce, kl=kl)
             else:
+                for state in optimizer.state.values():  # it counts steps, as a resumed run does
+                    state["step"] += 1
                 progress.log(step, labels=0)
                 tqdm.write(f"distil step {step + 1}: no token is a label, nothing was learnt from "
                            f"rows {rows_of_step(mixture, run, step)}")
