@@ -1,12 +1,15 @@
 """Score students against their teacher, and say how lossless the distillation was.
 
     tasks        JSONL files: choices by log-likelihood, generated answers, code, needles in a
-                 haystack, all scored as lm-evaluation-harness does
+                 haystack, sequences; scored as lm-evaluation-harness scores
     statistics   recovery, Win-and-Tie rate C_alpha and critical tolerance alpha* (arXiv
                  2603.15590, "the paper", Eq. 15-17), with bootstrap intervals over tasks' rows
     gates        the map of the output gates: where the mLSTM speaks, where the window
     speed        teacher against student: prefill, first token, decoding and memory over a grid
                  of contexts and batches (the paper's Figures 5 and 10 to 14)
+
+A score is worth something only beside the teacher's on the same rows, read in the same way. So
+one `Scorer` serves both, and nothing in a row's score depends on what else was scored with it.
 
 Published benchmarks (PIQA, MMLU, GSM8K, ...) run in lm-evaluation-harness itself, through the
 bridge in section 8. Not here: benchmarks judged by another language model (MT-Bench), training
@@ -15,9 +18,9 @@ bridge in section 8. Not here: benchmarks judged by another language model (MT-B
 Run:
     python evaluate.py compare --teacher DIR --student DIR --tasks FILE.jsonl... --out REPORT
     python evaluate.py gates --student DIR --data FILE.txt|.jsonl --picture gates.png
-    python evaluate.py molecules --model DIR --data FAMILIES.jsonl       # valid, unique, novel
-    python evaluate.py lm-eval --model DIR --tasks arc_easy,piqa       # pip install lm_eval
-    python evaluate.py speed --out SPEED      # the shipped teacher; or --teacher DIR, or --shape 8b
+    python evaluate.py molecules --model DIR --data FAMILIES.jsonl       # pip install rdkit
+    python evaluate.py lm-eval --model DIR --tasks arc_easy,piqa         # pip install lm_eval
+    python evaluate.py speed --out SPEED      # the shipped teacher; or --teacher DIR
 
 Contents: 1 statistics · 2 task files · 3 log-likelihoods and generation · 4 code in a subprocess ·
 5 scoring task files · 6 sequences · 7 output gates · 8 bridge to lm-evaluation-harness · 9 report ·
@@ -27,18 +30,16 @@ Contents: 1 statistics · 2 task files · 3 log-likelihoods and generation · 4 
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import json
 import math
 import os
-import platform
 import random
 import re
-import secrets
 import signal
 import subprocess
-import statistics
 import sys
 import tempfile
 import time
@@ -50,14 +51,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (MIXERS, SMILES_PIECES, Cache, HybridAttention, ModelConfig, Rope, Transformer,
-                   generate, load_pretrained, load_with_tokenizer,
-                   reverse_complement, sha256, student_from_teacher, write_json)
+from model import (MIXERS, Cache, HybridAttention, ModelConfig, Transformer, generate,
+                   load_pretrained, load_with_tokenizer, read_rows, reverse_complement, sha256,
+                   stream, student_from_teacher, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
 # ----------------------------------------------------------------------------------------------
 # All of these take scores as dicts task -> number; A_S and A_T are the student's and the teacher's.
+# The paper's claim is stated in them: "lossless" is C_0 >= 1/2, and alpha* says how much worse than
+# its teacher a student may be called before half of the tasks agree. Two traps. Near the level of
+# guessing any student "recovers" all of a teacher's score, so recovery is also told above chance.
+# And alpha* is a median over tasks: a student that fails one kind of task wholly can still have
+# alpha* = 0. Read the table beside the number.
 
 TIE = 1e-12  # rounding of a ratio; scores that differ by one row in a billion differ by more
 
@@ -70,18 +76,17 @@ def recovery(student, teacher, chance=None):
     when none is given). Raises ValueError if tasks differ or a score is negative or not finite.
     """
     if student.keys() != teacher.keys() or not teacher:
-        raise ValueError("student and teacher must be scored on the same tasks, one or more; only "
-                         f"one of them has {sorted(student.keys() ^ teacher.keys())}")
+        raise ValueError(f"only one model has scores of {student.keys() ^ teacher.keys() or 'any'}")
     if not all(0 <= score < math.inf for score in (*student.values(), *teacher.values())):
         raise ValueError("scores must be finite and not negative")
-    level = {task: (chance or {}).get(task, 0.0) for task in teacher}
+    level = chance or dict.fromkeys(teacher, 0.0)
     return {task: (student[task] - level[task]) / (teacher[task] - level[task])
             if teacher[task] > level[task] else math.inf for task in teacher}
 
 
 def win_and_tie(student, teacher, alpha):
     """C_alpha: share of tasks with A_S >= (1 - alpha) A_T (Eq. 16). Errors as in `recovery`."""
-    drops = [1 - r for r in recovery(student, teacher).values()]
+    drops = [1 - r for r in recovery(student, teacher).values()]  # of the student, a share of A_T
     return sum(drop <= alpha + TIE for drop in drops) / len(drops)
 
 
@@ -106,20 +111,19 @@ def bootstrap(student, teacher, *, draws=4000, seed=0):
     draws with C_0 >= 0.5}; the intervals hold 95 % of the draws. p_lossless is 1 if all rows agree,
     and only about 0.7 for a student as good as its teacher that errs on other rows.
     """
-    generator = np.random.default_rng(seed)
-    means = []
+    generator, means = np.random.default_rng(seed), []
     for task, scores in teacher.items():
         if len(scores) != len(student[task]):
             raise ValueError(f"{task}: {len(student[task])} student and {len(scores)} teacher rows")
-        pairs = np.stack((student[task], scores), axis=1).astype(float)
         # Scores take few values, so draw how often each (student, teacher) pair occurs.
-        values, counts = np.unique(pairs, axis=0, return_counts=True)
-        drawn = generator.multinomial(len(pairs), counts / len(pairs), size=draws)
-        means.append(drawn @ values / len(pairs))  # (draws, 2)
+        pairs, counts = np.unique(list(zip(student[task], scores)), axis=0, return_counts=True)
+        drawn = generator.multinomial(len(scores), counts / len(scores), size=draws)
+        means.append(drawn @ pairs / len(scores))  # (draws, 2)
     worlds = [[dict(zip(teacher, scores)) for scores in world.T.tolist()]
               for world in np.stack(means, axis=1)]  # each (tasks, 2)
     rates = np.array([win_and_tie(*world, 0.0) for world in worlds])
     tolerances = [critical_tolerance(*world) for world in worlds]
+    # Both are steps, not smooth: a normal approximation would be wrong, so quantiles of the draws.
     return {"win_and_tie": np.quantile(rates, (0.025, 0.975)).tolist(),
             "critical_tolerance": np.quantile(tolerances, (0.025, 0.975)).tolist(),
             "p_lossless": float((rates >= 0.5).mean())}
@@ -129,7 +133,8 @@ def bootstrap(student, teacher, *, draws=4000, seed=0):
 # 2. Task files
 # ----------------------------------------------------------------------------------------------
 # One JSON object a line. Strings are final: what the model reads, character for character, with
-# no template. A file is a task, named as the file; its score is the mean over its rows.
+# no template, because a template that differs by one space is another benchmark. A file is a
+# task, named as the file; its score is the mean over its rows.
 #
 #   type       field           meaning
 #   (all)      id              string, once a file
@@ -159,119 +164,112 @@ def bootstrap(student, teacher, *, draws=4000, seed=0):
 #              temperature     default 1.0
 #              max_new_tokens  default 128
 
-REQUIRED = object()  # in place of a default
-FIELDS = {  # name: (type, default); a list is one of strings
-    "choice": {"context": (str, REQUIRED), "choices": (list, REQUIRED), "gold": (int, REQUIRED),
-               "metric": (str, "acc")},
-    "generate": {"prompt": (str, REQUIRED), "gold": (str, REQUIRED), "stop": (list, []),
-                 "max_new_tokens": (int, 256), "extract": (str, ""), "match": (str, "exact")},
-    "code": {"prompt": (str, REQUIRED), "test": (str, REQUIRED), "stop": (list, []),
-             "max_new_tokens": (int, 512)},
-    "needle": {"length": (int, REQUIRED), "depth": (float, REQUIRED), "seed": (int, REQUIRED)},
-    "family": {"sequences": (list, REQUIRED)},
-    "strand": {"dna": (str, REQUIRED)},
-    "probe": {"dna": (str, REQUIRED), "labels": (str, REQUIRED)},
-    "molecule": {"sequences": (list, REQUIRED), "seed": (int, REQUIRED),
-                 "temperature": (float, 1.0), "max_new_tokens": (int, 128)}}
+# Both tables below are the whole grammar: a new type of row is a line in FIELDS, its rules, and a
+# function of section 5.
+
+FIELDS = {  # type: {name: default, or where there is none the value's type}
+    "choice": {"context": str, "choices": list, "gold": int, "metric": "acc"},
+    "generate": {"prompt": str, "gold": str, "stop": [], "max_new_tokens": 256, "extract": "",
+                 "match": "exact"},
+    "code": {"prompt": str, "test": str, "stop": [], "max_new_tokens": 512},
+    "needle": {"length": int, "depth": float, "seed": int},
+    "family": {"sequences": list},
+    "strand": {"dna": str},
+    "probe": {"dna": str, "labels": str},
+    "molecule": {"sequences": list, "seed": int, "temperature": 1.0, "max_new_tokens": 128}}
+RULES = {  # name: (what holds for a row that has this field, what to expect where it does not)
+    "choices": (lambda row: len(row["choices"]) > 1 and all(map(str.strip, row["choices"])),
+                "two or more, and none is empty"),
+    "gold": (lambda row: row["gold"] in range(len(row["choices"])) if row["type"] == "choice"
+             else row["gold"].strip(), "an index of choices, or text that is not empty"),
+    "metric": (lambda row: row["metric"] in ("acc", "acc_norm"), "acc or acc_norm"),
+    "match": (lambda row: row["match"] in ("exact", "contains") or row["match"] == "number"
+              and _as_number(row["gold"]), "exact, contains, or number and a number in gold"),
+    "extract": (lambda row: re.compile(row["extract"]), "a regular expression"),
+    "max_new_tokens": (lambda row: row["max_new_tokens"] >= 1, "1 or more"),
+    "length": (lambda row: row["length"] >= 64, "64 or more"),
+    "depth": (lambda row: 0 <= row["depth"] <= 1, "a number from 0 to 1"),
+    "seed": (lambda row: 0 <= row["seed"] < 1 << 63, "a number from 0 to 2^63 - 1"),
+    "temperature": (lambda row: 0 <= row["temperature"] < math.inf, "0 or more"),
+    "sequences": (lambda row: row["sequences"] or row["type"] == "molecule", "one or more"),
+    "dna": (lambda row: reverse_complement(row["dna"]), "one base or more"),
+    "labels": (lambda row: len(row["labels"]) == len(row["dna"]), "one label a base")}
 
 
 def read_task(path):
     """The rows of a task file, defaults filled in, each with "where", its file:line.
 
-    Raises ValueError naming file:line for whatever is wrong with a row, OSError for the file.
+    All rows are checked before the first is scored: a bad last line must not cost an hour. Raises
+    ValueError naming file:line for whatever is wrong with a row, OSError for the file.
     """
     rows = {}
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = _check_row(json.loads(line))
-                if row["id"] in rows:
-                    raise ValueError(f"the id {row['id']!r} occurs twice in this file")
-            except ValueError as error:  # JSON and UTF-8 errors among them
-                raise ValueError(f"{path}:{number}: {error}") from None
-            rows[row["id"]] = {**row, "where": f"{path}:{number}"}
+    for place, row in read_rows(path):
+        try:
+            row = _check_row(row)
+            if row["id"] in rows:
+                raise ValueError(f"the id {row['id']!r} occurs twice in this file")
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        rows[row["id"]] = {**row, "where": place}
     if not rows:
         raise ValueError(f"{path}: there is no row in this file")
     return list(rows.values())
 
 
 def _check_row(row):
-    """A parsed line -> the row with defaults; ValueError says what is wrong."""
-    if not isinstance(row, dict) or row.get("type") not in FIELDS:
-        raise ValueError("expected a JSON object whose type is one of " + ", ".join(FIELDS))
-    fields = {"id": (str, REQUIRED), "type": (str, REQUIRED), **FIELDS[row["type"]]}
-    row = {**{name: default for name, (_, default) in fields.items()}, **row}
+    """The row with its defaults; ValueError says what is wrong.
+
+    A misspelt field would leave its default in force without a word, so unknown ones are refused.
+    """
+    if str(row.get("type")) not in FIELDS:
+        raise ValueError("expected a type, one of " + ", ".join(FIELDS))
+    fields = {"id": str, "type": str, **FIELDS[row["type"]]}
+    row = {**fields, **row}
     for name, value in row.items():
         if name not in fields:
             raise ValueError(f"{name!r} is no field of type {row['type']!r}")
-        if value is REQUIRED:
+        if value is fields[name] and isinstance(value, type):
             raise ValueError(f"the field {name!r} is missing")
-        kind = fields[name][0]
-        if not (type(value) is kind or kind is float and type(value) is int):
+        kind = fields[name] if isinstance(fields[name], type) else type(fields[name])
+        if type(value) is not kind and (kind, type(value)) != (float, int):  # True is no int here
             raise ValueError(f"{name} = {value!r} is no {kind.__name__}")
         if kind is list and not all(isinstance(v, str) and v for v in value):
             raise ValueError(f"{name} = {value!r}: expected strings, none of them empty")
-    need = {f"max_new_tokens = {row.get('max_new_tokens')} is below 1":
-            row.get("max_new_tokens", 1) >= 1}
-    match row:
-        case {"type": "choice", "choices": choices, "gold": gold, "metric": metric}:
-            need |= {"choices must be two or more": len(choices) > 1,
-                     "a choice is empty": all(choice.strip() for choice in choices),
-                     f"gold = {gold} is not from 0 to {len(choices) - 1}": 0 <= gold < len(choices),
-                     f"metric {metric!r} is not acc or acc_norm": metric in ("acc", "acc_norm")}
-        case {"type": "generate", "match": how, "gold": gold, "extract": extract}:
-            need |= {f"match {how!r} is not exact, contains or number":
-                     how in ("exact", "contains", "number"),
-                     "gold is empty": gold.strip(),
-                     f"gold = {gold!r} holds no number": how != "number" or _as_number(gold)
-                     is not None}
-            try:
-                re.compile(extract)
-            except re.error as error:
-                raise ValueError(f"extract is no regular expression ({error})") from None
-        case {"type": "family", "sequences": sequences}:
-            need |= {"there are no sequences": sequences}
-        case {"dna": dna}:
-            reverse_complement(dna)
-            labels = row.get("labels", dna)
-            need |= {f"{len(dna)} bases, {len(labels)} labels: expected one a base, at least one":
-                     1 <= len(dna) == len(labels)}
-        case {"type": "molecule", "temperature": temperature}:
-            need |= {f"temperature = {temperature} is below 0": temperature >= 0}
-        case {"type": "needle", "length": length, "depth": depth}:
-            need |= {f"length = {length} is below 64": length >= 64,
-                     f"depth = {depth} is not from 0 to 1": 0 <= depth <= 1}
-    for complaint, ok in need.items():
-        if not ok:
-            raise ValueError(complaint)
+    for name, (holds, expected) in RULES.items():
+        try:
+            right = name not in row or holds(row)
+        except re.error:
+            right = False
+        if not right:
+            raise ValueError(f"{name} = {row[name]!r:.60}: expected {expected}")
     return row
 
 
 def _as_number(text):
-    """The last number of a text as a Decimal, None if there is none. (Never eval model text.)"""
+    """The last number of a text, as a Decimal in a tuple; () if there is none.
+
+    Decimals compare by value: 1200 equals 1,200.00. And model text must never go through `eval`.
+    """
     found = re.findall(r"-?[$0-9.,]*[0-9]", text)
-    try:
-        return Decimal(re.sub(r"[$,]", "", found[-1])) if found else None
-    except InvalidOperation:  # 1.2.3
-        return None
+    with contextlib.suppress(InvalidOperation):  # 1.2.3
+        return tuple(Decimal(re.sub(r"[$,]", "", number)) for number in found[-1:])
+    return ()
 
 
 def is_right(row, text):
-    """Whether a "generate" row's output agrees with its gold."""
+    """Whether a "generate" row's output agrees with its gold; the rules stand in the table.
+
+    GSM8K's two rules, for example, are extract "#### (-?[0-9.,]+)" with match "number" (strict)
+    and match "number" alone (flexible: the last number of the output, wherever it stands).
+    """
     if row["extract"]:
         found = re.search(row["extract"], text)
         if found is None:
             return False
         text = found[1 if found.re.groups else 0] or ""
-    match row["match"]:
-        case "exact":
-            return text.strip() == row["gold"].strip()
-        case "contains":
-            return row["gold"].strip() in text
-        case "number":
-            return _as_number(text) == _as_number(row["gold"])
+    text, gold = text.strip(), row["gold"].strip()
+    return {"exact": text == gold, "contains": gold in text,
+            "number": _as_number(text) == _as_number(gold)}[row["match"]]
 
 
 FILLER = (" The grass is green. The sky is blue. The sun is yellow. Here we go. There and back"
@@ -279,7 +277,10 @@ FILLER = (" The grass is green. The sky is blue. The sun is yellow. Here we go. 
 
 
 def needle_prompt(row, tokenizer):
-    """A "needle" row's text and the number hidden in it, both decided by its seed."""
+    """A "needle" row's text and the number hidden in it, both decided by its seed.
+
+    Whole fillers stand around the needle, as many as fit into `length` tokens with the question.
+    """
     number = str(random.Random(row["seed"]).randint(10 ** 6, 10 ** 7 - 1))
     needle = f" The magic number is {number}."
     question = "\nQuestion: What is the magic number in the text?\nAnswer: The magic number is"
@@ -293,6 +294,10 @@ def needle_prompt(row, tokenizer):
 # ----------------------------------------------------------------------------------------------
 # 3. Log-likelihoods and generation
 # ----------------------------------------------------------------------------------------------
+# What the harness asks of a model: how likely a continuation is, and what comes next. Two rules
+# follow from the student's memory. Rows of a batch are equally long, since padding on the left
+# would fill sinks and state. And what many continuations share is read once: a cache of constant
+# size is cheap to copy.
 
 PREFILL = 2048  # tokens of a prompt per forward pass: memory does not grow with the prompt
 LONG = 512      # a context of so many tokens is prefilled once for all its continuations
@@ -300,8 +305,20 @@ ROWS = 16       # prompts generated from together
 TOKENS = 8192   # scored together on a GPU
 
 
+def check_device(name):
+    """ValueError, with the remedy, for a device (a str such as "mps") that this torch lacks."""
+    try:
+        torch.ones(1, device=name).tolist()
+    except (RuntimeError, AssertionError, ImportError):  # as torch has it, by kind of device
+        raise ValueError(f"--device {name}: this torch cannot compute there; take --device cpu, "
+                         "or install the torch that is made for it") from None
+
+
 def _equal_lengths(items, length, most):
-    """Cut items into lists of equal length T, longest first, of at most most(T) items each."""
+    """Cut items into lists of equal length T, longest first, of at most most(T) items each.
+
+    Longest first, so that memory that does not suffice shows at once.
+    """
     ordered = sorted(items, key=length, reverse=True)
     for T, group in itertools.groupby(ordered, length):
         group = list(group)
@@ -312,10 +329,11 @@ def _equal_lengths(items, length, most):
 class Scorer:
     """A model on disk, its tokenizer, and what the harness asks of a model.
 
-    Loads and raises as `load_with_tokenizer`.
+    Loads and raises as `load_with_tokenizer`, and ValueError for a device that torch lacks.
     """
 
     def __init__(self, directory, device="cpu"):
+        check_device(device)
         self.model, self.tokenizer = load_with_tokenizer(directory, device=device)
         config, bos_id = self.model.config, self.tokenizer.bos_id
         self.device, self.max_tokens = torch.device(device), config.max_positions
@@ -323,7 +341,10 @@ class Scorer:
         self.prefix = config.eos_ids[:1] if bos_id is None else (bos_id,)
 
     def encode(self, text):
-        """Ids with BOS as the tokenizer's own files say, but not twice where text spells it."""
+        """Ids with BOS as the tokenizer's own files say, but not twice where text spells it.
+
+        Chat templates spell it: a second BOS is what no model saw in training.
+        """
         bos = self.tokenizer.adds_bos and self.tokenizer.decode([self.tokenizer.bos_id])
         return self.tokenizer.encode(text, bos=False if bos and text.startswith(bos) else None)
 
@@ -344,8 +365,8 @@ class Scorer:
         else:
             left, right = self.prefix, self.tokenizer.encode(continuation, bos=False)
         if not left or not 1 <= len(right) <= self.max_tokens:
-            raise ValueError(f"the continuation has {len(right)} tokens, the context {len(left)}; "
-                             f"expected 1 to {self.max_tokens} (what the model reads), 1 or more")
+            raise ValueError(f"the continuation has {len(right)} tokens; expected 1 to "
+                             f"{self.max_tokens} (what the model reads), behind one or more")
         lost = max(0, len(left) + len(right) - 1 - self.max_tokens)  # the last is only predicted
         return (tuple(left[lost:]), tuple(right)), lost
 
@@ -362,6 +383,8 @@ class Scorer:
         while a batch saves 20 %. Texts that many pairs read are computed once: whole inputs
         (all one-token choices of a question), and long contexts, whose cache is then copied.
         """
+        # short: inputs -> the pairs that read them. The last token is predicted and never read, so
+        # the four one-token choices of a question have the same inputs, and cost one pass.
         found, short, long = {}, {}, {}
         for context, new in dict.fromkeys(pairs):
             if len(context) < LONG:
@@ -375,8 +398,9 @@ class Scorer:
                     found[context, new] = self._read(logits[-len(new):], new)
         for context, continuations in long.items():
             cache = Cache(self.model, 1, len(context) + max(map(len, continuations)))
-            self._prefill([context[:-1]], cache)
-            for new in continuations:
+            for piece in self._tensor([context[:-1]]).split(PREFILL, dim=1):
+                self.model.hidden(piece, cache=cache)
+            for new in continuations:  # the context's last token predicts the first of these
                 inputs = self._tensor([context[-1:] + new[:-1]])
                 logits = self.model(inputs, cache=copy.deepcopy(cache))[0]
                 found[context, new] = self._read(logits, new)
@@ -384,10 +408,13 @@ class Scorer:
 
     @torch.inference_mode()
     def token_logprobs(self, ids):
-        """Log-probability of each token of a text that stands after BOS (or EOS): (T,) float64."""
+        """Log-probability of each token of a text that stands after BOS (or EOS): (T,) float64.
+
+        In pieces, since (T, V) in fp32 would be 0.5 GB for 1k tokens of a vocabulary of 128k.
+        """
         if not self.prefix:
-            raise ValueError(f"{self.model.source}: neither BOS nor EOS is known, so nothing can "
-                             "stand before the first token; name eos_token_id in config.json")
+            raise ValueError(f"{self.model.source}: name bos_token or eos_token_id in config.json, "
+                             "because one must stand before the first token")
         new, found = self._tensor([*self.prefix, *ids]), []
         cache = Cache(self.model, 1, len(new))
         for a in range(0, len(ids), PREFILL):
@@ -399,15 +426,8 @@ class Scorer:
     def _tensor(self, rows):
         return torch.tensor(rows, device=self.device)
 
-    def _prefill(self, rows, cache):
-        """Equally long rows of ids into the cache; returns the last piece's hidden states."""
-        tokens = self._tensor(rows)  # (B, T)
-        for piece in tokens.split(PREFILL, dim=1):
-            h = self.model.hidden(piece, cache=cache)
-        return h
-
     def _read(self, logits, new):
-        """logits (n, V) at which the n tokens of `new` were predicted."""
+        """logits (n, V) at which the n tokens of `new` were predicted -> (nats, greedy)."""
         new = self._tensor(new)
         logprobs = logits.float().log_softmax(-1)
         total = float(logprobs.gather(1, new[:, None]).sum())
@@ -415,42 +435,42 @@ class Scorer:
             raise ValueError("the model's logits are not finite: are its weights damaged?")
         return total, bool((logits.argmax(-1) == new).all())
 
-    @torch.inference_mode()
-    def generate(self, prompts, stops, max_new_tokens):
-        """Greedy continuations, as text, of prompts (lists of ids) of one length.
+    def generate(self, requests):
+        """Yield (i, text): the greedy continuation of each request, in an order of its own.
 
-        stops, max_new_tokens: per prompt, strings that end it and a number of tokens; the model's
-        eos ids end it too. Stops are searched in the decoded text, since tokens cut it elsewhere,
+        requests: (ids of the prompt, strings that end the text, most new tokens); the model's eos
+        ids end it too. The strings are searched in the decoded text, since tokens cut it elsewhere,
         and cut off. The beginning of a character whose other bytes have not come is held back.
+        Prompts go together only if equally long: padding on the left would enter sinks and state.
         """
-        cache = Cache(self.model, len(prompts), len(prompts[0]) + max(max_new_tokens))
-        h = self._prefill(prompts, cache)
-        new, texts = [[] for _ in prompts], [None] * len(prompts)
-        while None in texts:
-            logits = F.linear(h[:, -1], self.model.lm_head_weight)  # (B, V)
-            if logits.isnan().any():
-                raise ValueError("the model's logits are not finite: are its weights damaged?")
-            tokens = logits.float().argmax(-1)
-            for i, token in enumerate(tokens.tolist()):
-                if texts[i] is not None:
-                    continue
-                ended = token in self.model.config.eos_ids
-                new[i] += [] if ended else [token]
-                text = self.tokenizer.decode(new[i]).rstrip("\ufffd")
-                cut = min((text.find(s) for s in stops[i] if s in text), default=len(text))
-                if ended or cut < len(text) or len(new[i]) == max_new_tokens[i]:
-                    texts[i] = text[:cut]
-            if None in texts:
-                h = self.model.hidden(tokens[:, None], cache=cache)
-        return texts
+        eos = self.model.config.eos_ids
+        for batch in _equal_lengths(range(len(requests)), lambda i: len(requests[i][0]),
+                                    lambda T: ROWS):
+            prompts, stops, most = zip(*(requests[i] for i in batch))
+            new, texts = [[] for _ in batch], [None for _ in batch]
+            for tokens in stream(self.model, self._tensor(prompts), max_new_tokens=max(most)):
+                for b, token in enumerate(tokens.tolist()):
+                    if texts[b] is None:
+                        new[b] += [token] * (token not in eos)
+                        text = self.tokenizer.decode(new[b]).rstrip("\ufffd")
+                        cut = min((text.find(s) for s in stops[b] if s in text), default=len(text))
+                        if token in eos or cut < len(text) or len(new[b]) == most[b]:
+                            texts[b] = text[:cut]
+                if None not in texts:
+                    break
+            yield from zip(batch, texts)
 
     def cut_prompt(self, text, max_new_tokens):
-        """A prompt's ids, and how many were lost at its left end for the output to fit."""
+        """A prompt's ids, and how many were lost at its left end for the output to fit.
+
+        The left end, as in the harness: the question stands on the right, examples before it. The
+        report counts such rows, since a student that reads less is not scored on the same task.
+        """
         ids = self.encode(text) or list(self.prefix)
         room = self.max_tokens - max_new_tokens
         if room < 1:
-            raise ValueError(f"max_new_tokens = {max_new_tokens} leaves no room for a prompt in a "
-                             f"context of {self.max_tokens} tokens")
+            raise ValueError(f"max_new_tokens = {max_new_tokens} of {self.max_tokens} (what the "
+                             "model reads) leave no room for a prompt")
         return ids[-room:], max(0, len(ids) - room)
 
 
@@ -460,6 +480,10 @@ class Scorer:
 # This guards against accidents, not adversaries: models write endless loops, rm -rf and fork
 # bombs by mistake. Code that means to break out of a Python process can. For code of strangers
 # use a virtual machine.
+#
+# Three walls. The kernel's limits stop what eats memory, time or disk. An audit hook, which Python
+# calls before it opens a file or starts a process and which no program can take off again, stops
+# writing outside. And a session of its own lets one signal end all that the program has started.
 
 SECONDS = 10  # of a program, wall clock and CPU
 
@@ -511,11 +535,13 @@ def run_program(program, *, seconds=SECONDS):
     GB), CPU time, file size (16 MB) and processes; no child processes, and no writing outside of
     the folder; no network where `unshare` works. What is left of its session is killed.
     """
-    secret = secrets.token_hex(16)
+    secret = os.urandom(16).hex()
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
           tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as output):
         source.write(program.encode("utf-8", "replace"))
         source.seek(0)
+        # -I: no site packages, no environment, no current folder on the path. The program comes on
+        # stdin, since an argument may be no longer than 128 kB.
         process = subprocess.Popen(
             [*_no_network(), sys.executable, "-I", "-X", "utf8", "-c", _RUNNER, str(seconds),
              secret], stdin=source, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
@@ -535,10 +561,17 @@ def run_program(program, *, seconds=SECONDS):
 # ----------------------------------------------------------------------------------------------
 # 5. Scoring task files
 # ----------------------------------------------------------------------------------------------
+# Each kind of row has a function (scorer, rows) that yields (row, result) in an order of its own,
+# as results come. `evaluate_rows` writes them down at once, so that a stop loses one row at most.
 
 
 def score_choices(scorer, rows):
-    """Yield (row, result) of "choice" rows: every choice's log-probability, acc and acc_norm."""
+    """Yield (row, result) of "choice" rows: every choice's log-probability, acc and acc_norm.
+
+    Longer choices are less likely just because they are longer; acc_norm is the harness's remedy,
+    the mean over characters, which no tokenizer can shift. In blocks of 256 rows: enough to find
+    equal lengths for a GPU's batches, few enough to lose little when the run is stopped.
+    """
     for a in range(0, len(rows), 256):
         block, pairs, lost = rows[a:a + 256], [], []
         for row in block:
@@ -550,7 +583,7 @@ def score_choices(scorer, rows):
             own = list(itertools.islice(totals, len(row["choices"])))
             per_character = [x / len(choice.removeprefix(" "))
                              for x, choice in zip(own, row["choices"])]
-            # index(max(...)): the first of equals wins
+            # index(max(...)): the first of equals wins, as in the harness
             result = {name: float(x.index(max(x)) == row["gold"])
                       for name, x in (("acc", own), ("acc_norm", per_character))}
             yield row, {"score": result[row["metric"]], **result, "lost_tokens": n,
@@ -560,27 +593,32 @@ def score_choices(scorer, rows):
 def score_texts(scorer, rows):
     """Yield (row, result) of "generate", "code" and "needle" rows: the output, and if it is right.
 
-    Prompts go together only if equally long: padding on the left would enter sinks and state. A
-    batch can change the rounding of a step, so two tokens within 2e-5 of each other could swap;
+    A batch can change the rounding of a step, so two tokens within 2e-5 of each other could swap;
     on the 600 prompts in tests/tasks none did, against prompts one by one.
     """
-    requests = []
+    asked, requests = [], []
     for row in rows:
         if row["type"] == "needle":
             prompt, number = needle_prompt(row, scorer.tokenizer)
             row = {**row, "type": "generate", "prompt": prompt, "gold": number, "stop": [],
                    "extract": "", "match": "contains", "max_new_tokens": 16}
-        requests.append((row, *_at(row, scorer.cut_prompt, row["prompt"], row["max_new_tokens"])))
-    for batch in _equal_lengths(requests, lambda request: len(request[1]), lambda T: ROWS):
-        rows, prompts, losses = zip(*batch)
-        texts = scorer.generate(prompts, [row["stop"] for row in rows],
-                                [row["max_new_tokens"] for row in rows])
-        for row, lost, text in zip(rows, losses, texts):
-            if row["type"] == "code":
-                right = run_program(f"{row['prompt']}{text}\n{row['test']}")
-            else:
-                right = is_right(row, text)
-            yield row, {"score": float(right), "lost_tokens": lost, "chance": 0.0, "output": text}
+        ids, n = _at(row, scorer.cut_prompt, row["prompt"], row["max_new_tokens"])
+        asked.append((row, n))
+        requests.append((ids, row["stop"], row["max_new_tokens"]))
+    for i, text in scorer.generate(requests):
+        row, lost = asked[i]
+        right = (run_program(f"{row['prompt']}{text}\n{row['test']}") if row["type"] == "code"
+                 else is_right(row, text))
+        yield row, {"score": float(right), "lost_tokens": lost, "chance": 0.0, "output": text}
+
+
+def score_rows(scorer, rows):
+    """Yield (row, result) of rows of any types."""
+    for score, types in ((score_choices, ("choice",)), (score_probes, ("probe",)),
+                         (score_texts, ("generate", "code", "needle")),
+                         (score_sequences, ("family", "strand", "molecule"))):
+        if chosen := [row for row in rows if row["type"] in types]:
+            yield from score(scorer, chosen)
 
 
 def _at(row, function, *args):
@@ -592,87 +630,93 @@ def _at(row, function, *args):
 
 
 def _model_hash(directory):
+    """sha256 of all that decides a score: weights, config and tokenizer.
+
+    By content, not by name: a folder that was distilled again must not inherit its old scores.
+    """
     names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "vocab.txt")
     small = [Path(directory, name) for name in names if Path(directory, name).exists()]
     return sha256(*small, *sorted(Path(directory).glob("*.safetensors")))
 
 
-def _read_samples(path, model, files):
-    """The results a samples file holds: {(task, id): result}. A torn last line is cut off.
+def _read_samples(path, model):
+    """The results that a samples file holds of a model: {(sha256 of the task file, id): result}.
 
-    model: hash; files: task -> hash. Raises ValueError if the results are not of these.
+    A last line without its end is cut off: the run was killed while it wrote. Results of another
+    model are left aside, which is said; those of a task file that was edited have another key.
     """
     if not path.exists():
         return {}
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):  # the run was killed while it wrote
-        os.truncate(path, whole)
-    results = {}
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        try:
-            result = json.loads(line)
-            key = result["task"], result["id"]
-            same = result["model"] == model, result["file"] == files.get(key[0], result["file"])
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}:{number}: not a result; delete this line") from None
-        if not all(same):
-            raise ValueError(f"{path}:{number} is a result of another "
-                             f"{'version of ' + key[0] if same[0] else 'model'}; name another file")
-        results[key] = result
-    return results
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    results = [result for _, result in read_rows(path)]
+    own = {(r["file"], r["id"]): r for r in results if r.get("model") == model}
+    if len(own) < len(results):
+        print(f"{path}: {len(results) - len(own)} lines are not of this model and are not used")
+    return own
+
+
+def read_tasks(task_files, allow_code_execution=False):
+    """{name of the file without .jsonl: its rows}; refuses whatever would stop the scoring later.
+
+    That is, beside bad rows: files of one name, code without the flag or on a system that runs no
+    program with limits, molecules without RDKit. Call it before hours of training, too. Raises
+    ValueError or OSError.
+    """
+    tasks = {Path(path).stem: read_task(path) for path in task_files}
+    if len(tasks) < len(task_files):
+        raise ValueError("--tasks: two files have the same name, which is the name of the task")
+    first = {row["type"]: row["where"] for rows in tasks.values() for row in reversed(rows)}
+    if "code" in first and not allow_code_execution:
+        raise ValueError(f"{first['code']} runs code that the model writes; if you accept that, "
+                         "score it by `evaluate.py compare` with --allow-code-execution")
+    if "code" in first and not run_program("pass"):
+        raise ValueError(f"{sys.executable} runs no program with limits here, as code tasks need")
+    if "molecule" in first:
+        canonical_smiles([])
+    return tasks
 
 
 def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=None,
                   allow_code_execution=False):
     """Score a model folder on task files: {task: [result, ...]}, a result a row, in file order.
 
-    A result is a dict with "score" (0.0 or 1.0), "chance", "lost_tokens" (of an over-long
-    context) and what `score_choices` or `score_texts` adds. samples: a JSONL file that results
-    are added to as they come and read from first, so that a second call goes on after a stop.
-    limit: of rows a task. Raises ValueError or OSError naming file, line or flag.
+    A result is a dict with "score" (0 to 1), "chance" (the score of guessing), "lost_tokens" (of an
+    over-long context) and what the functions of this and the next section add. samples: a JSONL
+    file that results are added to as they come and read from first, so that a second call goes on
+    after a stop. limit: of rows a task. Raises ValueError or OSError naming file, line or flag.
     """
-    tasks = {Path(path).stem: read_task(path)[:limit] for path in task_files}
-    if len(tasks) < len(task_files):
-        raise ValueError("--tasks: two files have the same name, which is the name of the task")
-    if not allow_code_execution:
-        for row in itertools.chain(*tasks.values()):
-            if row["type"] == "code":
-                raise ValueError(f"{row['where']} runs code that the model writes. If you accept "
-                                 "that, add --allow-code-execution")
-    files = {Path(path).stem: sha256(path) for path in task_files}
-    model = _model_hash(directory)
-    done = _read_samples(Path(samples), model, files) if samples else {}
-    todo = {task: [row for row in rows if (task, row["id"]) not in done]
-            for task, rows in tasks.items()}
+    tasks = {task: rows[:limit] for task, rows in read_tasks(
+        task_files, allow_code_execution).items()}
+    files = {task: sha256(path) for task, path in zip(tasks, task_files)}
+    model = _model_hash(directory) if samples else None
+    done = _read_samples(Path(samples), model) if samples else {}
+    todo = {task: _rows_left(rows, files[task], done) for task, rows in tasks.items()}
     scorer = Scorer(directory, device) if any(todo.values()) else None
-    if allow_code_execution and not run_program("pass"):
-        raise ValueError(f"{sys.executable} does not run in a subprocess with limits here, so no "
-                         "code task could pass")
     with (open(samples or os.devnull, "a", encoding="utf-8") as log,
           tqdm(total=sum(map(len, todo.values())), desc=Path(directory).name, unit="row",
                dynamic_ncols=True, leave=False) as bar):
         for task, rows in todo.items():
-            choices = [row for row in rows if row["type"] == "choice"]
-            texts = [row for row in rows if row["type"] in ("generate", "code", "needle")]
-            sequences = ((row, _at(row, score_sequence, scorer, row)) for row in rows
-                         if row["type"] in ("family", "strand", "molecule"))
-            probes = [row for row in tasks[task] if row["type"] == "probe"]  # fitted on all of them
-            probes = probes if any(row["type"] == "probe" for row in rows) else []
-            for row, result in itertools.chain(score_choices(scorer, choices),
-                                               score_texts(scorer, texts), sequences,
-                                               score_probes(scorer, probes)):
-                key = {"model": model, "file": files[task], "task": task, "id": row["id"]}
-                done[task, row["id"]] = {**key, **result}
-                log.write(json.dumps({**key, **result}) + "\n")
+            for row, result in score_rows(scorer, rows):
+                result = {"model": model, "file": files[task], "id": row["id"], **result}
+                done[files[task], row["id"]] = result
+                log.write(json.dumps(result) + "\n")
                 log.flush()
                 bar.update()
-    return {task: [done[task, row["id"]] for row in rows] for task, rows in tasks.items()}
+    return {task: [done[files[task], row["id"]] for row in rows] for task, rows in tasks.items()}
+
+
+def _rows_left(rows, file, done):
+    """Rows without a result. A probe is fitted on its file's other rows: all are left, or none."""
+    left = {row["id"]: row["type"] for row in rows if (file, row["id"]) not in done}
+    again = {"probe"} & set(left.values())
+    return [row for row in rows if row["id"] in left or row["type"] in again]
 
 
 def mean_scores(results, key="score"):
-    """{task: [result, ...]} -> {task: mean of result[key]}."""
+    """{task: [result, ...]} -> {task: mean of result[key]}. No task is empty: `read_task` and
+    --limit see to that, so this is never a mean over nothing.
+    """
     return {task: sum(r[key] for r in rows) / len(rows) for task, rows in results.items()}
 
 
@@ -684,6 +728,8 @@ def evaluate_tasks(directory, task_files, **options):
 # ----------------------------------------------------------------------------------------------
 # 6. Sequences: families, both strands of DNA, molecules
 # ----------------------------------------------------------------------------------------------
+# What a causal model knows of a protein family shows in how much cheaper a member gets behind its
+# relatives; of DNA, in both strands, because a gene can lie on either; of molecules, in samples.
 
 
 def family_nats(scorer, sequences):
@@ -727,99 +773,32 @@ def ridge_probe(features, labels, test_features, penalty=1e-3):
     """Labels predicted for test_features (M, D) by ridge regression on features (N, D).
 
     labels (N,) int64 from 0. One-hot targets, features standardised by their mean and deviation,
-    penalty * N * |W|^2; solved in closed form in float64, in D x D or N x N, whichever is smaller.
+    penalty * N * |W|^2; solved in closed form in float64, so that no optimizer's settings are
+    part of the score.
     """
     x, t = features.double(), test_features.double()
     mean, scale = x.mean(0), x.std(0, correction=0).clamp_min(1e-12)
     x, t = (x - mean) / scale, (t - mean) / scale
     y = F.one_hot(labels).double()
-    bias, (N, D) = y.mean(0), x.shape
-    gram = x.T @ x if D <= N else x @ x.T
-    gram.diagonal().add_(penalty * N)
-    w = torch.linalg.solve(gram, x.T @ (y - bias)) if D <= N else (
-        x.T @ torch.linalg.solve(gram, y - bias))
-    return (t @ w + bias).argmax(1)
+    bias, gram = y.mean(0), x.T @ x  # (D, D)
+    gram.diagonal().add_(penalty * len(x))
+    return (t @ torch.linalg.solve(gram, x.T @ (y - bias)) + bias).argmax(1)
 
 
-# The most bonds of a neutral atom. A charge makes it its neighbour in the periodic table: N+ bonds
-# as C does, O- as F.
-_VALENCES = {"H": 1, "B": 3, "C": 4, "N": 3, "O": 2, "F": 1, "Al": 3, "Si": 4, "P": 5, "S": 6,
-             "Cl": 1, "Br": 1, "I": 1}
-_ROWS = ("B", "C", "N", "O", "F"), ("Al", "Si", "P", "S", "Cl"), ("H",), ("Br",), ("I",)
-_BRACKET = re.compile(r"\[\d*(H|B|C|N|O|F|P|S|Cl|Br|I)@{0,2}(?:H(\d?))?(?:([+-])(\d?))?(?::\d+)?\]")
-_BONDS = {"-": 1, "/": 1, "\\": 1, "=": 2, "#": 3}
+def canonical_smiles(texts):
+    """RDKit's one way to write each molecule (OCC and CCO are CCO); None for what is no molecule.
 
-
-def _parse_atom(piece):
-    """A piece of SMILES -> (most bonds, hydrogens in its brackets), None if it is no such atom."""
-    if piece in ("B", "C", "N", "O", "F", "P", "S", "Cl", "Br", "I"):
-        return _VALENCES[piece], 0
-    if not (found := _BRACKET.fullmatch(piece)):
-        return None
-    element, hydrogens, sign, size = found.groups()
-    row = next(row for row in _ROWS if element in row)
-    column = row.index(element) - (int(f"{sign}{size or 1}") if sign else 0)
-    most = _VALENCES[row[column]] if 0 <= column < len(row) else 0
-    return most, 0 if hydrogens is None else int(hydrogens or 1)
-
-
-def smiles_error(text):
-    r"""Why a SMILES string is no molecule, as a phrase; None if syntax and valences are right.
-
-    The Kekule subset: atoms B C N O F P S Cl Br I and H, in brackets also with isotope, chirality,
-    hydrogens, charge; bonds - = # / and \; branches, rings 0-9 and %10-%99, parts with "." between.
-    Aromatic (lower-case) atoms are outside of it: write rings with = instead. Valences are RDKit's,
-    except that iodine has one bond only; strained rings are not judged.
+    Syntax, valences and aromaticity are judged by RDKit. Two things that it takes are refused: the
+    empty string, and anything behind a space, which it reads as the molecule's name. ValueError
+    where RDKit is not installed.
     """
-    used, most = [], []              # an atom: bonds so far, and at most
-    bonded, rings, branches = set(), {}, []
-    last = bond = None               # the atom and the bond that the next piece continues
-    before = ""
-    for piece in re.findall(SMILES_PIECES, text):
-        atom = _parse_atom(piece)
-        if before == "(" and not (atom or piece in _BONDS):
-            return f"a branch starts with {piece}"
-        if atom:
-            used.append(atom[1])
-            most.append(atom[0])
-            pair, last = (last, len(used) - 1), len(used) - 1
-            if pair[0] is not None:
-                bonded.add(pair)
-                for end in pair:
-                    used[end] += _BONDS[bond or "-"]
-            bond = None
-        elif piece in ("b", "c", "n", "o", "p", "s"):
-            return f"{piece} is aromatic, and only Kekule forms are read here"
-        elif last is None:
-            return f"{piece} stands before any atom"
-        elif piece in _BONDS and bond is None:
-            bond = piece
-        elif re.fullmatch("%?[0-9]+", piece):
-            number = int(piece.strip("%"))
-            if number not in rings:
-                rings[number] = last, bond
-            else:
-                first, opened = rings.pop(number)
-                order = {_BONDS[b] for b in (opened, bond) if b} or {1}
-                if len(order) > 1 or first == last or bonded & {(first, last), (last, first)}:
-                    return f"ring {number} closes on itself, on a neighbour or with another bond"
-                bonded.add((first, last))
-                for end in (first, last):
-                    used[end] += min(order)
-            bond = None
-        elif piece == "(" and bond is None:
-            branches.append(last)
-        elif piece == ")" and bond is None and branches:
-            last = branches.pop()
-        elif piece == "." and bond is None:
-            last = None
-        else:
-            return f"{piece} has no meaning here, or is not of the Kekule subset"
-        before = piece
-    if last is None or bond or rings or branches:
-        return "the end is missing: of a bond, a ring or a branch"
-    over = next((i for i, n in enumerate(used) if n > most[i]), None)
-    return None if over is None else f"atom {over + 1} has {used[over]} bonds of {most[over]}"
+    try:
+        from rdkit import Chem, rdBase
+    except ImportError:
+        raise ValueError("molecules are judged by RDKit: pip install rdkit") from None
+    with rdBase.BlockLogs():  # it would print a line for every invalid one
+        found = [Chem.MolFromSmiles(text) if text.split() == [text] else None for text in texts]
+    return [None if molecule is None else Chem.MolToSmiles(molecule) for molecule in found]
 
 
 def sample_sequences(scorer, members, number, *, seed, temperature=1.0, max_new_tokens=128):
@@ -833,46 +812,47 @@ def sample_sequences(scorer, members, number, *, seed, temperature=1.0, max_new_
             for row in rows.tolist()]
 
 
-def read_families(path):
-    """The lists in a .jsonl file's `sequences`."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return [list(json.loads(line)["sequences"]) for line in lines if line.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: expected one object with "sequences" a line ({error!r})'
-                         ) from None
-
-
 def molecule_shares(samples, known):
     """{"valid", "unique", "novel"}: of samples; of the valid; of the unique, not among `known`.
 
-    Molecules are compared as strings: two ways to write one count as two.
+    Molecules are compared in canonical form, so two ways to write one count once. A share of
+    nothing (no molecule is valid) is None.
     """
-    valid = [text for text in samples if smiles_error(text) is None]
-    return {"valid": len(valid) / len(samples), "unique": len(set(valid)) / max(1, len(valid)),
-            "novel": len(set(valid) - set(known)) / max(1, len(set(valid)))}
+    valid = [text for text in canonical_smiles(samples) if text]
+    unique = set(valid)
+    return {"valid": len(valid) / len(samples), "unique": len(unique) / len(valid) if valid else
+            None, "novel": len(unique - set(canonical_smiles(known))) / len(unique)
+            if valid else None}
 
 
-def score_sequence(scorer, row):
-    """The result of a "family", "strand" or "molecule" row."""
-    result = {"chance": 0.0, "lost_tokens": 0}
+def score_sequences(scorer, rows):
+    """Yield (row, result) of "family", "strand" and "molecule" rows."""
+    for row in rows:
+        yield row, {"chance": 0.0, "lost_tokens": 0, **_at(row, _score_sequence, scorer, row)}
+
+
+def _score_sequence(scorer, row):
     match row["type"]:
         case "family":
             members = [math.exp(nats / n) for nats, n in family_nats(scorer, row["sequences"])]
-            return {"score": 1 / members[-1], **result, "perplexity": members}
+            return {"score": 1 / members[-1], "perplexity": members}
         case "strand":
             scores, T = strand_scores(scorer, row["dna"]), len(row["dna"])
-            return {"score": math.exp(sum(scores) / (2 * T)), **result,
+            return {"score": math.exp(sum(scores) / (2 * T)),
                     "strand_gap": abs(scores[0] - scores[1]) / T}
         case "molecule":
             text, = sample_sequences(scorer, row["sequences"], 1, **{
                 key: row[key] for key in ("seed", "temperature", "max_new_tokens")})
-            return {"score": float(smiles_error(text) is None), **result, "output": text}
+            return {"score": float(canonical_smiles([text]) != [None]), "output": text}
 
 
 def score_probes(scorer, rows):
     """Yield (row, result) of all "probe" rows of a file: two halves, by parity, each labelled by a
-    probe that was fitted on the other. forward_only: the same without the other strand."""
+    probe that was fitted on the other.
+
+    Whole rows change sides, since neighbouring bases share most of what they see. chance: the most
+    common label; forward_only: the same without the other strand.
+    """
     features = [base_embeddings(scorer, row["dna"]) for row in rows]
     alphabet = sorted(set("".join(row["labels"] for row in rows)))
     labels = [torch.tensor([alphabet.index(c) for c in row["labels"]]) for row in rows]
@@ -880,8 +860,6 @@ def score_probes(scorer, rows):
         if len(x) != len(y) or len(rows) < 2:
             raise ValueError(f"{row['where']}: {len(x)} tokens, {len(y)} labels, {len(rows)} rows; "
                              "a probe needs a token a base, and two rows or more")
-    if not rows:
-        return
     chance = torch.cat(labels).bincount().max().item() / sum(map(len, labels))
     for parity in (0, 1):
         x, y = torch.cat(features[1 - parity::2]), torch.cat(labels[1 - parity::2])
@@ -896,31 +874,49 @@ def score_probes(scorer, rows):
 # ----------------------------------------------------------------------------------------------
 # 7. Output gates: where the mLSTM speaks, and where the window
 # ----------------------------------------------------------------------------------------------
+# The mixer's output is o h_mLSTM + (1 - o) h_window, o a number a head and token (Eq. 11). So its
+# median shows which heads have learnt to read the memory (App. E.2 of the paper).
+
+
+def read_column(path, name, kind):
+    """What every row of a .jsonl file holds under `name`: text, or a list of strings (kind).
+
+    ValueError naming file:line where a row does not, and for a file without rows: what is made of
+    nothing, a mean or a map, must not be shown.
+    """
+    found = []
+    for place, row in read_rows(path):
+        value = row.get(name)
+        if type(value) is not kind or not all(isinstance(part, str) for part in value):
+            raise ValueError(f'{place}: expected "{name}", a {kind.__name__} of text')
+        found.append(value)
+    if not found:
+        raise ValueError(f"{path}: there is no row in this file")
+    return found
 
 
 def read_texts(path):
-    """The texts of a .jsonl file (one JSON object a line, with a string "text") or a .txt file."""
+    """The texts of a .jsonl file (the "text" of each row), or the one of a .txt file."""
+    if path.suffix == ".jsonl":
+        return read_column(path, "text", str)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        if Path(path).suffix == ".jsonl":
-            return [json.loads(line)["text"] for line in text.splitlines() if line.strip()]
-        return [text]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: expected UTF-8, in .jsonl one object with "text" a line '
-                         f"({error!r})") from None
+        return [path.read_text(encoding="utf-8-sig")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error}); convert the file") from None
 
 
 @torch.inference_mode()
 def gate_map(scorer, texts, *, tokens=1024, rows=128):
-    """Median output gate o_t of every layer and head (App. E.2): (layers, H) fp32 on the CPU.
+    """Median output gate o_t of every layer and head: (layers, H) fp32 on the CPU.
 
     0: only the window is read, 1: only the mLSTM. Over the first `rows` rows of at most `tokens`
-    tokens, cut from the texts. Raises ValueError for a model without output gates.
+    tokens, cut from the texts. Raises ValueError for a model without output gates, and if the
+    texts have no tokens.
     """
     hybrid = scorer.model.config.hybrid
     if hybrid is None or MIXERS[hybrid.mixer] is not HybridAttention:
         raise ValueError("--student: this model has no output gates; only hybrid students have")
-    ids = (scorer.encode(text) for text in texts)
+    ids = (scorer.encode(text) for text in texts if text)  # of "" it would be BOS alone
     cut = (row[a:a + tokens] for row in ids for a in range(0, len(row), tokens))
     gates = [[] for _ in scorer.model.model["layers"]]
     hooks = [block.self_attn.output_gate.register_forward_hook(
@@ -931,11 +927,16 @@ def gate_map(scorer, texts, *, tokens=1024, rows=128):
         scorer.model.hidden(torch.tensor([row], device=scorer.device))
     for hook in hooks:
         hook.remove()
+    if not gates[0]:
+        raise ValueError("--data: the texts are empty, and a median over nothing is no number")
     return torch.stack([torch.cat(kept, dim=1).float().median(dim=1).values for kept in gates])
 
 
 def show_gates(medians):
-    """The map in the terminal, in percent: a line a layer, a column a head."""
+    """The map in the terminal, in percent: a line a layer, a column a head.
+
+    A student starts at 12 % everywhere (the gate's bias is -2); what moved, training moved.
+    """
     print("median output gate in percent (0: window, 100: mLSTM)")
     print("layer  head" + "".join(f"{h:>4}" for h in range(medians.shape[1])) + "   mean")
     for layer, row in enumerate(medians):
@@ -949,7 +950,11 @@ def show_gates(medians):
 
 
 def lm_eval_model(scorer):
-    """The Scorer as an `lm_eval.api.model.LM`; lm_eval.simple_evaluate(model=...) takes it."""
+    """The Scorer as an `lm_eval.api.model.LM`; lm_eval.simple_evaluate(model=...) takes it.
+
+    The harness brings prompts, few-shot examples and metrics; the numbers are the Scorer's, to the
+    last bit.
+    """
     from lm_eval.api.model import LM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -969,22 +974,21 @@ def lm_eval_model(scorer):
             return totals
 
         def generate_until(self, requests):
-            found = {}
-            for i, request in enumerate(requests):
-                options = request.args[1]
+            asked = []
+            for text, options in (request.args for request in requests):
                 if options.get("do_sample") and options.get("temperature", 1) > 0:
                     raise ValueError("this task samples; the bridge generates greedily only")
                 until, new = options.get("until") or [], options.get("max_gen_toks", 256)
-                until = [until] if isinstance(until, str) else until
-                found[i] = scorer.cut_prompt(request.args[0], new)[0], until, new
-            for batch in _equal_lengths(found, lambda i: len(found[i][0]), lambda T: ROWS):
-                prompts, stops, new = zip(*(found[i] for i in batch))
-                found.update(zip(batch, scorer.generate(prompts, stops, new)))
-            return [found[i] for i in range(len(requests))]
+                asked.append((scorer.cut_prompt(text, new)[0],
+                              [until] if isinstance(until, str) else until, new))
+            found = dict(scorer.generate(asked))
+            return [found[i] for i in range(len(asked))]
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
-            return scorer.tokenizer.render_chat(chat_history,
-                                                generation_prompt=add_generation_prompt)
+            if add_generation_prompt:
+                return scorer.tokenizer.render_chat(chat_history)
+            *before, last = chat_history  # the harness has begun the answer, which must stay open
+            return scorer.tokenizer.render_chat(before) + last["content"]
 
     return Bridge()
 
@@ -992,40 +996,37 @@ def lm_eval_model(scorer):
 # ----------------------------------------------------------------------------------------------
 # 9. Report
 # ----------------------------------------------------------------------------------------------
+# report.json holds all that the terminal shows and the pictures draw, so that other figures can be
+# made of it without scoring again; the outputs themselves lie in the samples files.
 
 
 def mean_details(results):
-    """What results tell beside their scores: {task: {name: mean, or means where it is a list}}.
+    """What results tell beside their scores: {task: {name: list of means over the task's rows}}.
 
-    Lists of several lengths (perplexity by member) are cut to the shortest.
+    A list, because perplexity has an entry a member; rows of several lengths: up to the shortest.
     """
-    found = {}
-    for task, rows in results.items():
-        for name in ("perplexity", "strand_gap", "forward_only"):
-            if all(name in row for row in rows):
-                values = [row[name] if isinstance(row[name], list) else [row[name]] for row in rows]
-                shortest = min(map(len, values))
-                means = np.mean([v[:shortest] for v in values], axis=0).tolist()
-                found.setdefault(task, {})[name] = means
-    return found
+    return {task: {name: [sum(values) / len(rows) for values in zip(*(
+                       row[name] if isinstance(row[name], list) else [row[name]] for row in rows))]
+                   for name in ("perplexity", "strand_gap", "forward_only")
+                   if all(name in row for row in rows)} for task, rows in results.items()}
 
 
 def compare(teacher, students):
     """The paper's statistics of students against their teacher, as a dict for JSON.
 
-    teacher: results of `evaluate_rows`; students: name -> results on the same tasks.
+    teacher: results of `evaluate_rows`; students: name -> results on the same tasks. Recovery is
+    given plain and above chance; None stands for infinite, which JSON does not know.
     """
     def per_row(results):
         return {task: [r["score"] for r in rows] for task, rows in results.items()}
 
-    def finite(ratios):  # JSON has no infinity
+    def finite(ratios):
         return {task: r if math.isfinite(r) else None for task, r in ratios.items()}
 
     a_t, chance = mean_scores(teacher), mean_scores(teacher, "chance")
-    report = {"teacher": a_t, "chance": chance, "students": {},
+    report = {"teacher": a_t, "chance": chance, "details": mean_details(teacher), "students": {},
               "rows": {task: len(rows) for task, rows in teacher.items()},
-              "contexts_cut": sum(r["lost_tokens"] > 0 for rows in teacher.values() for r in rows),
-              "details": mean_details(teacher)}
+              "contexts_cut": sum(r["lost_tokens"] > 0 for rows in teacher.values() for r in rows)}
     for name, results in students.items():
         a_s = mean_scores(results)
         report["students"][name] = {
@@ -1038,17 +1039,20 @@ def compare(teacher, students):
 
 
 def show_report(report):
-    """One table a student."""
-    def cell(value):
-        return f"{value:10.3f}" if value is not None else f"{'-':>10}"
+    """One table a student: a line a task, the details of sequences, then C_0 and alpha*.
 
-    for name, s in report["students"].items():
+    The intervals stand beside both, since with few rows the two numbers are mostly luck.
+    """
+    def cells(*values):
+        return "".join(f"{'-' if value is None else f'{value:.3f}':>10}" for value in values)
+
+    for student, s in report["students"].items():
         width = max(4, *map(len, report["rows"]))
-        print(f"\n{name}\n{'task':{width}}  rows   teacher   student  recovery  above chance")
+        print(f"\n{student}\n{'task':{width}}  rows   teacher   student  recovery  above chance")
         for task, rows in report["rows"].items():
-            print(f"{task:{width}}{rows:6}" + cell(report["teacher"][task])
-                  + cell(s["scores"][task]) + cell(s["recovery"][task])
-                  + "    " + cell(s["recovery_above_chance"][task]))
+            print(f"{task:{width}}{rows:6}" + cells(
+                report["teacher"][task], s["scores"][task], s["recovery"][task])
+                + "    " + cells(s["recovery_above_chance"][task]))
         for task, details in s["details"].items():
             for name, values in details.items():
                 teacher = report["details"][task][name]
@@ -1064,45 +1068,49 @@ def show_report(report):
         print(f"{report['contexts_cut']} contexts were too long and lost their left end")
 
 
-def new_picture():
-    """A matplotlib (figure, axes), or None and a sentence where it is not installed."""
+def save_picture(path, draw, rows=1, columns=1):
+    """Have draw(figure, axes) fill a matplotlib figure and write it; a sentence without matplotlib.
+
+    axes: one, or an array (rows, columns). A picture is an extra: its lack must not end a run whose
+    numbers are there. `Figure` instead of pyplot needs no display and keeps nothing alive.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no picture: it needs matplotlib (pip install matplotlib)")
-        return None
-    figure = Figure(figsize=(5, 3.5), dpi=150, layout="constrained")
-    return figure, figure.subplots()
+        print(f"no {path.name}: pictures need matplotlib (pip install matplotlib)")
+        return
+    figure = Figure(figsize=(5 * columns, 3.5 * rows), dpi=150, layout="constrained")
+    draw(figure, figure.subplots(rows, columns))
+    figure.savefig(path)
+    print(f"picture: {path}")
 
 
 def draw_curves(report, path):
-    """C_alpha over alpha for every student, alpha* where a curve crosses one half."""
-    if (picture := new_picture()) is None:
-        return
-    figure, axes = picture
-    alphas = np.linspace(0, 0.2, 401)
-    for name, s in report["students"].items():
-        rates = [win_and_tie(s["scores"], report["teacher"], alpha) for alpha in alphas]
-        axes.step(alphas, rates, where="post", label=f"{name}: {s['critical_tolerance']:.3f}")
-    axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="tolerance alpha", ylabel="Win-and-Tie rate", ylim=(0, 1.03))
-    axes.legend(title="alpha*")
-    figure.savefig(path)
-    print(f"picture: {path}")
+    """C_alpha over alpha for every student; alpha* is where a curve crosses one half.
+
+    A curve tells what alpha* hides: whether the other half of the tasks follows soon, or never.
+    """
+    def draw(figure, axes):
+        alphas = np.linspace(0, 0.2, 401)
+        for name, s in report["students"].items():
+            rates = [win_and_tie(s["scores"], report["teacher"], alpha) for alpha in alphas]
+            axes.step(alphas, rates, where="post", label=f"{name}: {s['critical_tolerance']:.3f}")
+        axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="tolerance alpha", ylabel="Win-and-Tie rate", ylim=(0, 1.03))
+        axes.legend(title="alpha*")
+
+    save_picture(path, draw)
 
 
 def draw_gates(medians, path):
     """The map of `gate_map` as a picture: window blue, mLSTM red."""
-    if (picture := new_picture()) is None:
-        return
-    figure, axes = picture
-    image = axes.imshow(medians.numpy(), vmin=0, vmax=1, cmap="coolwarm", aspect="auto")
-    figure.colorbar(image, label="median output gate (1: mLSTM)")
-    axes.set(xlabel="head", ylabel="layer")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
-    figure.savefig(path)
-    print(f"picture: {path}")
+    def draw(figure, axes):
+        image = axes.imshow(medians.numpy(), vmin=0, vmax=1, cmap="coolwarm", aspect="auto")
+        figure.colorbar(image, label="median output gate (1: mLSTM)")
+        axes.set(xlabel="head", ylabel="layer")
+        axes.locator_params(integer=True)
+
+    save_picture(path, draw)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1110,172 +1118,146 @@ def draw_gates(medians, path):
 # ----------------------------------------------------------------------------------------------
 # What Figures 5 and 10 to 14 of the paper (§4.4, App. E.4) show: cost over context and batch. The
 # prompts are random ids and new parameters need no training: neither changes what is computed.
+# Times of one model alone say little, since machines differ and are shared. So both models take
+# turns in each cell of the grid, and the ratio is what to read.
 
-QUANTITIES = {  # key of a measurement: title, unit, how many of these are one of the key's unit
-    "prefill_tokens_per_s": ("prefill throughput", "tokens/s", 1),
-    "first_token_s": ("time to first token", "ms", 1e3),
-    "step_s": ("decode latency", "ms a token", 1e3),
-    "decode_tokens_per_s": ("decode throughput", "tokens/s", 1),
-    "cache_bytes": ("cache", "MB", 1e-6),
-    "peak_bytes": ("peak memory above the weights", "MB", 1e-6)}  # None on a CPU
+QUANTITIES = {  # key of a measurement: title, how many of its units are one of the key's
+    "prefill_tokens_per_s": ("prefill throughput (tokens/s)", 1),
+    "first_token_s": ("time to first token (ms)", 1e3),
+    "step_s": ("decode latency (ms a token)", 1e3),
+    "decode_tokens_per_s": ("decode throughput (tokens/s)", 1),
+    "cache_bytes": ("cache (MB)", 1e-6),
+    "peak_bytes": ("peak memory above the weights (MB)", 1e-6)}  # on GPUs only
 PASSES = 4  # over a cell, the first to warm up
 
 
-def random_8b_stack(layers, device, dtype):
-    """A teacher of random weights: layers of Llama-3.1-8B's shape, and only 1024 token ids."""
-    config = ModelConfig(
-        family="llama", vocab_size=1024, hidden_size=4096, intermediate_size=14336,
-        num_layers=layers, num_heads=32, num_kv_heads=8, head_dim=128, norm_eps=1e-5, tied=True,
-        qkv_bias=False, o_bias=False, mlp_bias=False, rope=Rope(5e5), sliding_rope=Rope(5e5),
-        layer_windows=(None,) * layers, max_positions=1 << 17, eos_ids=())
-    with torch.device(device):
-        return Transformer(config).to(dtype)
+def time_once(model, tokens, new_tokens):
+    """Read tokens (B, T), continue them greedily by 1 + new_tokens: a dict with QUANTITIES' keys.
 
-
-def jump(cache, filled, length):
-    """Bring a cache that has read `filled` tokens to the size and age of `length`, untruly.
-
-    Rows that a teacher would have filled get random numbers (untouched memory would be faster
-    than real one); a student's memory has no more rows, and only grows older.
+    Timed is `stream`, which is what users run. The peak is what came on top of the memory that was
+    allocated before; it is known on a GPU only.
     """
-    for layer in cache.layers:
-        layer.length.fill_(length)
-        for rows in (layer.k, layer.v):
-            rows[:, :, filled:length].normal_()  # none, if there are no more than `filled`
-    cache.position.fill_(length)
-
-
-@torch.no_grad()
-def time_once(model, tokens, new_tokens, seconds):
-    """Read tokens (B, T) and decode new_tokens greedily, as `generate` does; one measurement each.
-
-    Returns {"prefill_s", "first_token_s" (both None if prefill took more than `seconds`; the
-    cache then jumps to T), "steps_s": [of each token after the first], "cache_bytes",
-    "peak_bytes" (beyond what was allocated before; None on a CPU)}.
-    """
-    (B, T), device, now = tokens.shape, tokens.device, time.perf_counter
-    on_gpu = device.type == "cuda"
-    if on_gpu:
+    (B, T), device = tokens.shape, tokens.device
+    if on_gpu := device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    started, done = now(), 0
+    times = [time.perf_counter()]
     cache = Cache(model, B, T + new_tokens)
-    for piece in tokens.split(PREFILL, dim=1):
-        h = model.hidden(piece, cache=cache)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        done += piece.shape[1]
-        if now() - started > seconds:
-            break
-    prefill = now() - started
-    if done < T:
-        jump(cache, done, T)
-    times = []
-    for _ in range(new_tokens + 1):
-        new = F.linear(h[:, -1], model.lm_head_weight).float().argmax(-1)
-        new.tolist()  # waits for the device, as printing the token would
-        times.append(now())
-        if len(times) <= new_tokens:
-            h = model.hidden(new[:, None], cache=cache)
-    return {"prefill_s": prefill if done == T else None,
-            "first_token_s": times[0] - started if done == T else None,
-            "steps_s": np.diff(times).tolist(),
-            "cache_bytes": sum(x.nbytes for x in cache.tensors()),
-            "peak_bytes": torch.cuda.max_memory_allocated(device) - before if on_gpu else None}
+    for ids in stream(model, tokens, max_new_tokens=1 + new_tokens, stop=(), cache=cache):
+        ids.tolist()  # waits for the device, as printing the token would
+        times.append(time.perf_counter())
+    first, *steps = np.diff(times).tolist()
+    found = {"prefill_tokens_per_s": B * T / first, "first_token_s": first,
+             "step_s": np.median(steps), "decode_tokens_per_s": B / np.median(steps),
+             "cache_bytes": sum(x.nbytes for x in cache.tensors())}
+    if on_gpu:
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    return found
 
 
-def measure_cell(models, batch, context, new_tokens, seconds, passes=PASSES):
-    """Time models in turns on one cell of the grid: {name: measurement}, keys as in QUANTITIES.
+def measure_cell(models, batch, context, new_tokens, seconds):
+    """Time models in turns on one cell of the grid: {name: medians of what `time_once` returns}.
 
-    models: name -> Transformer. Each gets up to `passes` passes, none begun after its `seconds`
-    are over; the first warms up, and counts only if it stays alone. Values are medians of "passes"
-    passes and "steps" steps; "jumped": `jump` filled the cache. Out of memory: {"oom": True}.
+    models: name -> Transformer. Up to PASSES turns, none begun after `seconds`; the first warms
+    up, and counts only if it stays alone ("warm_passes" is then 0, and the table says so). {} for a
+    model that ran out of memory.
     """
-    found, spent = {name: [] for name in models}, dict.fromkeys(models, 0.0)
-    for _, (name, model) in itertools.product(range(passes), models.items()):
-        if found[name] is None or spent[name] >= seconds:
-            continue
-        started, device = time.perf_counter(), model.lm_head_weight.device
-        try:
-            tokens = torch.randint(model.config.vocab_size, (batch, context), device=device)
-            found[name].append(time_once(model, tokens, new_tokens, seconds))
-        except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                    or "can't allocate memory" in str(error)):  # what a CPU says
-                raise
-            found[name] = None
-        if found[name] is None and device.type == "cuda":
-            torch.cuda.empty_cache()
-        spent[name] += time.perf_counter() - started
-    return {name: _medians(passes, batch, context) if passes else {"oom": True}
-            for name, passes in found.items()}
-
-
-def _medians(passes, batch, context):
-    kept = passes[1:] or passes
-    steps = [seconds for p in kept for seconds in p["steps_s"]]
-    median = {key: None if kept[0][key] is None else statistics.median(p[key] for p in kept)
-              for key in kept[0] if key != "steps_s"}
-    prefill, step = median.pop("prefill_s"), statistics.median(steps)
-    return {"prefill_tokens_per_s": prefill and batch * context / prefill, **median,
-            "step_s": step, "decode_tokens_per_s": batch / step, "passes": len(kept),
-            "steps": len(steps), "jumped": prefill is None}
+    passes, started = {name: [] for name in models}, time.perf_counter()
+    for turn in range(PASSES):
+        if turn and time.perf_counter() - started > seconds:
+            break
+        for name in list(passes):
+            device = models[name].lm_head_weight.device
+            tokens = torch.randint(models[name].config.vocab_size, (batch, context), device=device)
+            try:
+                passes[name].append(time_once(models[name], tokens, new_tokens))
+            except (MemoryError, RuntimeError) as error:
+                if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                        or "can't allocate memory" in str(error)):  # what a CPU says
+                    raise
+                del passes[name]
+    found = dict.fromkeys(models, {})
+    for name, (first, *later) in passes.items():
+        kept = later or [first]
+        found[name] = {key: float(np.median([p[key] for p in kept])) for key in first}
+        found[name]["warm_passes"] = len(later)
+    return found
 
 
 def show_speed(cells):
-    """One table a quantity, a line a cell."""
-    def number(value):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-    for key, (title, unit, factor) in QUANTITIES.items():
-        if not any(cell[name].get(key) for cell in cells for name in ("teacher", "student")):
-            continue
-        print(f"\n{f'{title} ({unit})':<36}{'batch':>6}{'context':>10}"
-              f"{'teacher':>12}{'student':>12}{'student/teacher':>18}")
-        for cell in cells:
-            values = [cell[name].get(key) for name in ("teacher", "student")]
-            shown = [number(factor * value) if value else "OOM" if "oom" in cell[name] else "-"
-                     for value, name in zip(values, ("teacher", "student"))]
-            ratio = f"{values[1] / values[0]:18.2g}" if all(values) else ""
-            print(f"{cell['batch']:42}{cell['context']:10,}{shown[0]:>12}{shown[1]:>12}{ratio}")
+    """A table: a line a cell and quantity, with the student's share of the teacher's."""
+    print(f"\nbatch   context  {'':34}{'teacher':>12}{'student':>12}{'student/teacher':>18}")
+    for cell in cells:
+        for key, (title, factor) in QUANTITIES.items():
+            values = [cell[name].get(key, 0) * factor for name in ("teacher", "student")]
+            if key != "peak_bytes" or any(values):
+                shown = "".join(f"{v:12,.{2 if v < 100 else 0}f}" if v else "         OOM"
+                                for v in values)
+                ratio = f"{values[1] / values[0]:18.2g}" if all(values) else ""
+                cold = any(cell[name].get("warm_passes") == 0 for name in ("teacher", "student"))
+                print(f"{cell['batch']:5}{cell['context']:10,}  {title:34}{shown}{ratio}"
+                      + "  (one pass, cold)" * cold)
 
 
-def draw_speed(cells, folder):
-    """A picture a quantity: a line a model and batch, over the contexts."""
-    contexts, batches = (sorted({cell[key] for cell in cells}) for key in ("context", "batch"))
-    for key, (title, unit, factor) in QUANTITIES.items():
-        lines = {(name, batch): [(cell["context"], factor * cell[name][key]) for cell in cells
-                                 if cell["batch"] == batch and cell[name].get(key)]
-                 for batch in batches for name in ("teacher", "student")}
-        if not any(lines.values()):
-            continue
-        if (picture := new_picture()) is None:
-            return
-        figure, axes = picture
-        for (name, batch), points in lines.items():
-            if points:
-                axes.plot(*zip(*sorted(points)), marker="o", label=f"{name}, batch {batch}",
-                          color="C0" if name == "teacher" else "C1",
-                          linestyle=("-", "--", ":", "-.")[batches.index(batch) % 4])
-        axes.set(xlabel="context (tokens)", ylabel=f"{title} ({unit})", xscale="log")
-        axes.set_ylim(bottom=0)
-        axes.set_xticks(contexts, [f"{c // 1024}k" if c % 1024 == 0 else str(c) for c in contexts])
-        axes.minorticks_off()
-        axes.legend()
-        path = folder / f"{title.replace(' ', '_')}.png"
-        figure.savefig(path)
-        print(f"picture: {path}")
+def draw_speed(cells, path):
+    """A panel a quantity: a line a model and batch, over the contexts.
+
+    What to look for: a teacher's cache and step grow with the context, a student's stay level.
+    """
+    def draw(figure, panels):
+        for axes, (key, (title, factor)) in zip(panels.flat, QUANTITIES.items()):
+            axes.set(title=title, xlabel="context (tokens)", xscale="log")
+            for name, batch in itertools.product(("teacher", "student"), batches):
+                points = sorted((cell["context"], factor * cell[name][key]) for cell in cells
+                                if cell["batch"] == batch and cell[name].get(key))
+                axes.plot(*zip(*points), marker="o", label=f"{name}, batch {batch}")
+            axes.set_ylim(bottom=0)
+            axes.set_visible(bool(axes.lines))  # no empty panel for what a CPU does not tell
+        panels.flat[0].legend()
+
+    batches = sorted({cell["batch"] for cell in cells})
+    save_picture(path, draw, rows=2, columns=3)
+
+
+def open_speed_models(run):
+    """{"teacher": Transformer, "student": Transformer} for `speed`; ValueError if they do not fit.
+
+    --random-layers: what a layer of a large model costs can be measured without its weights, and
+    on machines that could not hold all its layers. A student that is made here shares all but its
+    new parameters with the teacher.
+    """
+    check_device(run.device)
+    dtype = torch.float32 if torch.device(run.device).type == "cpu" else None  # as for scoring
+    if run.random_layers:
+        config, n = ModelConfig.from_hf(run.teacher), run.random_layers
+        windows = (config.layer_windows * n)[:n]  # of a teacher whose layers take turns
+        config = dataclasses.replace(config, num_layers=n, layer_windows=windows)
+        with torch.device(run.device):
+            teacher = Transformer(config).to(dtype or torch.bfloat16)
+    else:
+        teacher = load_pretrained(run.teacher, device=run.device, dtype=dtype)
+    if teacher.config.hybrid:
+        raise ValueError(f"--teacher {run.teacher} is a student; name its teacher's folder")
+    if not run.student:
+        return {"teacher": teacher, "student": student_from_teacher(teacher, window=run.window)}
+    student = load_pretrained(run.student, device=run.device, dtype=dtype)
+    if not student.config.hybrid or teacher.config != dataclasses.replace(
+            student.config, hybrid=None, eos_ids=teacher.config.eos_ids):
+        raise ValueError(f"--student {run.student} is no student of this teacher, by their "
+                         "config.json; leave the flag out to measure an untrained student")
+    return {"teacher": teacher, "student": student}
 
 
 # ----------------------------------------------------------------------------------------------
 # 11. The command
 # ----------------------------------------------------------------------------------------------
+# A function a command. Whatever is wrong with what the user gave is a ValueError or OSError whose
+# text is one sentence with a remedy; it ends the program with status 2 and no traceback. A
+# traceback is thus always a fault of this program.
 
 
 def run_compare(run):
     """`compare`: score, print, write report.json and the picture; goes on where it stopped."""
-    names = [path.name for path in run.student]
-    names = names if len(set(names)) == len(names) else [str(path) for path in run.student]
     run.out.mkdir(parents=True, exist_ok=True)
 
     def score(folder, name):
@@ -1284,7 +1266,7 @@ def run_compare(run):
                              allow_code_execution=run.allow_code_execution)
 
     teacher = score(run.teacher, "the teacher")
-    report = compare(teacher, {n: score(d, n) for n, d in zip(names, run.student)})
+    report = compare(teacher, {str(path): score(path, str(path)) for path in run.student})
     show_report(report)
     write_json(run.out / "report.json", report)
     print(f"report: {run.out / 'report.json'}")
@@ -1292,28 +1274,42 @@ def run_compare(run):
 
 
 def run_gates(run):
-    """`gates`: the map in the terminal, and as a picture."""
-    medians = gate_map(Scorer(run.student, run.device), read_texts(run.data), tokens=run.context,
-                       rows=run.rows)
+    """`gates`: the map in the terminal, and as a picture.
+
+    The data is read before the model: its errors come in a second, a model of 16 GB in a minute.
+    """
+    texts = read_texts(run.data)
+    medians = gate_map(Scorer(run.student, run.device), texts, tokens=run.context, rows=run.rows)
     show_gates(medians)
     if run.picture:
         draw_gates(medians, run.picture)
 
 
 def run_molecules(run):
-    """`molecules`: sample members of families, and print the valid, unique and novel shares."""
-    scorer, families, samples = Scorer(run.model, run.device), read_families(run.data), []
+    """`molecules`: sample members of families, and print the valid, unique and novel shares.
+
+    The three belong together: a model that repeats what it was shown is valid and not novel, one
+    that always says methane is valid and not unique.
+    """
+    families = read_column(run.data, "sequences", list)
+    known = list(itertools.chain(*families))
+    canonical_smiles(known[:1])  # before the samples: is RDKit here, are these strings?
+    scorer, samples = Scorer(run.model, run.device), []
     for i, family in enumerate(tqdm(families[:run.rows], desc="molecules", leave=False)):
         samples += sample_sequences(scorer, family[:run.shots], run.number, seed=run.seed + i,
                                     temperature=run.temperature)
     for text in samples[::run.number][:4]:
-        print(f"  {text}   {smiles_error(text) or 'valid'}")
-    shares = molecule_shares(samples, itertools.chain(*families))
-    print(f"{len(samples)} samples: " + "  ".join(f"{k} {v:.3f}" for k, v in shares.items()))
+        print(f"  {text}   {'valid' if canonical_smiles([text])[0] else 'invalid'}")
+    shares = molecule_shares(samples, known)
+    print(f"{len(samples)} samples: " + "  ".join(
+        f"{name} {'-' if share is None else f'{share:.3f}'}" for name, share in shares.items()))
 
 
 def run_lm_eval(run):
-    """`lm-eval`: the harness's own tasks through the bridge."""
+    """`lm-eval`: the harness's own tasks through the bridge.
+
+    Teacher and student each in a run of its own; their tables can be compared line by line.
+    """
     try:
         import lm_eval
     except ImportError:
@@ -1326,180 +1322,119 @@ def run_lm_eval(run):
     print(lm_eval.utils.make_table(results))
 
 
-def open_speed_models(run):
-    """{"teacher": Transformer, "student": Transformer} for `speed`."""
-    on_cpu, window = torch.device(run.device).type == "cpu", 512
-    dtype = torch.float32 if on_cpu else None  # as load_with_tokenizer
-    if run.shape:
-        teacher = random_8b_stack(run.layers, run.device, dtype or torch.bfloat16)
-    else:
-        folder = run.teacher or Path(__file__).resolve().parent / "tests/teacher"
-        window = 512 if run.teacher else 16  # as distill.py's preset for the shipped teacher
-        teacher = load_pretrained(folder, device=run.device, dtype=dtype)
-        if teacher.config.hybrid:
-            raise ValueError(f"--teacher {folder} is a student; name its teacher's folder")
-    if not run.student:
-        student = student_from_teacher(teacher, window=run.window or window)
-    else:
-        student = load_pretrained(run.student, device=run.device, dtype=dtype)
-        if not student.config.hybrid:
-            raise ValueError(f"--student {run.student} is no student: its config.json has no "
-                             '"hybrid" object; leave the flag out to measure an untrained student')
-    return {"teacher": teacher, "student": student}
-
-
-def describe_machine(device):
-    """What the figures of `speed` were measured on, as a dict for JSON."""
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpu = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
-        name = found[1] if found else platform.processor() or platform.machine()
-    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def plan_speed(run, models):
-    """Say what `speed` will do; returns the head of speed.json."""
-    report = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "machine": describe_machine(run.device),
-              "settings": {"contexts": run.contexts, "batches": run.batches,
-                           "new_tokens": run.new_tokens, "seconds": run.seconds,
-                           "prefill_piece": PREFILL}, "models": {}, "cells": []}
-    untrained = "" if run.student else "the same weights and untrained new ones"
-    for name, model in models.items():
-        hybrid, dtype = model.config.hybrid, str(model.lm_head_weight.dtype).removeprefix("torch.")
-        stack = f"random weights, --shape {run.shape} --layers {run.layers}"
-        source = hybrid and untrained or str(model.source or stack)
-        count, size = (sum(sizes) for sizes in zip(*((p.numel(), p.nbytes)
-                                                     for p in model.parameters())))
-        report["models"][name] = {"source": source, "parameters": count, "parameter_bytes": size,
-                                  "dtype": dtype, "hybrid": hybrid and vars(hybrid)}
-        print(f"{name}   {source}: {count:,} parameters, {size / 1e6:,.1f} MB, {dtype}")
-        if hybrid:
-            print(f"          mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks")
-    print("machine   " + ", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(f"grid      batches {run.batches} x contexts {run.contexts}. In each cell both read a "
-          f"random prompt and\n          decode {run.new_tokens} tokens, in turns, up to {PASSES} "
-          "times, the first to warm up; medians are kept.\n          No model starts again after "
-          f"{run.seconds:g} s. A longer prefill is given up (-), and decoding timed\n          "
-          "from a cache filled with random numbers. Peak memory is measured on GPUs only.")
-    return report
-
-
 def run_speed(run):
-    """`speed`: measure the grid, print tables, write speed.json after each cell, and pictures."""
+    """`speed`: measure the grid, print a table, write speed.json after each cell, and a picture."""
     models = open_speed_models(run)
-    report, path = plan_speed(run, models), run.out / "speed.json"
+    about = {name: f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+                   f"{model.lm_head_weight.dtype}, {model.config.hybrid or 'softmax attention'}"
+             for name, model in models.items()}
+    about |= {"torch": torch.__version__, "new_tokens": run.new_tokens, "seconds": run.seconds}
+    about["device"] = (torch.cuda.get_device_name(run.device) if run.device.startswith("cuda")
+                       else f"{os.uname().machine}, {torch.get_num_threads()} threads")
+    print(*(f"{name}: {text}" for name, text in about.items()), sep="\n")
+    print(f"In each cell both models read a random prompt and decode, in turns, up to {PASSES} "
+          f"times,\nthe first to warm up; no turn begins after {run.seconds:g} s. Peak memory is "
+          "known on GPUs only.")
     run.out.mkdir(parents=True, exist_ok=True)
-    grid, cells = list(itertools.product(run.batches, run.contexts)), report["cells"]
+    grid, cells = list(itertools.product(run.batches, run.contexts)), []
     try:
         for batch, context in tqdm(grid, desc="speed", unit="cell", dynamic_ncols=True):
             cells.append({"batch": batch, "context": context, **measure_cell(
                 models, batch, context, run.new_tokens, run.seconds)})
-            write_json(path, report)
+            write_json(run.out / "speed.json", {**about, "cells": cells})
     except KeyboardInterrupt:
         print(f"stopped: {len(cells)} of {len(grid)} cells are measured")
     if cells:
         show_speed(cells)
-        print(f"\nreport: {path}")
-        draw_speed(cells, run.out)
+        print(f"\nreport: {run.out / 'speed.json'}")
+        draw_speed(cells, run.out / "speed.png")
 
 
-def number_of_tokens(text):
-    """"4096" or "4k" -> 4096."""
-    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
+def at_least(least, kind=int):
+    """An argparse type: a number of `least` or more. A final k stands for 1024.
+
+    The inner function's name is what argparse calls the kind of value in its own messages.
+    """
+    def number(text):
+        value = kind(text[:-1]) * 1024 if text.endswith("k") else kind(text)
+        if not least <= value < 1 << 63:  # nan is not
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return value
+
+    return number
 
 
 def parse_arguments(argv):
-    """The command line -> settings."""
+    """The command line -> settings; `run` is the command's function."""
     p = argparse.ArgumentParser(description="Score students against their teacher.")
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("compare", help="tasks, recovery, Win-and-Tie rate")
-    c.add_argument("--teacher", type=Path, required=True, metavar="DIR")
-    c.add_argument("--student", type=Path, required=True, action="append", metavar="DIR")
-    c.add_argument("--tasks", nargs="+", required=True, metavar="FILE.jsonl")
-    c.add_argument("--out", type=Path, required=True, help="folder of the report and its samples; "
-                   "the same command again goes on where it stopped")
-    c.set_defaults(run=run_compare)
+    folder, file = dict(type=Path, metavar="DIR"), dict(type=Path, metavar="FILE")
+    need = dict(required=True, default=argparse.SUPPRESS)  # whose help shows no default
 
-    g = commands.add_parser("gates", help="the map of the output gates")
-    g.add_argument("--student", type=Path, required=True, metavar="DIR")
-    g.add_argument("--data", type=Path, required=True, metavar="FILE", help=".txt or .jsonl")
-    g.add_argument("--picture", type=Path, metavar="FILE.png")
-    g.add_argument("--context", type=int, default=1024, help="tokens a row")
-    g.add_argument("--rows", type=int, default=128)
-    g.set_defaults(run=run_gates)
+    def command(name, function, help):
+        c = commands.add_parser(name, help=help,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        c.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="of torch, such as cuda:1")
+        c.set_defaults(run=function)
+        return c.add_argument
 
-    m = commands.add_parser("molecules", help="sample SMILES: valid, unique and novel shares")
-    m.add_argument("--model", type=Path, required=True, metavar="DIR", help="teacher or student")
-    m.add_argument("--data", type=Path, metavar="FILE.jsonl", required=True,
-                   help="rows with `sequences`: families to sample from; none of them is novel")
-    m.add_argument("--shots", type=int, default=4, help="members before a sample (0: from nothing)")
-    m.add_argument("--rows", type=int, default=100, help="families")
-    m.add_argument("--number", type=int, default=10, help="samples a family")
-    m.add_argument("--temperature", type=float, default=1.0)
-    m.add_argument("--seed", type=int, default=0)
-    m.set_defaults(run=run_molecules)
+    add = command("compare", run_compare, "tasks, recovery, Win-and-Tie rate")
+    add("--teacher", **folder, **need)
+    add("--student", action="append", help="may be given several times", **folder, **need)
+    add("--tasks", nargs="+", **file, **need)
+    add("--out", help="the report; the same command again goes on there", **folder, **need)
+    add("--limit", type=at_least(1), help="rows a task")
+    add("--allow-code-execution", action="store_true", help="run what the model writes")
 
-    e = commands.add_parser("lm-eval", help="published benchmarks, in lm-evaluation-harness")
-    e.add_argument("--model", type=Path, required=True, metavar="DIR", help="teacher or student")
-    e.add_argument("--tasks", required=True, help="names, with commas between")
-    e.add_argument("--shots", type=int, help="examples in the prompt (default: the task's own)")
-    e.add_argument("--chat", action="store_true", help="in the model's chat format")
-    e.add_argument("--include-path", help="folder with tasks of your own (YAML)")
-    e.set_defaults(run=run_lm_eval)
+    add = command("gates", run_gates, "the map of the output gates")
+    add("--student", **folder, **need)
+    add("--data", help=".txt or .jsonl", **file, **need)
+    add("--picture", help="such as gates.png", **file)
+    add("--context", type=at_least(1), default=1024, help="tokens a row")
+    add("--rows", type=at_least(1), default=128, help="rows to read")
 
-    s = commands.add_parser("speed", help="prefill, first token, decoding and memory")
-    s.add_argument("--teacher", type=Path, metavar="DIR", help="none: the shipped small one")
-    s.add_argument("--student", type=Path, metavar="DIR", help="none: an untrained one of the "
-                   "teacher, which is as fast")
-    s.add_argument("--shape", choices=("8b",), help="no --teacher: random layers of this shape")
-    s.add_argument("--layers", type=int, default=1, help="of --shape")
-    s.add_argument("--window", type=int, help="W of an untrained student (default: 512, and 16 "
-                   "for the shipped teacher)")
-    s.add_argument("--contexts", type=number_of_tokens, nargs="+", metavar="N", help="tokens read "
-                   "before decoding, such as 1k 4k 16k 64k (default: those; on a CPU not 64k)")
-    s.add_argument("--batches", type=int, nargs="+", metavar="N", help="(default: 1 8; on a CPU "
-                   "with --shape only 1)")
-    s.add_argument("--new-tokens", type=int, default=64, help="decoded in every pass")
-    s.add_argument("--seconds", type=float, help="a model and cell, about (default: 60; on a CPU "
-                   "10)")
-    s.add_argument("--out", type=Path, required=True, help="folder of speed.json and pictures")
-    s.set_defaults(run=run_speed)
+    add = command("molecules", run_molecules, "sample SMILES: valid, unique and novel shares")
+    add("--model", help="teacher or student", **folder, **need)
+    add("--data", help="families, rows of `sequences`; none is novel", **file, **need)
+    add("--shots", type=at_least(0), default=4, help="members before a sample")
+    add("--rows", type=at_least(1), default=100, help="families")
+    add("--number", type=at_least(1), default=10, help="samples a family")
+    add("--temperature", type=at_least(0, float), default=1.0, help="of the sampling")
+    add("--seed", type=at_least(0), default=0, help="of the sampling")
 
-    for command in (c, e):
-        command.add_argument("--limit", type=int, help="rows a task")
-        command.add_argument("--allow-code-execution", action="store_true",
-                             help="run what the model writes")
-    for command in (c, g, m, e, s):
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run = p.parse_args(argv)
-    for name in ("limit", "context", "rows", "number", "layers", "window", "contexts", "batches",
-                 "new_tokens"):
-        value = getattr(run, name, None)
-        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if run.device.startswith("cuda") and not torch.cuda.is_available():
-        p.error(f"--device {run.device}: this torch sees no GPU; use --device cpu")
-    if run.command == "speed":
-        if run.shape and (run.teacher or run.student) or run.student and not run.teacher:
-            p.error("--student needs its --teacher, and neither goes with --shape")
-        if run.student and run.window:
-            p.error("--window is for an untrained student; the one of --student has its own")
-        on_cpu = torch.device(run.device).type == "cpu"
-        run.contexts = run.contexts or [1024, 4096, 16384] + [65536] * (not on_cpu)
-        run.batches = run.batches or ([1] if on_cpu and run.shape else [1, 8])
-        run.seconds = run.seconds or (10.0 if on_cpu else 60.0)
-    return run
+    add = command("lm-eval", run_lm_eval, "published benchmarks, in lm-evaluation-harness")
+    add("--model", help="teacher or student", **folder, **need)
+    add("--tasks", help="names, with commas between", **need)
+    add("--shots", type=at_least(0), help="examples in the prompt; None: as the task says")
+    add("--chat", action="store_true", help="in the model's chat format")
+    add("--include-path", help="folder with tasks of your own (YAML)")
+    add("--limit", type=at_least(1), help="rows a task")
+    add("--allow-code-execution", action="store_true", help="run what the model writes")
+
+    add = command("speed", run_speed, "prefill, first token, decoding and memory")
+    add("--teacher", default=Path(__file__).resolve().parent / "tests/teacher", **folder,
+        help="its folder")
+    add("--student", help="None: an untrained one of the teacher, which is as fast", **folder)
+    add("--random-layers", type=at_least(1), metavar="N", help="in the shape of its config.json")
+    add("--window", type=at_least(1), default=512, help="W of an untrained student")
+    add("--contexts", type=at_least(1), nargs="+", default=[1024, 4096, 16384], help="4k is 4096")
+    add("--batches", type=at_least(1), nargs="+", default=[1, 8], help="rows together")
+    add("--new-tokens", type=at_least(1), default=64, help="decoded in every pass")
+    add("--seconds", type=at_least(0, float), default=20.0, help="of a cell; no pass begins later")
+    add("--out", help="speed.json and speed.png", **folder, **need)
+    return p.parse_args(argv)
 
 
 def main(argv=None):
-    """One of the four commands."""
+    """One of the five commands."""
     run = parse_arguments(argv)
     run.run(run)
 
 
 if __name__ == "__main__":
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="replace")  # a log that cannot show a character ends no run
     try:
         main()
     except (ValueError, OSError) as error:

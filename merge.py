@@ -7,6 +7,10 @@ together that a weighted mean of their weights keeps what each has learnt. Two m
     ties     only each expert's largest changes to the seed count, and of those only the ones
              whose sign the experts elect (TIES, arXiv 2306.01708), which lessens interference
 
+Why a mean of weights may work at all: experts that share their start stay in one basin of the
+loss, where the way from one to the other leads over no hill. Experts of different seeds do not,
+even if trained alike, so their mean is refused.
+
 The output has the layout of the first folder: its shards, headers and small files. So merging is
 arithmetic on byte ranges, disk to disk in small pieces, and needs the same little memory for any
 model. All is checked before a byte is written, the output appears complete or not at all, and its
@@ -34,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import TOKENIZER_FILES, ModelConfig, list_tensors, read_json, sha256
+from model import TOKENIZER_FILES, ModelConfig, list_tensors, read_json, read_rows, sha256
 
 PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,26 +47,29 @@ DENSITY = 0.2  # of the changes that TIES keeps; the setting its paper recommend
 # ----------------------------------------------------------------------------------------------
 # 1. Folders, and all that must hold before they are merged
 # ----------------------------------------------------------------------------------------------
+# A mean of unlike things is still a number, and a model of it still talks. So nothing is skipped or
+# cropped to fit: every mismatch is an error, and all of them come in one list, since a user who
+# copies 16 GB for each would see them one a day.
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor's bytes lie. It is read piece by piece, each named by its first byte."""
-
+    """Where a tensor's bytes lie."""
     path: Path
     offset: int  # of the tensor in the file
     nbytes: int
-    dtype: str  # a key of DTYPES
+    dtype: torch.dtype
 
-    @property
-    def starts(self):
-        return range(0, self.nbytes, PIECE_BYTES)
+    def pieces(self):
+        """Yield the tensor in pieces of PIECE_BYTES, (elements,) each, in the stored dtype.
 
-    def read(self, start):
-        """One piece, (elements,) as stored. Read, not mapped, so no pages stay in memory."""
-        count = min(PIECE_BYTES, self.nbytes - start)
-        data = np.fromfile(self.path, np.uint8, count, offset=self.offset + start)
-        return torch.from_numpy(data).view(DTYPES[self.dtype])
+        Read, not mapped: pages of a mapped file would stay in memory. Equal tensors of several
+        folders have equal pieces, so `zip` walks through them together.
+        """
+        for start in range(0, self.nbytes, PIECE_BYTES):
+            count = min(PIECE_BYTES, self.nbytes - start)
+            data = np.fromfile(self.path, np.uint8, count, offset=self.offset + start)
+            yield torch.from_numpy(data).view(self.dtype)
 
 
 @dataclasses.dataclass
@@ -72,15 +79,16 @@ class Folder:
     tensors: dict  # name -> Stored
     facts: dict  # what must be equal in all folders: a name for the user -> value
     parent: str | None  # sha256 of the stage-I seed, by lineage.json
+    nbytes: int  # of all tensors
     sha256: str | None = None  # of the weights, once `read_through`
-
-    @property
-    def nbytes(self):
-        return sum(t.nbytes for t in self.tensors.values())
 
 
 def open_folder(path):
-    """Headers and small files of a folder; ValueError or OSError naming the file that is wrong."""
+    """Headers and small files of a folder; ValueError or OSError naming the file that is wrong.
+
+    Every setting of `ModelConfig` is a fact: a merge of students of other windows or feature widths
+    is no mean of one function. So is the tokenizer: equal shapes, other words.
+    """
     tensors, facts = {}, {}
     for file in sorted({file for file, _ in list_tensors(path).values()}):  # checks their form
         with open(file, "rb") as f:  # length of the header (8 bytes), header (JSON), data
@@ -92,25 +100,15 @@ def open_folder(path):
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{file}: tensor {name} is {entry['dtype']}, which has no mean; "
                                  "convert it to one of " + ", ".join(DTYPES))
-            tensors[name] = Stored(file, 8 + size + start, stop - start, entry["dtype"])
+            tensors[name] = Stored(file, 8 + size + start, stop - start, DTYPES[entry["dtype"]])
             facts[f"tensor {name}"] = f"{entry['dtype']} {entry['shape']}"
-    config = dataclasses.asdict(ModelConfig.from_hf(path))
-    facts |= {f"config.json's {name}": value for name, value in config.items()}
+    for name, value in dataclasses.asdict(ModelConfig.from_hf(path)).items():
+        facts[f"config.json's {name}"] = value
     tokenizer, lineage = path / "tokenizer.json", path / "lineage.json"
     if tokenizer.exists():
         facts["tokenizer.json"] = "sha256 " + sha256(tokenizer)
     parent = read_json(lineage).get("seed_sha256") if lineage.exists() else None
-    return Folder(path, tensors, facts, parent)
-
-
-def differences(folder, first):
-    """One sentence for each thing in which a folder does not match the first."""
-    found = []
-    for key in dict.fromkeys([*first.facts, *folder.facts]):
-        here, there = folder.facts.get(key, "missing"), first.facts.get(key, "missing")
-        if here != there:
-            found.append(f"{folder.path}: {key} is {here}, in {first.path} {there}")
-    return found
+    return Folder(path, tensors, facts, parent, sum(t.nbytes for t in tensors.values()))
 
 
 def read_through(folder, bar):
@@ -122,8 +120,7 @@ def read_through(folder, bar):
     for name, tensor in sorted(folder.tensors.items()):
         digest.update(name.encode())
         bad = 0
-        for start in tensor.starts:
-            piece = tensor.read(start)
+        for piece in tensor.pieces():
             digest.update(piece.view(torch.uint8).numpy())
             bad += int((~piece.isfinite()).sum())
             bar.update(piece.nbytes)
@@ -134,50 +131,67 @@ def read_through(folder, bar):
     return found
 
 
+def check_settings(paths, output, weights, method, seed, density):
+    """What is wrong with a call, before any folder is opened: a list of sentences.
+
+    An input inside of what is written would be deleted with it when the merge fails.
+    """
+    ours = [path.resolve() for path in (output, beside(output, ".tmp"), beside(output, ".sweep"))]
+    right = {
+        f"{len(weights)} weights are given for {len(paths)} folders": len(weights) == len(paths),
+        f"the weights {weights} must sum to 1 and none may be negative":
+            all(w >= 0 for w in weights) and abs(sum(weights) - 1) <= 1e-6,
+        f"method {method!r} with seed model {seed}: give 'linear' and no seed, or 'ties' and the "
+        "stage-I folder that all experts started from": method == ("ties" if seed else "linear"),
+        f"density {density} must be above 0 and at most 1": 0 < density <= 1,
+        f"{output} exists and is not empty; name a new folder":
+            not output.exists() or output.is_dir() and not any(output.iterdir()),
+        **{f"the input {path} lies where {output} is written; name another output":
+           not any(path.resolve().is_relative_to(place) for place in ours)
+           for path in paths + [seed] * bool(seed)}}
+    return [sentence for sentence, holds in right.items() if not holds]
+
+
+def check_folders(experts, folders, output):
+    """What is wrong with opened folders (the experts, and with TIES the seed): sentences.
+
+    Reads all weights once, which costs as much time as the merge itself, and buys that a damaged
+    expert is found before its NaN has spread into every copy.
+    """
+    first, *others = folders
+    found = [f"{other.path}: {key} is {other.facts.get(key, 'missing')}, in {first.path} "
+             f"{first.facts.get(key, 'missing')}" for other in others
+             for key in {**first.facts, **other.facts}
+             if other.facts.get(key) != first.facts.get(key)]
+    parents = {str(expert.path): expert.parent for expert in experts}
+    if len(set(parents.values()) - {None}) > 1:
+        found.append(f"the experts come from different stage-I seeds (lineage.json): {parents}")
+    if unknown := [path for path, parent in parents.items() if parent is None]:
+        print("not checked, for want of a lineage.json: the stage-I seed of " + ", ".join(unknown))
+    disk = next(p for p in output.resolve().parents if p.exists())
+    if first.nbytes > (free := shutil.disk_usage(disk).free):
+        found.append(f"{output} needs {first.nbytes:,} bytes, {disk} has {free:,}; make room")
+    with progress("check", sum(folder.nbytes for folder in folders)) as bar:
+        return found + [words for folder in folders for words in read_through(folder, bar)]
+
+
 def check(directories, output, weights, method, seed, density):
     """Refuse what cannot be merged -> (expert Folders, seed Folder or None).
 
     Nothing is written. Raises one ValueError that lists everything that is wrong.
     """
-    found, folders = [], []
-    if len(weights) != len(directories):
-        found.append(f"{len(weights)} weights are given for {len(directories)} folders")
-    if not (all(w >= 0 for w in weights) and abs(sum(weights) - 1) <= 1e-6):
-        found.append(f"the weights {weights} must sum to 1 and none may be negative")
-    if method not in ("linear", "ties") or (method == "ties") != (seed is not None):
-        found.append(f"method {method!r} with seed model {seed}: give 'linear' and no seed, or "
-                     "'ties' and the stage-I folder that all experts started from")
-    if not 0 < density <= 1:
-        found.append(f"density {density} must be above 0 and at most 1")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        found.append(f"{output} exists and is not empty; name a new folder")
-    seed = seed and Path(seed)
-    for path in [Path(d) for d in directories] + ([seed] if seed else []):
-        for ours in (output, beside(output, ".tmp"), beside(output, ".sweep")):
-            if path.resolve().is_relative_to(ours.resolve()):
-                found.append(f"the input {path} lies where {ours} is written; name another output")
+    paths, seed, folders = [Path(d) for d in directories], seed and Path(seed), []
+    found = check_settings(paths, output, weights, method, seed, density)
+    for path in paths + [seed] * bool(seed):
         try:
             folders.append(open_folder(path))
         except (ValueError, OSError) as error:
             found.append(str(error))
-    for folder in folders[1:]:
-        found += differences(folder, folders[0])
-    parents = {str(f.path): f.parent for f in folders if f.path != seed}
-    if len(set(parents.values()) - {None}) > 1:
-        found.append(f"the experts come from different stage-I seeds (lineage.json): {parents}")
-    if None in parents.values():
-        print("not checked, for want of a lineage.json: the stage-I seed of "
-              + ", ".join(path for path, parent in parents.items() if parent is None))
-    disk = next(p for p in output.resolve().parents if p.exists())
-    need, free = folders[0].nbytes if folders else 0, shutil.disk_usage(disk).free
-    if need > free:
-        found.append(f"{output} needs {need:,} bytes, {disk} has {free:,}; make room")
-    with progress("check", sum(f.nbytes for f in folders)) as bar:
-        for folder in folders:
-            found += read_through(folder, bar)
+    if folders:
+        found += check_folders([f for f in folders if f.path != seed], folders, output)
     if found:
         raise ValueError("nothing is merged: " + "; ".join(found))
-    return folders[:len(directories)], folders[-1] if seed else None
+    return folders[:len(paths)], folders[-1] if seed else None
 
 
 def beside(output, suffix):
@@ -186,13 +200,16 @@ def beside(output, suffix):
 
 
 def progress(name, nbytes):
-    """tqdm over bytes."""
+    """A progress bar over bytes."""
     return tqdm(desc=name, total=nbytes, unit="B", unit_scale=True, leave=False)
 
 
 # ----------------------------------------------------------------------------------------------
 # 2. The two methods, on one tensor
 # ----------------------------------------------------------------------------------------------
+# Eq. 14 lets experts cancel: where one has learnt +x and another -x, the mean forgets both, and
+# what one expert changed alone shrinks by its lambda. TIES answers both: small changes, mostly
+# noise of the training, are trimmed, and the rest is averaged over those that agree only.
 
 
 def merged_pieces(experts, weights, seed, density):
@@ -201,17 +218,18 @@ def merged_pieces(experts, weights, seed, density):
     Sums are in float64 and rounded once: in pieces that costs nothing, and where experts cancel
     an fp32 sum is off by more than a rounding. seed: the seed's tensor, None for linear.
     """
-    thresholds = [trim_threshold(e, seed, density) for e in experts] if seed else None
-    for start in experts[0].starts:
-        tensors = [e.read(start).double() for e in experts]
-        if seed:
-            base = seed.read(start).double()
-            total = base + elect_and_average([t - base for t in tensors], weights, thresholds)
-        else:
-            total = weights[0] * tensors[0]  # not 0 + ...: that would turn -0.0 into 0.0
-            for weight, tensor in zip(weights[1:], tensors[1:]):
-                total += weight * tensor  # Eq. 14
-        yield total.to(DTYPES[experts[0].dtype])
+    if seed:
+        thresholds = [trim_threshold(expert, seed, density) for expert in experts]
+        for base, *tensors in zip(seed.pieces(), *(expert.pieces() for expert in experts)):
+            base = base.double()
+            changes = [tensor.double() - base for tensor in tensors]
+            yield (base + elect_and_average(changes, weights, thresholds)).to(seed.dtype)
+    else:
+        for first, *others in zip(*(expert.pieces() for expert in experts)):
+            total = weights[0] * first.double()  # not 0 + ...: that would turn -0.0 into 0.0
+            for weight, tensor in zip(weights[1:], others):
+                total += weight * tensor.double()  # Eq. 14
+            yield total.to(first.dtype)
 
 
 def elect_and_average(changes, weights, thresholds):
@@ -236,13 +254,12 @@ def trim_threshold(expert, seed, density):
     histogram of the upper 16 bits finds those of the threshold, and another the lower 16.
     Paper: the largest of the whole model. Here: of each tensor, because tensors are streamed.
     """
-    keep = max(1, round(density * (expert.nbytes // DTYPES[expert.dtype].itemsize)))
+    keep = max(1, round(density * (expert.nbytes // expert.dtype.itemsize)))
     known = 0  # the threshold's upper bits so far
     for shift in (16, 0):
         counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for start in expert.starts:
-            change = expert.read(start).double() - seed.read(start).double()
-            bits = change.float().abs().view(torch.int32).long()
+        for own, base in zip(expert.pieces(), seed.pieces()):
+            bits = (own.double() - base.double()).float().abs().view(torch.int32).long()
             digits = torch.where(bits >> shift + 16 == known, bits >> shift & 0xFFFF, 1 << 16)
             counts += torch.bincount(digits, minlength=(1 << 16) + 1)[:-1]  # the others come last
         at_least = counts.flip(0).cumsum(0).flip(0)  # numbers with these bits or higher ones
@@ -255,6 +272,8 @@ def trim_threshold(expert, seed, density):
 # ----------------------------------------------------------------------------------------------
 # 3. Merging and the sweep
 # ----------------------------------------------------------------------------------------------
+# Which lambdas are best is a question to validation data. Every candidate is a whole model that
+# must be written and scored, so a sweep takes hours, will be stopped, and must go on.
 
 
 def merge(directories, output, *, weights=None, method="linear", seed=None, density=DENSITY):
@@ -265,18 +284,20 @@ def merge(directories, output, *, weights=None, method="linear", seed=None, dens
     its dtype. Raises one ValueError listing all that is wrong, before anything is written; when
     writing fails nothing is left behind.
     """
-    directories, output = list(directories), Path(output)
     if not directories:
         raise ValueError("there is no folder to merge")
     if weights is None:
         weights = [1 / len(directories)] * len(directories)
     weights = [float(w) for w in weights]  # JSON knows no other numbers
-    experts, seed = check(directories, output, weights, method, seed, density)
-    write(experts, seed, weights, density, output)
+    experts, seed = check(directories, Path(output), weights, method, seed, density)
+    write(experts, seed, weights, density, Path(output))
 
 
 def write(experts, seed, weights, density, output, **record):
-    """Write the merged folder, checked before, and into its merge.json also `record`."""
+    """Write the merged folder, checked before, and into its merge.json also `record`.
+
+    Into a folder beside it, renamed when all is there: readers see no half of a model.
+    """
     first, tmp = experts[0], beside(output, ".tmp")
     record["inputs"] = [{"directory": str(e.path), "weight": w, "sha256": e.sha256}
                         for e, w in zip(experts, weights)]
@@ -291,17 +312,17 @@ def write(experts, seed, weights, density, output, **record):
         for name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES):
             if (first.path / name).exists():
                 shutil.copy(first.path / name, tmp)
-        order = sorted(first.tensors.items(), key=lambda item: (item[1].path, item[1].offset))
         with progress("merge", first.nbytes) as bar:
-            for path, shard in itertools.groupby(order, key=lambda item: item[1].path):
-                shard = list(shard)
-                with open(path, "rb") as source, open(tmp / path.name, "wb") as target:
-                    target.write(source.read(shard[0][1].offset))  # the header
-                    for name, _ in shard:
-                        for piece in merged_pieces([e.tensors[name] for e in experts], weights,
-                                                   seed and seed.tensors[name], density):
-                            target.write(piece.view(torch.uint8).numpy())
-                            bar.update(piece.nbytes)
+            for name, tensor in sorted(first.tensors.items(), key=lambda item: item[1].offset):
+                shard = tmp / tensor.path.name
+                if not shard.exists():  # this is its first tensor: what comes before is the header
+                    with open(tensor.path, "rb") as source:
+                        shard.write_bytes(source.read(tensor.offset))
+                with open(shard, "ab") as target:
+                    for piece in merged_pieces([e.tensors[name] for e in experts], weights,
+                                               seed and seed.tensors[name], density):
+                        target.write(piece.view(torch.uint8).numpy())
+                        bar.update(piece.nbytes)
         (tmp / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
         if output.exists():
             output.rmdir()
@@ -312,12 +333,16 @@ def write(experts, seed, weights, density, output, **record):
 
 
 def simplex_grid(count, step):
-    """Every tuple of `count` multiples of `step` that sums to 1; ValueError if there is none."""
+    """Every tuple of `count` multiples of `step` that sums to 1; ValueError if there is none.
+
+    Stars and bars: `count` - 1 bars among n stars cut them into `count` groups, each as many
+    steps as it has stars.
+    """
     n = round(1 / step) if 0 < step <= 1 else 0
-    if abs(n * step - 1) > 1e-6:
+    if not abs(n * step - 1) <= 1e-6:
         raise ValueError(f"--step {step}: 1 is not a multiple of it; give for example 0.25")
     return [tuple((b - a - 1) / n for a, b in itertools.pairwise((-1, *bars, n + count - 1)))
-            for bars in itertools.combinations(range(n + count - 1), count - 1)]  # stars and bars
+            for bars in itertools.combinations(range(n + count - 1), count - 1)]
 
 
 def sweep(directories, output, score, *, search="grid", step=0.25, method="linear", seed=None,
@@ -328,19 +353,19 @@ def sweep(directories, output, score, *, search="grid", step=0.25, method="linea
     from the best single expert on, add the next best while the uniform mean is no worse (greedy
     soup, arXiv 2203.05482): 2 K - 1 scores for K experts. Scores go to OUT.sweep/results.jsonl as
     they come and the same call goes on from there; `about` (JSON) is what else they depend on.
-    merge.json records them all. Returns the lambdas. Raises ValueError as `merge` does, and when
-    the scores found are of other models, settings or `about`.
+    merge.json records them all. Returns the lambdas. Raises ValueError as `merge` does, and for a
+    score that is no number.
     """
-    directories, output, count = list(directories), Path(output), len(directories)
     if search not in ("grid", "greedy"):
         raise ValueError(f"search {search!r} is neither 'grid' nor 'greedy'")
+    count, output = len(directories), Path(output)
     grid = simplex_grid(count, step)
     experts, seed = check(directories, output, grid[0], method, seed, density)
     candidate = beside(output, ".sweep") / "candidate"
     results = candidate.with_name("results.jsonl")
-    inputs = [folder.sha256 for folder in [*experts, *([seed] if seed else [])]]
-    scores = read_scores(results, {"inputs": inputs, "method": method, "density": density,
-                                   "about": about})
+    inputs = [folder.sha256 for folder in experts + [seed] * bool(seed)]
+    key = hashlib.sha256(json.dumps([inputs, method, density, about]).encode()).hexdigest()
+    scores = read_scores(results, key)
     print(f"{len(grid) if search == 'grid' else 2 * count - 1} candidates, {len(scores)} have a "
           f"score in {results}")
 
@@ -352,7 +377,7 @@ def sweep(directories, output, score, *, search="grid", step=0.25, method="linea
             if not math.isfinite(value):
                 raise ValueError(f"{candidate} (lambdas {weights}) scores {value}; look at it")
             with open(results, "a") as f:
-                f.write(json.dumps([weights, value]) + "\n")
+                f.write(json.dumps({"of": key, "weights": weights, "score": value}) + "\n")
             scores[weights] = value
             print(f"{value:.4f}  lambdas " + " ".join(f"{w:.3f}" for w in weights), flush=True)
         return scores[weights]
@@ -375,28 +400,18 @@ def sweep(directories, output, score, *, search="grid", step=0.25, method="linea
     return best
 
 
-def read_scores(path, settings):
-    """results.jsonl -> {lambdas: score}; made if it is not there; ValueError if it is not ours.
+def read_scores(path, key):
+    """{lambdas: score} of the lines of results.jsonl that are of this `key`.
 
-    Its first line holds the settings. A last line without its line end was torn: it is cut off.
+    The key is a hash of all that a score depends on, so lines of other models, settings or tasks
+    are no danger and may stay. A last line without its end was torn, and is cut off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text, first = path.read_text() if path.exists() else "", json.dumps(settings)
-    complete = text[:text.rfind("\n") + 1] or first + "\n"
-    if complete != text:
-        path.write_text(complete)
-    lines = complete.splitlines()
-    if lines[0] != first:
-        raise ValueError(f"{path} holds scores of other models, settings or tasks; delete "
-                         f"{path.parent} or name another output")
-    scores = {}
-    for number, line in enumerate(lines[1:], 2):
-        try:
-            weights, value = json.loads(line)
-            scores[tuple(weights)] = float(value)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is damaged ({error}); delete the line") from None
-    return scores
+    if not path.exists():
+        return {}
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return {tuple(row["weights"]): row["score"] for _, row in read_rows(path)
+            if row.get("of") == key}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -405,17 +420,19 @@ def read_scores(path, settings):
 
 
 def parse_arguments(argv):
-    """The command line -> settings."""
+    """The command line -> settings. Their ranges are checked by `check`, for callers too."""
     p = argparse.ArgumentParser(description="Merge experts into one student (Eq. 14).",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="the experts")
-    p.add_argument("--out", type=Path, required=True, help="folder to write")
-    p.add_argument("--weights", nargs="+", type=float, help="lambdas, one a folder; none: uniform")
+    p.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS, metavar="DIR",
+                   help="folder to write")
     p.add_argument("--method", choices=("linear", "ties"), default="linear")
     p.add_argument("--seed-model", type=Path, metavar="DIR", help="ties: the stage-I folder")
     p.add_argument("--density", type=float, default=DENSITY, help="ties: fraction of changes kept")
-    p.add_argument("--sweep", nargs="+", type=Path, metavar="TASKS",
-                   help="choose the lambdas by the mean score on these validation task files")
+    lambdas = p.add_mutually_exclusive_group()
+    lambdas.add_argument("--weights", nargs="+", type=float, help="one a folder; none: uniform")
+    lambdas.add_argument("--sweep", nargs="+", type=Path, metavar="TASKS",
+                         help="the best by the mean score on these validation task files")
     p.add_argument("--search", choices=("grid", "greedy"), default="grid", help="way of the sweep")
     p.add_argument("--step", type=float, default=0.25, help="of the sweep's grid")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -424,33 +441,35 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    """Merge, or choose lambdas by a sweep and merge."""
+    """Merge, or choose lambdas by a sweep and merge.
+
+    What can be wrong with the sweep's tasks or device is found before the first candidate.
+    """
     run = parse_arguments(argv)
     how = dict(method=run.method, seed=run.seed_model, density=run.density)
-    print(f"{run.method} merge into {run.out} of " + ", ".join(map(str, run.directories)))
+    print(f"{run.method} merge into {run.out} of " + ", ".join(map(str, run.directories))
+          + f"; lambdas: {run.weights or ('by a sweep' if run.sweep else 'uniform')}")
     if run.sweep:
-        if run.weights:
-            raise ValueError("--sweep chooses the lambdas; drop --weights or --sweep")
-        for path in run.sweep:
-            if not path.is_file():
-                raise FileNotFoundError(f"--sweep {path}: there is no such file")
-        from evaluate import evaluate_tasks  # only a sweep scores
+        from evaluate import check_device, evaluate_tasks, read_tasks  # only a sweep scores
+        check_device(run.device)
+        read_tasks(run.sweep)
+        tasks = {str(path): sha256(path) for path in run.sweep}
 
         def score(folder):
             scores = evaluate_tasks(folder, run.sweep, device=run.device)
             return sum(scores.values()) / len(scores)
 
-        tasks = {str(path): sha256(path) for path in run.sweep}
         weights = sweep(run.directories, run.out, score, search=run.search, step=run.step,
                         about=tasks, **how)
         print("chosen lambdas: " + " ".join(f"{w:.3f}" for w in weights))
     else:
-        print(f"lambdas: {run.weights or 'uniform'}")
         merge(run.directories, run.out, weights=run.weights, **how)
     print(f"done: model.load_pretrained opens {run.out}; its merge.json says what went in")
 
 
 if __name__ == "__main__":
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="replace")  # a log that cannot show a character ends no run
     try:
         main()
     except (ValueError, OSError) as error:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 import make_bio
 from distill import (Mixture, Source, alignment_losses, collate, learning_rate, make_optimizer,
                      plan_students, select_trainable, tokenise)
-from evaluate import (Scorer, base_embeddings, evaluate_rows, family_nats, molecule_shares,
-                      ridge_probe, sample_sequences, smiles_error, strand_scores)
+import evaluate
+from evaluate import (Scorer, base_embeddings, canonical_smiles, evaluate_rows, family_nats,
+                      molecule_shares, ridge_probe, sample_sequences, strand_scores)
 from make_teacher import is_held_out
 from model import (Cache, ModelConfig, Tokenizer, Transformer, generate, load_pretrained,
                    reverse_complement, save_pretrained, student_from_teacher)
@@ -389,42 +391,53 @@ def test_ridge_probe_equals_least_squares_with_rows_for_the_penalty(N, D):
 
 # ------------------------------------------------------------------ molecules
 
-# RDKit 2026.9.1's verdicts.
-VALID = """C CC(C)C C1CC1 C1CCCCC1C=CC#N C=1CC=1 C%10CC%10 C12CC1C2 OP(=O)(O)O CS(=O)(=O)N
-    FC(F)(F)Cl [O-][N+](=O)C [13C@@H](F)(Cl)Br F/C=C/F F\\C=C/F [NH3+]CC(=O)[O-] C.C
-    [Cl-].C[NH3+] C1.C1 [CH4] [H][H] C[S+](C)C C[P+](C)(C)C [B-](F)(F)(F)F [O+](C)(C)C
-    C(C)1CC1 CB(O)O C(=O)(O)C BrCI CSC N#N [OH-] [CH3] C1=CC(CN2CCNCC2)=CC=C1C(=O)NC O=C=O
-    CS(C)(=O)=O C[H] [C@](C)(N)(O)F CP(C)(C)(C)C [F-] [NH4+]"""
-INVALID = """C( C) C() C((C)) (C)C C= =C C== C(=)C C==C .C C. C..C C1CC C11 C12CC12 C1CC C1C1
-    C(C)(C)(C)(C)C CN(C)(C)C O(C)(C)C FC(F)(F)(F)F C#C#C C=C(=C)C=C ClC(Cl)=Br C[NH4+] [CH5]
-    C[ [C C] C%1CC [N+](C)(C)(C)(C)C [O-](C)C CS(C)(C)(C)(C)(C)C CX c1ccccc1C( C(C C)C 1CC1
-    C-=C [] C[XY]C"""
+VALID = """C CC(C)C C1CC1 C12CC1C2 OP(=O)(O)O [13C@@H](F)(Cl)Br F/C=C/F [NH3+]CC(=O)[O-] C.C [H][H]
+    C1=CC(CN2CCNCC2)=CC=C1C(=O)NC c1ccccc1C(=O)O Cc1c[nH]cn1 CN1C=NC2=C1C(=O)N(C(=O)N2C)C"""
+INVALID = """C( C) C() (C)C C= =C C==C C1CC C11 C(C)(C)(C)(C)C CN(C)(C)C C=C(=C)C=C [CH5] C[ C[XY]C CX
+    c1ccc1c c1ccccc1( C-=C [] \ufffd"""
 
 
-def test_checker_agrees_with_rdkit():
-    assert [s for s in VALID.split() if smiles_error(s)] == []
-    assert [s for s in INVALID.split() if not smiles_error(s)] == []
-    assert "Kekule" in smiles_error("c1ccccc1") and smiles_error("") and smiles_error("C C")
+def test_molecules_are_judged_by_rdkit_and_compared_as_molecules(capfd):
+    pytest.importorskip("rdkit")
+    assert all(canonical_smiles(VALID.split())) and not any(canonical_smiles(INVALID.split()))
+    assert not any(canonical_smiles(["", " ", "C C", "C\n", "C |name|"]))  # names, to RDKit
+    assert canonical_smiles(["OCC", "C1=CC=CC=C1"]) == canonical_smiles(["CCO", "c1ccccc1"])
+    samples = ["OCC", "CCO", "CC", "C(", "c1ccccc1"]
+    assert molecule_shares(samples, ["C1=CC=CC=C1", "C(C"]) == {
+        "valid": 4 / 5, "unique": 3 / 4, "novel": 2 / 3}
+    assert molecule_shares(["C("], []) == {"valid": 0.0, "unique": None, "novel": None}
+    assert capfd.readouterr() == ("", "")  # RDKit's own log is silent
 
 
-def test_generated_molecules_are_valid_and_mutants_mostly_are_not():
-    rng, passed, mutants = random.Random(0), 0, 0
-    molecules = [next(make_bio.molecule_family(rng)[1]) for _ in range(600)]
-    assert [m for m in molecules if smiles_error(m)] == []
-    alphabet = sorted(set("".join(molecules)))
-    for text in molecules * 4:
-        i = rng.randrange(len(text))
-        mutant = rng.choice((text[:i] + text[i + 1:], text[:i] + rng.choice(alphabet) + text[i:],
-                             text[:i] + rng.choice(alphabet) + text[i + 1:]))
-        if mutant != text:
-            mutants, passed = mutants + 1, passed + (smiles_error(mutant) is None)
-    assert passed / mutants < 0.3  # measured: 0.23; RDKit lets 0.25 pass
+def test_generated_molecules_are_valid():
+    pytest.importorskip("rdkit")
+    rng = random.Random(0)
+    molecules = [next(make_bio.molecule_family(rng)[1]) for _ in range(200)]
+    assert all(canonical_smiles(molecules))
 
 
-def test_shares_of_molecules():
-    shares = molecule_shares(["C", "C", "CC", "C(", "CO"], ["CO", "N"])
-    assert shares == {"valid": 4 / 5, "unique": 3 / 4, "novel": 2 / 3}
-    assert molecule_shares(["C("], []) == {"valid": 0.0, "unique": 0.0, "novel": 0.0}
+def test_without_rdkit_one_sentence_comes_before_the_work(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rdkit", None)
+    path = write_rows(tmp_path / "t.jsonl", [{"id": "a", **task_rows()[2]}])
+    with pytest.raises(ValueError, match="pip install rdkit"):
+        evaluate_rows(folder, [path])
+    with pytest.raises(ValueError, match="pip install rdkit"):
+        evaluate.main(["molecules", "--model", str(folder), "--data", str(path)])
+
+
+def test_molecules_command_samples_and_counts(tmp_path, capsys):
+    pytest.importorskip("rdkit")
+    path = tmp_path / "families.jsonl"
+    path.write_text('\ufeff{"sequences": ["CCO", "CCN"]}\n{"sequences": ["CC"]}\n')  # BOM
+    command = ["molecules", "--model", str(TEACHER), "--data", str(path), "--number", "2",
+               "--device", "cpu"]
+    evaluate.main(command)
+    assert "4 samples: valid " in capsys.readouterr().out
+    for line, words in (('{"text": "C"}', r"families.jsonl:1: expected \"sequences\""),
+                        ('{"sequences": [3]}', "families.jsonl:1"), ("", "no row")):
+        path.write_text(line)
+        with pytest.raises(ValueError, match=words):
+            evaluate.main(command)
 
 
 # ------------------------------------------------------------------ rows of task files
@@ -440,6 +453,7 @@ def task_rows():
 
 
 def test_rows_of_sequences_are_scored_and_go_on_after_a_stop(tmp_path, scorer):
+    pytest.importorskip("rdkit")
     path = write_rows(tmp_path / "t.jsonl", [{"id": str(i), **row}
                                              for i, row in enumerate(task_rows())])
     folder, samples = scorer.model.source, tmp_path / "samples.jsonl"
@@ -454,17 +468,17 @@ def test_rows_of_sequences_are_scored_and_go_on_after_a_stop(tmp_path, scorer):
                         sum(strand_scores(scorer, task_rows()[1]["dna"])) / 80)
     output = sample_sequences(scorer, ["CC", "CO"], 1, seed=1, max_new_tokens=20)[0]
     assert results[2]["output"] == output and "\n" not in output
-    assert results[2]["score"] == (smiles_error(output) is None)
+    assert results[2]["score"] == (canonical_smiles([output]) != [None])
     samples.write_text("".join(samples.read_text().splitlines(True)[:4]))  # stopped in the probes
     assert evaluate_rows(folder, [path], samples=samples)["t"] == results
 
 
 @pytest.mark.parametrize("row, words", [
-    ({"type": "strand", "dna": "ACGU"}, "'U'"), ({"type": "strand", "dna": ""}, "0 bases"),
-    ({"type": "probe", "dna": "ACGT", "labels": "010"}, "4 bases, 3 labels"),
-    ({"type": "family", "sequences": []}, "no sequences"),
+    ({"type": "strand", "dna": "ACGU"}, "'U'"), ({"type": "strand", "dna": ""}, "one base or more"),
+    ({"type": "probe", "dna": "ACGT", "labels": "010"}, "one label a base"),
+    ({"type": "family", "sequences": []}, "one or more"),
     ({"type": "family", "sequences": ["MK\nV"]}, "contains the separator"),
-    ({"type": "molecule", "sequences": [], "seed": 1, "temperature": -1.0}, "below 0"),
+    ({"type": "molecule", "sequences": [], "seed": 1, "temperature": -1.0}, "0 or more"),
     ({"type": "probe", "dna": "ACGT", "labels": "0101"}, "1 rows")])
 def test_bad_rows_of_sequences_are_named(tmp_path, scorer, row, words):
     path = write_rows(tmp_path / "t.jsonl", [{"id": "a", **row}])
@@ -503,10 +517,10 @@ def test_after_a_little_stage_one_the_state_carries_a_family(tmp_path):
     student = student_from_teacher(teacher, window=8, sinks=4)
     trainable = select_trainable(student, "new")
     optimizer = make_optimizer(trainable)
-    for step in range(40):
+    for step in range(25):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 40, 5, 3e-2, 3e-5)
-        tokens, ids, _ = collate(map(mixture.row, (2 * step, 2 * step + 1)), "cpu")
+            group["lr"] = learning_rate(step, 25, 5, 3e-2, 3e-5)
+        tokens, ids, _ = collate([mixture.row(step)], "cpu")
         alignment_losses(student, tokens, ids, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -516,7 +530,7 @@ def test_after_a_little_stage_one_the_state_carries_a_family(tmp_path):
                         ("window", student_from_teacher(teacher, window=8, sinks=4, mixer="swa"))):
         save_pretrained(model, tmp_path / name)
         scorer = Scorer(tmp_path / name)
-        nats = np.array([family_nats(scorer, row["sequences"]) for row in rows[:12]])
+        nats = np.array([family_nats(scorer, row["sequences"]) for row in rows[:8]])
         found[name] = np.exp(nats[:, -1, 0].sum() / nats[:, -1, 1].sum())
-    # measured: 16.7 and 6.1; the teacher 3.1
+    # measured: 17.0 and 5.0; the teacher 3.1
     assert found["window"] > 14 and found["student"] < 0.6 * found["window"]

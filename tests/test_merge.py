@@ -180,6 +180,8 @@ REFUSALS = {  # name -> (what is done to folder B, what the error must name)
     "dtype": (lambda b: change(b, NORM, torch.ones(32).half()), "F16 [32], in"),
     "integers": (lambda b: change(b, NORM, torch.ones(32).int()), "I32, which has no mean"),
     "config": (lambda b: edit(b / "config.json", rms_norm_eps=1e-3), "norm_eps is 0.001"),
+    "features": (lambda b: edit(b / "config.json", hybrid=dict(CONFIG["hybrid"], features=2)),
+                 "'features': 2"),
     "hybrid": (lambda b: edit(b / "config.json", hybrid=dict(window=9)), "hybrid is {'window': 9"),
     "tokenizer": (lambda b: (b / "tokenizer.json").write_text("[]"), "tokenizer.json is sha256"),
     "no tokenizer": (lambda b: (b / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -292,21 +294,19 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.002)
 threading.Thread(target=watch, daemon=True).start()
-merge.merge({folders!r}, {out!r}, **{options!r})
+merge.merge({folders!r}, {out!r} + "linear")
+merge.merge({folders!r}, {out!r} + "ties", method="ties", seed={folders!r}[0])
 print(before, peak)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc")
-@pytest.mark.parametrize("method", ["linear", "ties"])
-def test_memory_does_not_grow_with_the_model(tmp_path, method):
+def test_memory_does_not_grow_with_the_model(tmp_path):
     first = build_student(tmp_path / "0", 0, torch.bfloat16)
-    change(first, "large", torch.ones(1024, 40_000, dtype=torch.bfloat16))  # 80 MB
+    change(first, "large", torch.ones(1024, 5_000, dtype=torch.bfloat16))  # 40 MB in float64
     folders = [str(first)] + [shutil.copytree(first, tmp_path / str(i)) and str(tmp_path / str(i))
                               for i in (1, 2, 3)]
-    options = dict(method=method) | (dict(seed=folders[0]) if method == "ties" else {})
-    program = MEASURE.format(root=str(ROOT), folders=folders, out=str(tmp_path / "out"),
-                             options=options)
+    program = MEASURE.format(root=str(ROOT), folders=folders, out=str(tmp_path / "out"))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -334,8 +334,9 @@ def test_grid_covers_the_simplex():
     grid = simplex_grid(3, .25)
     assert len(grid) == len(set(grid)) == 15
     assert all(sum(w) == 1 and min(w) >= 0 for w in grid)
-    with pytest.raises(ValueError, match="step"):
-        simplex_grid(3, .3)
+    for step in (.3, 0, -1, float("nan")):
+        with pytest.raises(ValueError, match="step"):
+            simplex_grid(3, step)
 
 
 def test_sweep_merges_the_best_and_records_all(triple, tmp_path):
@@ -380,23 +381,25 @@ def test_sweep_goes_on_where_it_stopped(triple, tmp_path):
     assert len(scored) == 6 and len({str(s) for s in scored}) == 6
 
 
-def test_scores_of_other_models_or_tasks_are_refused(triple, tmp_path):
-    sweep(triple, tmp_path / "out", lambda folder: 1, step=1, about={"tasks": "one"})
-    shutil.rmtree(tmp_path / "out")
-    with pytest.raises(ValueError, match="other models, settings or tasks"):
-        sweep(triple, tmp_path / "out", lambda folder: 1, step=1, about={"tasks": "two"})
+def test_scores_of_other_models_or_tasks_are_not_used(triple, tmp_path):
+    def scored(**options):
+        folders = []
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        sweep(triple, tmp_path / "out", lambda folder: folders.append(folder) or 1, step=1,
+              **options)
+        return len(folders)
+
+    assert [scored(about="one"), scored(about="two"), scored(about="one")] == [3, 3, 0]
     change(triple[0], NORM, torch.ones(32))
-    with pytest.raises(ValueError, match="other models, settings or tasks"):
-        sweep(triple, tmp_path / "out", lambda folder: 1, step=1, about={"tasks": "one"})
-    assert not (tmp_path / "out").exists()
+    assert [scored(about="one"), scored(about="one")] == [3, 0]
 
 
 def test_damaged_scores_are_named_by_line(triple, tmp_path):
     sweep(triple, tmp_path / "out", lambda folder: 1, step=1)
     shutil.rmtree(tmp_path / "out")
     results = tmp_path / "out.sweep/results.jsonl"
-    results.write_text(results.read_text().replace("[[0.0, 1.0", "[[0.0; 1.0"))
-    with pytest.raises(ValueError, match=r"results.jsonl:\d is damaged"):
+    results.write_text(results.read_text().replace("[0.0, 1.0", "[0.0; 1.0"))
+    with pytest.raises(ValueError, match=r"results.jsonl:2: not a JSON object"):
         sweep(triple, tmp_path / "out", lambda folder: 1, step=1)
 
 
@@ -410,34 +413,42 @@ def test_score_that_is_not_a_number_is_refused(triple, tmp_path):
 
 def command(*arguments):
     return subprocess.run([sys.executable, "merge.py", *map(str, arguments)], cwd=ROOT, text=True,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"})
 
 
-def test_command_merges_and_explains_errors(pair, tmp_path):
-    done = command(*pair, "--out", tmp_path / "out", "--weights", ".25", ".75")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("linear merge into")
+def test_command_merges_and_explains_errors(pair, tmp_path, capsys):
+    merging.main([*map(str, pair), "--out", str(tmp_path / "out"), "--weights", ".25", ".75"])
+    assert capsys.readouterr().out.startswith("linear merge into")
     want = .25 * stored(pair[0])[NORM].double() + .75 * stored(pair[1])[NORM].double()
     assert torch.equal(stored(tmp_path / "out")[NORM], want.float())
-    done = command(*pair, "--out", tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "né")
+    done = command(*pair, "--out", tmp_path / "né")
+    assert done.stdout.startswith("linear merge into") and "n?" in done.stdout
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "out exists and is not empty; name a new folder" in done.stderr
+    assert "exists and is not empty; name a new folder" in done.stderr
 
 
 def test_command_sweeps_over_task_files(pair, tmp_path, monkeypatch):
-    class Evaluate:  # stands for evaluate.py: two tasks, whose mean is best at lambda (1, 0)
-        @staticmethod
-        def evaluate_tasks(directory, task_files, *, device):
-            first = json.loads((directory / "merge.json").read_text())["inputs"][0]["weight"]
-            return {"one": first, "two": 0.5}
+    import evaluate
 
-    monkeypatch.setitem(sys.modules, "evaluate", Evaluate)
+    def scores(directory, task_files, *, device):  # two tasks, whose mean is best at (1, 0)
+        first = json.loads((directory / "merge.json").read_text())["inputs"][0]["weight"]
+        return {"one": first, "two": 0.5}
+
+    monkeypatch.setattr(evaluate, "evaluate_tasks", scores)
     tasks = tmp_path / "tasks.jsonl"
     arguments = [*map(str, pair), "--out", str(tmp_path / "out"), "--sweep", str(tasks)]
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="tasks.jsonl"):
         merging.main(arguments)
-    tasks.write_text("{}")
-    merging.main(arguments)
+    tasks.write_text('{"type": "essay"}')
+    with pytest.raises(ValueError, match="tasks.jsonl:1: expected a type"):
+        merging.main(arguments)
+    tasks.write_text('{"id": "a", "type": "strand", "dna": "A"}')
+    with pytest.raises(ValueError, match="--device mps"):
+        merging.main([*arguments, "--device", "mps"])
+    assert {p.name for p in tmp_path.iterdir()} == {"A", "B", "tasks.jsonl"}
+    merging.main([*arguments, "--device", "cpu"])
     record = json.loads((tmp_path / "out/merge.json").read_text())
     assert [r["weight"] for r in record["inputs"]] == [1, 0]
     assert max(s["score"] for s in record["scores"]) == .75
