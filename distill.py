@@ -1064,6 +1064,8 @@ TRAIN = {"new": is_new, "mixer": lambda name: ".self_attn." in name, "all": lamb
 def select_trainable(student, which):
     """Set requires_grad: "new" (gates and feature maps), "mixer" (+ q, k, v, o) or "all".
 
+    Paper: all. "mixer" is the middle curve of its Fig. 17, a little worse in CE and as close in KL;
+    an 8B model's stage II then takes about a third of the memory.
     Returns the trainable parameters by name. Raises ValueError when there are none.
     """
     for name, p in student.named_parameters():
@@ -1109,6 +1111,7 @@ def save_checkpoint(run, stage, step, trainable, optimizer):
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
     barrier()
+    # A plain tensor (stage I, or one process) is alike on all: the first process writes it whole.
     sharded = any(hasattr(p, "to_local") for p in trainable.values())
     if sharded or run.rank == 0:
         for state in STATE:
@@ -1122,6 +1125,7 @@ def save_checkpoint(run, stage, step, trainable, optimizer):
                                            "files": run.world if sharded else 1})
         shutil.rmtree(path, ignore_errors=True)
         os.replace(tmp, path)
+        # Two, as a copy or a disk can damage the last: `load_checkpoint` then takes the one before.
         for old in checkpoints(run, stage)[:-2]:
             shutil.rmtree(old)
 
@@ -1152,6 +1156,7 @@ class StoredState:
             raise ValueError(f"checkpoint {path} cannot be read ({error})") from None
 
     def names(self):
+        """Of all tensors; every file holds some rows of each."""
         return self.files[0].keys()
 
     def rows(self, name, first=0, count=None):
@@ -1199,7 +1204,11 @@ def load_checkpoint(run, stage, trainable, optimizer):
 
 
 class StopRequested:
-    """True after Ctrl-C or SIGTERM: loops finish their step, save and leave. A second one kills."""
+    """True after Ctrl-C or SIGTERM: loops finish their step, save and leave. A second one kills.
+
+    A flag and no exception, so that no step is cut in two. torchrun kills its processes half a
+    minute after it has handed a signal on: with longer steps --save-every is what can be relied on.
+    """
 
     def __init__(self):
         self.signal = None
@@ -1207,6 +1216,7 @@ class StopRequested:
             signal.signal(number, self.remember)
 
     def remember(self, number, frame):
+        """The handler of both signals; the next one finds the default, which ends the process."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
@@ -1215,7 +1225,10 @@ class StopRequested:
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved."""
+    """The run was asked to stop, and has saved.
+
+    Its message says where. No error: the command leaves with status 0.
+    """
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1479,6 +1492,7 @@ def plan_memory(run, config, stage, stored=None):
         blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
         needs["gathered"] = half * (2 * (total - sum(blocks)) + 4 * max(blocks))
     # Each peak grows by as much with every layer, the first aside: 2 and 3 layers tell of them all.
+    # All of them would take minutes: every operation of a step costs 50 to 100 us without storage.
     weight_dtype = run.dtype if sharded else torch.float32
     few = min(2, config.num_layers)
     two, three = (working_bytes(run, config, stage, min(n, config.num_layers), weight_dtype)
@@ -1648,6 +1662,7 @@ def report(results):
 
 def show_samples(run, folder, tokenizer, heldout):
     """One greedy continuation per source, the teacher's and the student's."""
+    # Half a row of the first: a student that only copies what stands near shows it here.
     prompts = [torch.from_numpy(source.row(0)[0][None, :run.context // 2]).long().to(run.device)
                for source in heldout]
     said = {}
@@ -1728,6 +1743,7 @@ def plan_students(run, sources, weights):
                         run.distil_steps, run.out / name) for name in names}
         plans["generalist"] = ([1] * len(names), run.distil_steps * len(names),
                                run.out / "generalist")
+    # Each is a run of its own below --out, with its own checkpoints: a stop loses no expert.
     students = {}
     for name, (shares, steps, out) in plans.items():
         own = argparse.Namespace(**vars(run) | {
@@ -2029,6 +2045,7 @@ def main(argv=None):
     run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
     run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
     run.warmup = min(run.warmup, run.align_steps or run.distil_steps, run.distil_steps)
+    # Everything that can be refused comes before anything is written into --out but the data.
     results = open_run(run)
     teacher, tokenizer, student, sources, weights, heldout = load(run)
     students, stop, cache = plan_students(run, sources, weights), StopRequested(), None
@@ -2060,7 +2077,7 @@ def main(argv=None):
             once(run, own.out, own.out.mkdir)
         folders[name] = stage_two(own, seed, teacher, cache, mixture, heldout, stop)
         measure(run, results, name, open_model(run, folders[name]), teacher, heldout)
-    if run.experts:
+    if run.experts:  # the mean of the experts, without the generalist that they are compared with
         experts, folders["merged"] = list(folders.values())[:-1], run.out / "merged"
         once(run, folders["merged"], lambda: merge(experts, folders["merged"]))
         measure(run, results, "merged", open_model(run, folders["merged"]), teacher, heldout)
