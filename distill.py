@@ -1405,7 +1405,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.update(storages((args, kwargs)))  # what was made outside is not counted
         out = func(*args, **(kwargs or {}))
-        for storage in storages(out).difference(self.seen):
+        for storage in storages(out):
+            if storage in self.seen:
+                continue
             self.seen.add(storage)
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
@@ -2056,7 +2058,8 @@ def main(argv=None):
         if run.targets_only:
             return print(f"the targets are in {run.targets}")
     if not run.resume:
-        show_plan(run)
+        if run.device.type == "cuda":  # elsewhere memory is seldom short, and the plan takes seconds
+            show_plan(run)
         show_time(run, student, teacher, cache, students)
     # Only now: a refused run leaves none.
     once(run, run.out / "run.json", lambda: write_json(run.out / "run.json", settings_of(run)))

@@ -1120,7 +1120,7 @@ def status(key):
     return next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith(key))
 
 stage, *flags = sys.argv[1:]
-run = distill.parse_arguments(["--teacher", "-", "--context", "1024", "--dtype", "float32", *flags])
+run = distill.parse_arguments(["--teacher", "-", "--context", "512", "--dtype", "float32", *flags])
 run.device, run.world, run.dtype = torch.device("cpu"), 1, getattr(torch, run.dtype)
 import dataclasses
 small = ModelConfig.from_hf("tests/teacher")
@@ -1142,7 +1142,7 @@ optimizer = distill.make_optimizer(distill.select_trainable(
     student, "new" if stage == "align" else run.train))
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 for micro_batch in range(4):
-    tokens = torch.randint(0, 16384, (run.micro_batch, 1024))
+    tokens = torch.randint(0, 16384, (run.micro_batch, 512))
     ids = torch.zeros_like(tokens)
     with distill.autocast(run):
         if stage == "align":
