@@ -2058,7 +2058,7 @@ def main(argv=None):
         if run.targets_only:
             return print(f"the targets are in {run.targets}")
     if not run.resume:
-        if run.device.type == "cuda":  # elsewhere memory is seldom short, and the plan takes seconds
+        if run.device.type == "cuda":  # where memory is short; it takes seconds
             show_plan(run)
         show_time(run, student, teacher, cache, students)
     # Only now: a refused run leaves none.
