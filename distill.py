@@ -28,12 +28,13 @@ Run:
     python distill.py --experts                                   # branch, merge, score
 
 Contents: 1 data · 2 losses · 3 processes · 4 targets on disk · 5 held-out comparison · 6 optimiser
-and checkpoints · 7 stage I · 8 stage II · 9 memory, progress, report · 10 students · 11 command
+and checkpoints · 7 the two stages · 8 memory and time, before and during a run · 9 students and
+experts · 10 the command. To learn the method read 2 and 7; a new loss is a change in 2 alone.
 """
 
 import argparse
+import collections
 import contextlib
-import copy
 import dataclasses
 import datetime
 import hashlib
@@ -42,15 +43,19 @@ import math
 import mmap
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import uuid
 import warnings
 import weakref
 import zlib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
 from pathlib import Path
 
@@ -65,12 +70,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate
 from merge import merge
-from model import (MIXERS, Attention, ModelConfig, Tokenizer, Transformer, assign, generate, is_new,
-                   load_pretrained, load_with_tokenizer, local_rows, read_json,
+from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, assign, generate,
+                   is_new, load_pretrained, load_with_tokenizer, local_rows, read_json, read_rows,
                    reverse_complement, save_pretrained, save_tensors, sha256, student_config,
                    student_from_teacher, write_json)
 
@@ -79,138 +85,149 @@ HERE = Path(__file__).resolve().parent
 # ----------------------------------------------------------------------------------------------
 # 1. Data: files -> token ids on disk, once -> packed rows that keep their document boundaries
 # ----------------------------------------------------------------------------------------------
+# A row is `context` tokens of as many documents as fit. Where each ends is carried along as a
+# document id a token, never guessed from an end-of-text token: attention, recurrent state and
+# positions restart there, and no label crosses. Without that a recurrent student learns to read
+# the leftovers of another text in its state. Order is a function of (seed, step), so that a run
+# resumes from one integer, without a loader's state.
+#
+#     file --read_rows / read_text--> documents --encode--> part files --end to end--> FILES
+#     FILES --Source--> rows of one file --Mixture--> rows by weight --collate--> tensors
+#
+# Token ids lie flat in a file and are mapped into memory, so that a corpus of any size costs none.
 
-DATA_FORMAT = 3  # part of the cache key: raise it when the files below change their meaning
+DATA_FORMAT = 4  # part of the cache key: raise it when the files below change their meaning
+DOCUMENT = np.dtype([
+    ("length", "<i8"),  # tokens
+    ("labels", "<i8"),  # how many of them may be a label: those in the loss, never the first
+    ("skipped", "<i8"),  # assistant's turns that are read and not learnt
+    ("hash", "<i8"),  # of the content: decides whether the document is held out
+    ("head", "<i8"),  # of a family: where its first member starts
+    ("separator", "<i8")])  # of a family: the id behind each member; else -1
 FILES = {"tokens.bin": np.uint32,  # the tokens' ids, document after document
-         "loss.bin": bool,  # for each token: may it be a label
-         "documents.bin": np.int64}  # for each document its length, a hash of its content, where
-#   its first member starts, the id of the separator behind each member (no family: 0, -1)
-PART = 1 << 25  # bytes of a file that one process tokenises at a time, and that a stop can lose
+         "loss.bin": bool,  # for each token: is it in the loss
+         "documents.bin": DOCUMENT}
+PART = 1 << 25  # bytes of a file that a process tokenises at a time, and that a stop can lose
 
 
-def document_start(file, offset, is_text):
-    """The first byte at or after `offset` of an open file where a document may begin.
+@contextlib.contextmanager
+def replacing(path):
+    """A new file that takes the place of `path` if the block ends well, whoever else does so.
 
-    Behind a line end. In a .txt, which may have none for gigabytes: if none is within 64 KB, behind
-    a blank, or at least between two characters.
+    So a file is whole or absent, after a kill and beside other processes that write it as well.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(tmp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def text_start(file, offset):
+    """The first byte at or after `offset` of an open .txt where a piece of it may begin.
+
+    A function of the file and the offset alone, so that processes which share a file agree on its
+    pieces without talking. Behind a line end. There may be none for gigabytes: if none is within
+    64 KB, behind a blank, or at least between two characters.
     """
     size = os.fstat(file.fileno()).st_size
     if not 0 < offset < size:
         return max(0, min(offset, size))
     file.seek(offset)
-    if not is_text:
-        return offset + len(file.readline())
     ahead = file.read(1 << 16)
     line_end = ahead.find(b"\n") + 1
     if not line_end and offset + len(ahead) == size:
         return size
+    # In UTF-8 a byte 10xxxxxx goes on with a character; any other begins one.
     characters = (i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80)
     return offset + (line_end or ahead.find(b" ") + 1 or next(characters, 0))
 
 
-def read_pieces(path, start, stop):
-    """Yield (offset, bytes) of each line of a .jsonl, or document of a .txt, in start..stop."""
-    is_text = path.suffix == ".txt"
+def read_text(path, start=0, stop=None):
+    """Yield (place, piece) of a .txt file, or of its bytes start..stop.
+
+    One long text, cut at line ends into about fifty pieces or more, so that some can be held out.
+    Ranges that meet hold every piece once. ValueError names file and line.
+    """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        stop = size if stop is None else document_start(file, stop, is_text)
-        start = document_start(file, start, is_text)
         length = min(max(size // 50, 2000), 1 << 16)
+        start, stop = (text_start(file, x) for x in (start, size if stop is None else stop))
         while start < stop:
-            end = document_start(file, start + length, True) if is_text else None
+            end = min(text_start(file, start + length), stop)
             file.seek(start)
-            piece = file.read(min(end, stop) - start) if is_text else file.readline()
-            yield start, piece
-            start += len(piece)
+            piece = file.read(end - start)
+            try:
+                yield Place(path, start), piece.decode("utf-8" if start else "utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{Place(path, start + error.start)}: not UTF-8 ({error}); "
+                                 "convert the file") from None
+            start = end
 
 
-def read_documents(path, tokenizer, start=0, stop=None):
-    """Yield the documents of a .txt or .jsonl file, or of its bytes start..stop.
+def parse_row(row, tokenizer):
+    """A row of a .jsonl -> its documents: (kind, [(text, in_loss), ...], turns skipped) each.
 
-    Each is (kind, [(text, in_loss), ...]). .jsonl: one JSON object a line with `text`, or with
-    `messages` ([{"role", "content"}, ...]; kind "chat"), rendered in the teacher's chat format with
-    only the assistant's parts in the loss, or `sequences` (members of one "family": homologues,
-    molecules), or `dna` (a text whose reverse complement is another document). .txt: one long
-    text, cut at line ends into about fifty documents or more (kind "piece") so that some can be
-    held out. Ranges that meet hold every document once. Raises ValueError naming file and line.
+    ValueError where the row has none or several of these keys: which is meant is not guessed.
+
+    `text`: a text. `messages`: a conversation, with a row's `tools`, in the words of the teacher's
+    chat template; only the assistant's are in the loss. `sequences`: members of one "family"
+    (homologues, molecules). `dna`: a text, and its reverse complement as another document.
     """
-    for offset, piece in read_pieces(path, start, stop):
+    kinds = {"text": str, "messages": list, "dna": str, "sequences": list}
+    found = [kind for kind, type_ in kinds.items() if isinstance(row.get(kind), type_)]
+    content = row[found[0]] if len(found) == 1 else None
+    if found == ["text"]:
+        return [("text", [(content, True)], 0)]
+    if found == ["messages"]:
         try:
-            if path.suffix == ".txt":
-                document = "piece", [(_decode(piece), True)]
-            elif piece.strip():
-                document = parse_row(_decode(piece), tokenizer)
-            else:
-                continue
-            documents = [document]
-            if document[0] == "dna":  # its other strand is as good a text
-                documents.append(("dna", [(reverse_complement(document[1][0][0]), True)]))
-        except ValueError as error:
-            line = 1
-            with open(path, "rb") as file:  # counted only now: parts do not know their line
-                for start in range(0, offset, 1 << 20):
-                    line += file.read(min(1 << 20, offset - start)).count(b"\n")
-            if isinstance(error.__cause__, UnicodeDecodeError):
-                line += piece[:error.__cause__.start].count(b"\n")
-            raise ValueError(f"{path}:{line}: {error}") from None
-        yield from documents
-
-
-def _decode(data):
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error}); convert the file") from error
-
-
-def parse_row(line, tokenizer):
-    """One line of a .jsonl -> (kind, [(text, in_loss), ...]); ValueError says what is wrong."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not a JSON object ({error})") from None
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return "text", [(row["text"], True)]
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        try:
-            return "chat", tokenizer.render_chat_parts(row["messages"])
+            return [("chat", *tokenizer.render_chat_parts(content, tools=row.get("tools")))]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"messages cannot be rendered ({error})") from None
-    if isinstance(row, dict) and isinstance(row.get("dna"), str):
-        return "dna", [(row["dna"], True)]
-    sequences = row.get("sequences") if isinstance(row, dict) else None
-    if isinstance(sequences, list) and sequences and all(
-            isinstance(s, str) and s for s in sequences):
-        return "family", [(sequence, True) for sequence in sequences]
-    raise ValueError('expected a string "text" or "dna", a list "messages", or a list "sequences" '
-                     "of strings that are not empty")
+    if found == ["dna"]:  # the other strand is as good a text
+        return [("dna", [(s, True)], 0) for s in (content, reverse_complement(content))]
+    if found == ["sequences"] and content and all(isinstance(s, str) and s for s in content):
+        return [("family", [(sequence, True) for sequence in content], 0)]
+    raise ValueError('expected one of: a string "text" or "dna", a list "messages", a list '
+                     f'"sequences" of strings that are not empty; found {", ".join(row) or "{}"}')
 
 
 def encode_document(kind, parts, tokenizer, eos_id):
-    """A document of read_documents -> its token ids and in-loss flags, two lists of one length.
+    """A document of `parse_row` -> its token ids and in-loss flags, two lists of one length.
 
-    A text is [BOS] text EOS, a piece has no EOS, a conversation is what its chat format says, a
-    family is [BOS], its members with the separator after each, EOS.
+    A text is [BOS] text EOS, a piece has no EOS, a conversation is what its template says, a family
+    is [BOS], its members with the separator after each, EOS. A conversation's parts are encoded one
+    by one: an answer's first token then starts where generation starts, and no token straddles
+    what is given and what is learnt.
     """
     if kind == "family":
         ids = tokenizer.encode("", specials=False)  # BOS, or nothing
-        for text, _ in parts:
-            ids += tokenizer.encode_member(text)
-        ids += [] if eos_id is None else [eos_id]
-        return ids, [True] * len(ids)
-    ids, in_loss = [], []
-    for text, learn in parts:
-        # Plain text may spell a special token: that is text. A chat format means it.
-        new = tokenizer.encode(text, bos=False if kind == "chat" else None, specials=kind == "chat")
-        ids += new
-        in_loss += [learn] * len(new)
-    if kind in ("text", "dna") and eos_id is not None:
-        ids, in_loss = ids + [eos_id], in_loss + [True]
+        ids += [i for text, _ in parts for i in tokenizer.encode_member(text)]
+        in_loss = [True] * len(ids)
+    else:
+        ids, in_loss, is_chat = [], [], kind == "chat"
+        for text, learn in parts:
+            # A plain text that spells a special token means letters, a template means the token.
+            new = tokenizer.encode(text, bos=False if is_chat else None, specials=is_chat)
+            ids += new
+            in_loss += [learn] * len(new)
+    if kind in ("text", "dna", "family") and eos_id is not None:
+        ids.append(eos_id)
+        in_loss.append(True)
     return ids, in_loss
 
 
-def describe_document(kind, parts, ids, tokenizer):
-    """A row of documents.bin. The hash is that of both strands, and of a family in any order."""
+def identify_document(kind, parts, ids, tokenizer):
+    """The hash, head and separator of a row of documents.bin.
+
+    The hash is the same for both strands of DNA, and for a family in any order of its members, so
+    that what is held out is not trained on in another guise.
+    """
     content, family = ids.tobytes(), (0, -1)
     if kind == "dna":
         strand = parts[0][0]
@@ -218,96 +235,71 @@ def describe_document(kind, parts, ids, tokenizer):
     elif kind == "family":
         content = json.dumps(sorted(text for text, _ in parts)).encode()
         family = len(tokenizer.encode("", specials=False)), tokenizer.separator_id
-    return np.array([len(ids), zlib.crc32(content), *family])
+    return zlib.crc32(content), *family
 
 
-def tokenise_part(path, tokenizer, eos_id, start, stop):
-    """The documents in bytes start..stop of a file -> {name: array} of FILES."""
-    found = {name: [np.zeros(0, dtype)] for name, dtype in FILES.items()}
-    for kind, parts in read_documents(path, tokenizer, start, stop):
-        ids, in_loss = encode_document(kind, parts, tokenizer, eos_id)
-        if len(ids) < 2:
-            continue  # nothing to predict
-        ids = np.array(ids, np.uint32)
-        found["tokens.bin"].append(ids)
-        found["loss.bin"].append(np.array(in_loss, bool))
-        found["documents.bin"].append(describe_document(kind, parts, ids, tokenizer))
-    return {name: np.concatenate(arrays) for name, arrays in found.items()}
+def tokenise_part(path, tokenizer, eos_id, out, start, stop):
+    """Write the documents that begin in bytes start..stop of a file as an .npz `out` of FILES.
 
-
-def _tokenise_parts(pipe, path, directory, eos_id, bounds):
-    """A worker process: send each part, or the error that stops here. Waits until it is taken."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
-    try:
-        tokenizer = Tokenizer(directory)
-        for start, stop in bounds:
-            pipe.send(tokenise_part(path, tokenizer, eos_id, start, stop))
-    except BrokenPipeError:
-        pass  # the parent was killed
-    except (ValueError, OSError) as error:
-        pipe.send(error)
-
-
-def tokenise_parts(path, tokenizer, eos_id, bounds, workers):
-    """Yield tokenise_part of each (start, stop) of `bounds`, in order, from `workers` processes.
-
-    Processes, not threads: almost half of the time is spent in Python itself. Worker w makes parts
-    w, w + workers, ...; each holds one part until its turn comes, so memory is bounded. They are
-    spawned: the parent may hold threads, a GPU, a process group.
+    tokenizer: a Tokenizer, or in a process of its own the folder of one. Raises ValueError naming
+    file and line, whoever refuses: the reader, the chat template or the tokenizer.
     """
-    if workers == 1 or len(bounds) < 2:
-        for start, stop in bounds:
-            yield tokenise_part(path, tokenizer, eos_id, start, stop)
+    tokenizer = _worker_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+    found = {name: [np.zeros(0, dtype)] for name, dtype in FILES.items()}
+    for place, row in (read_text if path.suffix == ".txt" else read_rows)(path, start, stop):
+        try:
+            documents = [("piece", [(row, True)], 0)] if isinstance(row, str) else (
+                parse_row(row, tokenizer))
+            for kind, parts, skipped in documents:
+                ids, in_loss = encode_document(kind, parts, tokenizer, eos_id)
+                if len(ids) < 2:
+                    continue  # nothing to predict
+                ids, in_loss = np.array(ids, np.uint32), np.array(in_loss, bool)
+                described = (len(ids), in_loss[1:].sum(), skipped,
+                             *identify_document(kind, parts, ids, tokenizer))
+                for name, value in zip(FILES, (ids, in_loss, np.array([described], DOCUMENT))):
+                    found[name].append(value)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    with replacing(out) as file:
+        np.savez(file, **{name: np.concatenate(arrays) for name, arrays in found.items()})
+
+
+_worker_tokenizer = cache(Tokenizer)  # read once a process, not once a part
+
+
+def _start_worker():
+    """A worker of `tokenise` leaves Ctrl-C to its parent, and never outlives it.
+
+    The pool alone would leave workers behind when the parent is killed: they wait for work at a
+    pipe whose other end they hold open themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(daemon=True, target=lambda: (
+        multiprocessing.parent_process().join(), os._exit(1))).start()
+
+
+def tokenise_parts(path, tokenizer, eos_id, parts, workers):
+    """Make the parts [(out, start, stop), ...] by `tokenise_part`; yields as each is done.
+
+    In processes, not threads: almost half of the time is spent in Python itself. Spawned, not
+    forked: the parent may hold threads, a GPU, a process group. The workers write their parts to
+    the disk themselves, so that no memory is needed for what is done and waits its turn. A worker
+    that dies, as when memory runs out, is an OSError.
+    """
+    if workers == 1 or len(parts) < 2:
+        for part in parts:
+            yield tokenise_part(path, tokenizer, eos_id, *part)
         return
-    spawn, pipes, processes = multiprocessing.get_context("spawn"), [], []
+    pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"),
+                               _start_worker)
+    make = partial(tokenise_part, path, Path(tokenizer.path).parent, eos_id)
     try:
-        for w in range(min(workers, len(bounds))):
-            pipe, theirs = spawn.Pipe(duplex=False)
-            pipes.append(pipe)
-            processes.append(spawn.Process(
-                target=_tokenise_parts, daemon=True,
-                args=(theirs, path, Path(tokenizer.path).parent, eos_id, bounds[w::workers])))
-            processes[-1].start()
-            theirs.close()  # so that a worker's death is the end of its pipe
-        for i in range(len(bounds)):
-            try:
-                part = pipes[i % len(pipes)].recv()
-            except EOFError:
-                raise OSError("a worker process was killed; is there too little memory?") from None
-            if isinstance(part, Exception):
-                raise part
-            yield part
+        yield from pool.map(make, *zip(*parts))
+    except BrokenProcessPool:
+        raise OSError("a worker process was killed; is there too little memory?") from None
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-
-
-def _append(folder, part):
-    """Add a part to the files of a folder. It counts once its row of file sizes is in parts.bin."""
-    sizes = []
-    for name, array in part.items():
-        with open(folder / name, "ab") as file:
-            file.write(array)
-            file.flush()
-            os.fsync(file.fileno())
-            sizes.append(file.tell())
-    with open(folder / "parts.bin", "ab") as file:
-        file.write(np.array(sizes, np.int64))
-
-
-def _finished_parts(folder):
-    """How many whole parts a folder holds; what a stop has left behind them is cut off."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [*FILES, "parts.bin"]
-    for name in names:
-        (folder / name).touch()
-    sizes = np.fromfile(folder / "parts.bin", np.int64)
-    done = len(sizes) // len(FILES)
-    ends = sizes[(done - 1) * len(FILES):done * len(FILES)] if done else [0] * len(FILES)
-    for name, size in zip(names, [*ends, done * len(FILES) * sizes.itemsize]):
-        os.truncate(folder / name, size)
-    return done
+        pool.shutdown(cancel_futures=True)
 
 
 def tokenise(path, tokenizer, eos_id, folder, workers=None):
@@ -324,23 +316,26 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
     if folder.exists():
         return folder
     tmp, size = folder.with_name(folder.name + ".tmp"), path.stat().st_size
-    workers = workers or min(os.cpu_count(), 32)
+    parts = [(tmp / f"{i:06d}.npz", start, min(start + PART, size))
+             for i, start in enumerate(range(0, size, PART))]
+    todo = [part for part in parts if not part[0].exists()]
     try:
-        done, tokens, started = _finished_parts(tmp), 0, time.time()
-        bounds = [(start, min(start + PART, size)) for start in range(0, size, PART)]
-        with tqdm(desc=f"tokenise {path.name}", total=size, initial=min(done * PART, size),
-                  unit="B", unit_scale=True, leave=False) as bar:
-            parts = tokenise_parts(path, tokenizer, eos_id, bounds[done:], workers)
-            for (start, stop), part in zip(bounds[done:], parts):
-                _append(tmp, part)
-                tokens += len(part["tokens.bin"])
-                bar.set_postfix_str(f"{tokens / (time.time() - started):,.0f} tok/s", False)
-                bar.update(stop - start)
+        made = tokenise_parts(path, tokenizer, eos_id, todo, workers or min(os.cpu_count(), 32))
+        for _ in tqdm(made, f"tokenise {path.name}", len(parts), initial=len(parts) - len(todo),
+                      unit="part", leave=False):
+            pass
+        for name in FILES:  # the parts end to end; for a moment they take the disk twice
+            with replacing(tmp / name) as file:
+                for part, _, _ in parts:
+                    with np.load(part) as arrays:
+                        file.write(arrays[name].tobytes())
         if not (tmp / "documents.bin").stat().st_size:
             raise ValueError(f"{path}: there is no document of two tokens or more in this file")
+        for path_ in set(tmp.iterdir()) - {tmp / name for name in FILES}:
+            path_.unlink()
         os.replace(tmp, folder)
     except ValueError:
-        shutil.rmtree(tmp)  # the file must change, and with it the key
+        shutil.rmtree(tmp, ignore_errors=True)  # the file must change, and with it the key
         raise
     except OSError as error:
         raise OSError(f"{path}: tokenising stopped ({error}). {tmp} keeps what is done: when the "
@@ -354,13 +349,20 @@ def _sha256(path, size, time_ns):
 
 
 def file_sha256(path):
-    """sha256 of a file. A process reads it once, as long as its size and time stay the same."""
+    """sha256 of a file.
+
+    A process reads it once, as long as its size and time stay the same: a run asks for the hashes
+    of weights and data several times, and 16 GB of weights take half a minute.
+    """
     stat = path.stat()
     return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 def teacher_sha256(folder):
-    """One digest of the files that decide what a teacher computes."""
+    """One digest of the files that decide what a teacher computes: its weights and config.json.
+
+    Stored targets and a run's settings carry it, so that neither is continued with another teacher.
+    """
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
     return hashlib.sha256(" ".join(map(file_sha256, files)).encode()).hexdigest()
 
@@ -391,22 +393,28 @@ class Source:
     """
 
     def __init__(self, name, folder, split, T, fraction=0.02):
-        lengths, hashes, *family = np.fromfile(folder / "documents.bin", np.int64).reshape(-1, 4).T
-        rank = max(1, round(fraction * len(hashes))) - 1
-        limit = np.partition(hashes, rank)[rank]
-        chosen = hashes <= limit if split == "heldout" else hashes > limit
+        documents = np.fromfile(folder / "documents.bin", DOCUMENT)
+        rank = max(1, round(fraction * len(documents))) - 1
+        limit = np.partition(documents["hash"], rank)[rank]
         self.name, self.folder, self.T = name, folder, T
+        self.skipped = int(documents["skipped"].sum())  # of the whole file
+        starts = documents["length"].cumsum() - documents["length"]
+        chosen = (documents["hash"] <= limit) == (split == "heldout")
+        documents = documents[chosen]
         self.tokens = map_array(folder / "tokens.bin", np.uint32)
         self.loss = map_array(folder / "loss.bin", bool)
-        self.lengths = lengths[chosen]
-        self.starts = (lengths.cumsum() - lengths)[chosen]  # in the files
-        self.heads, self.separators = (column[chosen] for column in family)
+        self.lengths, self.starts = documents["length"], starts[chosen]  # in the files
+        self.heads, self.separators = documents["head"], documents["separator"]
         self.ends = self.lengths.cumsum()  # in the stream of chosen documents
-        self.total = int(self.lengths.sum())
+        self.total, self.labels = int(self.lengths.sum()), int(documents["labels"].sum())
         self.num_rows = max(0, self.total - 1) // T
 
     def row(self, i, order=None):
         """Row i: token ids, document ids, in-loss flags; T + 1 of each (the last: label only).
+
+        Rows i and i + 1 share one token, the label of one and the first input of the other: over an
+        epoch every token is input once. A document longer than what is left of the row goes on in
+        the next, there as a new document: what came before cannot be seen from it.
 
         order: integers that decide how each family's members are ordered; None: as in the file.
         """
@@ -414,7 +422,7 @@ class Source:
         ids = np.arange(np.searchsorted(self.ends, a, "right"),
                         np.searchsorted(self.ends, b, "left") + 1)
         pieces = []
-        for d in ids:
+        for d in ids:  # all documents of this split in a row are "the stream": a..b is cut from it
             shift = self.starts[d] - (self.ends[d] - self.lengths[d])  # stream -> file
             piece = slice(max(a + shift, self.starts[d]),
                           min(b + shift, self.starts[d] + self.lengths[d]))
@@ -427,7 +435,10 @@ class Source:
                 np.concatenate([self.loss[piece] for piece in pieces]))
 
     def shuffled(self, d, order):
-        """Where the tokens of family d stand in the files, members in a new order: (length,)."""
+        """Where the tokens of family d stand in the files, members in a new order: (length,).
+
+        A family is a set: a student that saw one order only would learn the order too.
+        """
         where = np.arange(self.starts[d], self.starts[d] + self.lengths[d])
         ends = np.flatnonzero(self.tokens[where] == self.separators[d]) + 1
         head, *members, tail = np.split(where, [self.heads[d], *ends])
@@ -438,7 +449,8 @@ class Source:
 def collate(rows, device):
     """Rows -> tokens, document_ids, labels, each (B, T) int64; labels -100 where none counts.
 
-    The last token of a document has no label: the next one belongs to another text.
+    labels[t] is the token at t + 1. The last token of a document has none: the next one belongs to
+    another text. Nor has a token before one that is not in the loss, as a user's words in a chat.
     """
     tokens, ids, loss = (torch.from_numpy(np.stack(x)) for x in zip(*rows))
     tokens = tokens.long()
@@ -474,13 +486,17 @@ class Mixture:
         return s, int(self.orders[s][1][j])
 
     def row(self, i):
+        """Row i of the mixture, as `Source.row` gives it."""
         s, j = self.locate(i)
         order = self.seed, s, int(self.nth[i]) // self.sources[s].num_rows
         return self.sources[s].row(j, order if self.reorder else None)
 
 
 def row_order(seed, s, epoch, n):
-    """The order in which source s gives its n rows in an epoch."""
+    """The order in which source s gives its n rows in an epoch: a permutation of range(n).
+
+    Seeded by all that it depends on, and by no state: any epoch can be had without those before.
+    """
     return np.random.default_rng((seed, s, epoch)).permutation(n)
 
 
@@ -503,15 +519,16 @@ def interleave(weights, n):
 
 def parse_data(spec):
     """One --data argument FILE[=WEIGHT] -> (path, weight or None); ValueError naming the flag."""
-    name, _, weight = (spec, "", "") if "=" not in spec or Path(spec).exists() else (
-        spec.rpartition("="))
+    name, equals, weight = spec.rpartition("=")
+    if not equals or Path(spec).exists():
+        name, weight = spec, "nothing"
     path = Path(name)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--data {spec}: expected FILE.txt or FILE.jsonl, optionally =WEIGHT")
     if not path.is_file():
         raise FileNotFoundError(f"--data {spec}: there is no file {path}")
     try:
-        weight = float(weight) if weight else None
+        weight = None if weight == "nothing" else float(weight)
     except ValueError:
         raise ValueError(f"--data {spec}: the weight {weight!r} is not a number") from None
     if weight is not None and not 0 < weight < math.inf:
@@ -519,34 +536,57 @@ def parse_data(spec):
     return path, weight
 
 
-def open_data(specs, tokenizer, eos_id, folder, T):
-    """--data arguments -> (training sources, their weights, held-out sources), tokenised.
+def open_data(run, tokenizer, eos_id):
+    """--data -> (training sources, their weights, held-out sources), tokenised; says what they are.
 
     Weights default to the number of tokens, so that files without one are as if concatenated.
-    Raises ValueError / FileNotFoundError naming the file or flag.
+    Raises ValueError / FileNotFoundError naming the file or flag: also for a split in which no
+    token is a label, such as conversations without an assistant, whose losses would be means over
+    nothing and look like success.
     """
     train, weights, heldout = [], [], []
-    for path, weight in map(parse_data, specs):
-        cached = tokenise(path, tokenizer, eos_id, folder)
-        train.append(Source(path.stem, cached, "train", T))
-        heldout.append(Source(path.stem, cached, "heldout", T))
+    for path, weight in map(parse_data, run.data):
+        folder = tokenise(path, tokenizer, eos_id, run.out / "data")
+        train.append(Source(path.stem, folder, "train", run.context))
+        heldout.append(Source(path.stem, folder, "heldout", run.context))
         for source, split in ((train[-1], "training"), (heldout[-1], "held-out")):
             if source.num_rows == 0:
                 raise ValueError(f"--data {path}: {source.total} {split} tokens do not fill a row "
-                                 f"of --context {T}; give more text or a shorter context")
+                                 f"of --context {run.context}; give more text or a shorter context")
+            if source.labels == 0:
+                raise ValueError(f"--data {path}: none of the {source.total} {split} tokens is to "
+                                 "be learnt; do its conversations have an assistant's turns?")
         weights.append(weight or float(train[-1].total))
+    for source, weight in zip(train, weights):
+        print(f"data      {source.name}: {source.total:,} tokens to train on, {source.labels:,} "
+              f"labels, the longest document {source.lengths.max():,}; "
+              f"{weight / sum(weights):.0%} of every batch")
+        if source.skipped:
+            print(f"          {source.skipped:,} of its assistant's turns are read and not learnt: "
+                  "the chat template rewrites them once others follow")
     return train, weights, heldout
 
 
 # ----------------------------------------------------------------------------------------------
 # 2. Losses
 # ----------------------------------------------------------------------------------------------
+# Stage I compares what attention returns, layer by layer; stage II what the model says. Both are
+# means over tokens, so that a learning rate means the same whatever the batch: a reduction over the
+# batch only, as "batchmean" does with (B, T, V), would make it grow with the context.
+#
+# Logits are the largest thing in stage II: 4096 tokens x 128k x 4 bytes are 2.1 GB, and a loss
+# needs several such. So each use of them below takes a slice of tokens at a time.
+
+LOGITS_AT_ONCE = 1 << 26  # 256 MB in fp32: 512 tokens of Llama 3, all 1024 of a short SmolLM2 row
 
 
-def _chunks(count, width):
-    """Slices of range(count) so small that (slice, width) in fp32 stays below 256 MB."""
-    size = max(1, (1 << 26) // width)
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+def slices(vocab_size, *tensors):
+    """The tensors (N, ...), cut alike into slices of N whose logits are few: tuples of slices.
+
+    By `split`: the backward of a plain index would fill a tensor of the whole length each time.
+    """
+    size = max(1, LOGITS_AT_ONCE // vocab_size)
+    return list(zip(*(x.split(size) for x in tensors)))
 
 
 @torch.no_grad()
@@ -554,18 +594,16 @@ def teacher_topk(hidden, lm_head_weight, k):
     """The k most likely tokens, in no order: hidden (..., hidden) -> ids, logprobs (N, k).
 
     fp32. Log-probabilities are over the full vocabulary: the mass outside the top k stays known.
+    No order: the loss does not care, and sorting 256 of 128k for every token would take longer.
     """
-    hidden = hidden.flatten(0, -2)
-    k = min(k, len(lm_head_weight))
-    ids, logprobs = [], []
-    for rows in _chunks(len(hidden), len(lm_head_weight)):
-        logits = F.linear(hidden[rows], lm_head_weight).float()
+    k, found = min(k, len(lm_head_weight)), []
+    for x, in slices(len(lm_head_weight), hidden.flatten(0, -2)):
+        logits = F.linear(x, lm_head_weight).float()
         top = logits.topk(k, dim=-1, sorted=False)
-        ids.append(top.indices)
         largest = top.values.amax(-1, keepdim=True)
         log_z = logits.sub_(largest).exp_().sum(-1, keepdim=True).log()  # logsumexp would copy
-        logprobs.append(top.values - largest - log_z)
-    return torch.cat(ids), torch.cat(logprobs)
+        found.append((top.indices, top.values - largest - log_z))
+    return tuple(map(torch.cat, zip(*found)))
 
 
 def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, gamma=0.9, beta=0.1):
@@ -573,122 +611,70 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
 
     hidden (..., hidden), lm_head_weight (V, hidden), labels (...) int64 with -100 = not valid,
     topk_ids and topk_logprobs (..., k): the teacher's top tokens and their log-probabilities.
-    Returns (loss, {"ce", "kl"}) in fp32, in nats per token.
+    Returns (loss, {"ce", "kl"}) in fp32, in nats per token; 0 where no token is valid.
 
     Paper: KL over "the distribution over the top-k tokens". Here: both distributions are
     renormalised over those k tokens, because cutting them off without is biased (2503.16870).
-    With k = V it is the full KL. Logits exist for one slice of the vocabulary at a time, and
-    gradients are formed in the forward pass: there is never a (tokens, V) matrix.
+    With k = V it is the full KL. A slice's logits are forgotten and computed again in the backward
+    pass: there is never a (tokens, V) matrix, for 2 % more of an 8B model's step.
     """
-    loss, ce, kl = _SparseKD.apply(
-        hidden.flatten(0, -2), lm_head_weight, labels.flatten(), topk_ids.flatten(0, -2),
-        topk_logprobs.flatten(0, -2), gamma, beta)
-    return loss, {"ce": ce.detach(), "kl": kl.detach()}
+    kind, weight = hidden.device.type, lm_head_weight
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if weight.requires_grad:
+        # Every slice adds to the gradient of lm_head. It is summed in the dtype of what the slices
+        # share, so they share fp32 and each casts it for itself: `weight.to` below. Left to
+        # autocast, or under FSDP2, which gathers bf16, they would share bf16 and sum in it.
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
+    def sums(x, labels, ids, logprobs):  # of a slice: CE and KL, (2,)
+        logits = F.linear(x.to(dtype), weight.to(dtype))
+        logits = logits.to(torch.promote_types(dtype, torch.float32))
+        # One gather, the label as one more column: its backward fills a tensor as large as logits.
+        columns = torch.cat((ids.long(), labels.clamp_min(0)[:, None]), dim=1)  # (slice, k + 1)
+        z = logits.gather(1, columns)
+        ce = logits.logsumexp(-1) - z[:, -1]
+        log_p = logprobs.to(z.dtype).log_softmax(-1)  # teacher over its top k
+        log_q = z[:, :-1].log_softmax(-1)  # student over the same k
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        return (torch.stack((ce, kl)) * (labels != -100)).sum(1)
 
-class _SparseKD(torch.autograd.Function):
-    """Two passes over slices of the vocabulary: log Z and the logits that count, then gradients.
-
-    Slices of V, not of tokens: every row of lm_head's gradient is then one matrix product over all
-    tokens, rounded once, and needs no fp32 buffer of lm_head's size. The price is that logits are
-    computed twice, 2 % of an 8B model's step.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, ids, logprobs, gamma, beta):
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        x, (N, V) = hidden.to(dtype), (len(hidden), len(weight))
-        slices = _chunks(V, max(N, x.shape[1]))  # no (slice, hidden) product above 256 MB either
-        valid = (labels != -100)[:, None]
-        share = valid.to(wide) / valid.sum().clamp_min(1)
-        # The label is one more column of ids; each column is looked up in the slice it falls in.
-        ids = torch.cat((ids.long(), labels.clamp_min(0)[:, None]), dim=1)  # (N, k + 1)
-
-        def local(v):
-            if v.stop - v.start == V:
-                return ids, torch.ones((), dtype=torch.bool, device=ids.device)
-            return (ids - v.start).clamp(0, v.stop - v.start - 1), (ids >= v.start) & (ids < v.stop)
-
-        with torch.autocast(kind, enabled=False):
-            log_z = torch.full((N, 1), -torch.inf, dtype=wide, device=hidden.device)
-            z_ids = torch.zeros(ids.shape, dtype=wide, device=hidden.device)
-            for v in slices:
-                z = (x @ weight[v].to(dtype).T).to(wide)  # (N, slice)
-                at, here = local(v)
-                z_ids = torch.where(here, z.gather(1, at), z_ids)
-                top = z.amax(-1, keepdim=True)
-                z.sub_(top).exp_()
-                log_z = torch.logaddexp(log_z, z.sum(-1, keepdim=True).log() + top)
-            ce = ((log_z - z_ids[:, -1:]) * share).sum()
-            log_p = logprobs.to(wide).log_softmax(-1)  # teacher over its top k
-            log_q = z_ids[:, :-1].log_softmax(-1)  # student over the same k
-            p, q = log_p.exp(), log_q.exp()
-            kl = (p * (log_p - log_q) * share).sum()
-
-            # d CE / dz = softmax(z) - onehot(label);  d KL / dz_k = q_k - p_k
-            need_x, need_w = ctx.needs_input_grad[:2]
-            grad_x = torch.zeros_like(hidden, dtype=wide) if need_x else None
-            grad_w = torch.empty_like(weight) if need_w else None
-            change = torch.cat((beta * share * (q - p), -gamma * share), dim=1)
-            for v in slices if need_x or need_w else ():
-                if len(slices) > 1:
-                    z = (x @ weight[v].to(dtype).T).to(wide).sub_(log_z).exp_()
-                else:
-                    z.mul_((top - log_z).exp())
-                g = z.mul_(gamma * share)
-                at, here = local(v)
-                g = g.scatter_add_(1, at, change * here).to(dtype)
-                if need_x:
-                    grad_x += g @ weight[v].to(dtype)
-                if need_w:
-                    grad_w[v] = g.T @ x
-        ctx.grads = grad_x if grad_x is None else grad_x.to(hidden.dtype), grad_w
-        return gamma * ce + beta * kl, ce, kl
-
-    @staticmethod
-    def backward(ctx, grad, _ce, _kl):
-        grads, ctx.grads = ctx.grads, None  # let go of them: else autograd must copy them
-        return *(None if g is None else g.mul_(grad) for g in grads), *(None,) * 5
-
-
-@torch.no_grad()
-def teacher_layers(student, tokens, document_ids, positions=None):
-    """The teacher's forward pass inside its student, as far as stage I needs it, layer by layer.
-
-    Yields the student's mixer, what both read (`model.Heads`), and the teacher's softmax output
-    (B, H, T, D), which goes on to the next layer.
-    """
-    if positions is None:
-        positions = student.positions(tokens, document_ids=document_ids)
-    x, layers = student.embed(tokens), student.model["layers"]
-    for block, tables in zip(layers, student.rope_tables(positions, x.dtype)):
-        attention = block.self_attn
-        heads = attention.heads(block.attention_input(x), tables)
-        target = Attention.mix(attention, heads, document_ids=document_ids)
-        yield attention, heads, target
-        if block is not layers[-1]:
-            x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
+    parts = slices(len(weight), hidden.flatten(0, -2), labels.flatten(), topk_ids.flatten(0, -2),
+                   topk_logprobs.flatten(0, -2))
+    # A single slice is small enough to be kept.
+    run = partial(checkpoint, sums, use_reentrant=False, preserve_rng_state=False)
+    total = sum(run(*part) if len(parts) > 1 else sums(*part) for part in parts)
+    ce, kl = total / (labels != -100).sum().clamp_min(1)
+    return gamma * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
 
 def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
     """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of ||h_T - h_S||^2.
 
+    h is what a mixer returns for its heads, before o_proj mixes them (model.Attention.mix).
+    The teacher's forward pass, made inside its student, whose frozen weights are the teacher's own.
     Each layer gets the TEACHER's input; its softmax output is the target, its hybrid output the
-    prediction. So student and teacher share one copy of all frozen weights, layers do not depend
-    on each other, and memory is that of one layer: with `backward_scale` each layer's graph is used
-    at once (gradients of scale * loss are added) and freed. positions: as in `Transformer.forward`.
+    prediction, and the teacher's output goes on to the next layer. So layers do not depend on each
+    other, and memory is that of one layer: with `backward_scale` each layer's graph is used at once
+    (gradients of scale * loss are added) and freed. positions: as in `Transformer.forward`.
     Returns (layers,) fp32, detached.
     """
-    losses = []
-    for attention, heads, target in teacher_layers(student, tokens, document_ids, positions):
-        with torch.set_grad_enabled(backward_scale is not None):
-            h = attention.mix(heads, document_ids=document_ids)
-            loss = (h.float() - target.float()).square().mean()
-            if backward_scale is not None:
-                (loss * backward_scale).backward()
-        losses.append(loss.detach())
+    if positions is None:
+        positions = student.positions(tokens, document_ids=document_ids)
+    layers, losses = student.model["layers"], []
+    with torch.no_grad():
+        x = student.embed(tokens)
+        for block, tables in zip(layers, student.rope_tables(positions, x.dtype)):
+            attention = block.self_attn
+            heads = attention.heads(block.attention_input(x), tables)
+            target = Attention.mix(attention, heads, document_ids=document_ids)  # (B, H, T, D)
+            with torch.set_grad_enabled(backward_scale is not None):
+                h = attention.mix(heads, document_ids=document_ids)
+                loss = (h.float() - target.float()).square().mean()
+                if backward_scale is not None:
+                    (loss * backward_scale).backward()
+            losses.append(loss.detach())
+            if block is not layers[-1]:  # nobody reads what leaves the last
+                x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
     return torch.stack(losses)
 
 
@@ -714,23 +700,37 @@ def frozen_dtype(run):
 
 
 def autocast(run):
-    """Matrix products in run.dtype."""
+    """Matrix products in run.dtype, from weights and activations of any.
+
+    The weights that train stay fp32 underneath. An AdamW step at 7e-7 would move 1 % of bf16
+    weights, one at 1e-5 16 % (measured): the others would round it away.
+    """
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
-# Nothing below depends on how many there are: a step has --batch rows whatever their number, losses
-# and gradients are sums over all rows divided by the step's count. Without torchrun every function
-# from here to section 4 is the identity.
+# Nothing below depends on how many processes there are: a step has --batch rows whatever their
+# number, losses and gradients are sums over all rows divided by the step's count. Without torchrun
+# every function from here to section 4 is the identity.
 
 
 def start_processes(run):
-    """Join torchrun's processes, if it started this one; set run.device, .dtype, .rank, .world."""
-    run.device, run.rank, run.world = torch.device(run.device), 0, 1
-    run.dtype = choose_dtype(run.dtype, run.device)
+    """Join torchrun's processes, if it started this one; set run.device, .dtype, .rank, .world.
+
+    ValueError if this torch has no such device: said here in a sentence, not deep in a model.
+    """
+    if "RANK" in os.environ and run.device.startswith("cuda"):
+        run.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:  # fp64 too: held-out sums are in it
+        run.device = torch.device(run.device)
+        torch.zeros(1, dtype=torch.float64, device=run.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"--device {run.device}: this torch cannot use it; use --device cpu, or "
+                         f"cuda where there is a GPU ({str(error).strip().splitlines()[0]})"
+                         ) from None
+    run.dtype, run.rank, run.world = choose_dtype(run.dtype, run.device), 0, 1
     if "RANK" not in os.environ:
         return
     if run.device.type == "cuda":
-        run.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(run.device)
     # The others wait for the first one's slow work (tokenising, saving): longer than the default
     # half hour. A process that dies is noticed by torchrun, which stops all.
@@ -741,7 +741,7 @@ def start_processes(run):
         raise ValueError(f"--batch {run.batch} rows cannot be dealt out to {run.world} processes "
                          "evenly; make it a multiple")
     if run.rank > 0:  # one voice: errors still reach stderr from every process
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def leave(status):
@@ -767,7 +767,10 @@ def barrier():
 
 
 def once(run, path, make):
-    """Have the first process call make(), unless `path` exists; all go on when it is done."""
+    """Have the first process call make(), unless `path` exists; all go on when it is done.
+
+    make leaves `path` whole or not at all, so that a run that was stopped in it does it again.
+    """
     if run.rank == 0 and not path.exists():
         make()
     barrier()
@@ -781,7 +784,10 @@ def all_sum(tensor):
 
 
 def sum_gradients(trainable):
-    """Stage I: add up all processes' gradients, in one message."""
+    """Stage I: add up all processes' gradients, in one message.
+
+    Of a few MB a layer. One message a tensor would wait for the network hundreds of times a step.
+    """
     if dist.is_initialized():
         grads = [p.grad for p in trainable.values()]
         flat = all_sum(torch.cat([g.flatten() for g in grads]))
@@ -789,9 +795,12 @@ def sum_gradients(trainable):
             g.copy_(part.view_as(g))
 
 
-def clip_gradients(trainable, largest):
-    """Scale gradients down to a norm of `largest`; return the norm before, over all processes."""
-    norm = nn.utils.clip_grad_norm_(trainable.values(), largest)
+def clip_gradients(trainable):
+    """Scale gradients down to a norm of 1, as the paper does; return what it was before.
+
+    Of sharded gradients the norm is that of all processes together.
+    """
+    norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
@@ -818,7 +827,10 @@ def shard(model, device, dtype):
 
 
 def my_micro_batches(run, step):
-    """The mixture's row numbers of a step that are this process's, in --micro-batch pieces."""
+    """The mixture's row numbers of a step that are this process's, in --micro-batch pieces.
+
+    Process r takes rows r, r + world, ...: any number of processes reads the same rows in a step.
+    """
     mine = range(step * run.batch + run.rank, (step + 1) * run.batch, run.world)
     return [mine[a:a + run.micro_batch] for a in range(0, len(mine), run.micro_batch)]
 
@@ -826,183 +838,136 @@ def my_micro_batches(run, step):
 # ----------------------------------------------------------------------------------------------
 # 4. Teacher targets on disk: the teacher runs once; stage II then needs it no more
 # ----------------------------------------------------------------------------------------------
+# A fifth to a quarter of stage II's work is the teacher's forward pass, and it says the same of a
+# row every time. Storing it pays where rows come again: several experts or epochs over the same
+# data, a search over learning rates, a teacher that does not fit beside its student. It does not
+# pay for one pass over much data: 256 tokens' ids and log-probabilities are 1 KB a token (1.25 KB
+# above 65,536 tokens of vocabulary), so 5B tokens are 5.1 or 6.4 TB.
+#
+# A file a row, named by source and row, not by step: epochs, experts, other weights and other seeds
+# share them, and whoever lacks some makes those. A row of 4096 tokens is a file of 4 or 5 MB.
 
-TARGETS_FORMAT = 1  # raise it when the files change their meaning
-SHARD_ROWS = 64
-
-
-def targets_row(T, k, vocab_size):
-    """The numpy dtype of a row: the top k ids and fp16 log-probs of T tokens, and their CRC-32.
-
-    Ids take 2 bytes, and a third in `high` where the vocabulary has more than 2^16 tokens: with
-    k = 256, 1024 or 1280 bytes a token.
-    """
-    parts = [("low", "<u2", (T, k)), ("logprobs", "<f2", (T, k))]
-    parts += [("high", "u1", (T, k))] if vocab_size > 1 << 16 else []
-    return np.dtype([("targets", parts), ("crc", "<u4")])
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A new file that takes the place of `path` if the block ends well, whoever else does so."""
-    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(tmp, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+TARGETS_FORMAT = 2  # raise it when the files change their meaning
 
 
 class TargetCache:
-    """The teacher's top-k log-probabilities for rows of the sources, in files of SHARD_ROWS rows.
+    """The teacher's top-k log-probabilities for rows of the sources, on disk.
 
-    Keyed by (source, row), not by step: epochs, experts and other weights share them. A source's
-    rows stand in the order of the first epoch, so that a run shorter than it needs the first
-    shards only. A shard exists whole or not at all. manifest.json says whose targets these are
-    (`described`, see `describe_targets`); ValueError names what differs. The seed may differ: the
-    manifest's orders the rows.
+    Log-probabilities are over the full vocabulary, in fp16: off by 1/2048 of their value at most.
+    Rows are as their files have them: a family's members are not reordered where targets are
+    stored.
+
+    manifest.json says whose targets these are (`described`); ValueError names what differs. A row's
+    file holds the ids and fp16 log-probs of its T tokens, (T, k) each, and their CRC-32. Ids take 2
+    bytes, and a third in `high` where the vocabulary has more than 2^16 tokens: with k = 256, 1024
+    or 1280 bytes a token.
     """
 
     def __init__(self, folder, sources, described):
-        self.folder, self.sources = folder, sources
-        path = folder / "manifest.json"
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.sources, path = folder, sources, folder / "manifest.json"
         if not path.exists():
             with replacing(path) as file:
                 file.write((json.dumps(described, indent=2) + "\n").encode())
         found = read_json(path)
         differs = [f"{key} was {found.get(key)!r}, now {value!r}"
-                   for key, value in described.items() if key != "seed" and found.get(key) != value]
+                   for key, value in described.items() if found.get(key) != value]
         if differs:
             raise ValueError(f"--targets {folder} was made with other settings: "
                              f"{'; '.join(differs)}. Name another folder, or delete this one")
-        self.row_type = targets_row(described["context"], described["k"], described["vocab_size"])
-        self.orders = [row_order(found["seed"], s, 0, source.num_rows)
-                       for s, source in enumerate(sources)]
-        self.places = [np.argsort(order) for order in self.orders]  # row -> its place in the files
+        shape = described["context"], described["k"]
+        parts = [("low", "<u2", shape), ("logprobs", "<f2", shape)]
+        parts += [("high", "u1", shape)] if described["vocab_size"] > 1 << 16 else []
+        self.row_type = np.dtype([("targets", parts), ("crc", "<u4")])
 
-    def shard(self, s, n):
-        """Path and rows of shard n of source s."""
-        rows = self.orders[s][n * SHARD_ROWS:(n + 1) * SHARD_ROWS]
-        return self.folder / self.sources[s].name / f"shard-{n:06d}", rows
+    def path(self, s, j):
+        """The file of row j of source s. A folder holds a thousand: more are slow to list."""
+        return self.folder / self.sources[s].name / f"{j // 1000:06d}" / f"{j:09d}"
 
-    def needed(self, mixtures):
-        """The shards [(s, n), ...] that mixtures draw from."""
-        found = []
-        for s, places in enumerate(self.places):
-            drawn = [row_order(m.seed, s, 0, len(places))[:(m.which == s).sum()] for m in mixtures]
-            found += [(s, n) for n in np.unique(places[np.concatenate(drawn)] // SHARD_ROWS)]
-        return found
-
-    def is_whole(self, s, n):
-        path, rows = self.shard(s, n)
-        return path.exists() and path.stat().st_size == len(rows) * self.row_type.itemsize
+    def is_whole(self, s, j):
+        """Whether row j of source s is there."""
+        path = self.path(s, j)
+        return path.exists() and path.stat().st_size == self.row_type.itemsize
 
     def rows(self, where, device="cpu"):
         """[(source, row), ...] -> ids (N, T, k) int32 and log-probs (N, T, k) fp16, from the disk.
 
-        As sparse_kd_loss takes them, which widens a chunk at a time. Raises FileNotFoundError, or
+        As sparse_kd_loss takes them, which widens a slice at a time. Raises FileNotFoundError, or
         ValueError if a row is damaged.
         """
         ids, logprobs = [], []
         for s, j in where:
-            n, i = divmod(int(self.places[s][j]), SHARD_ROWS)
-            path, _ = self.shard(s, n)
-            row = np.memmap(path, self.row_type, "r")[i]
-            targets = row["targets"]
-            if zlib.crc32(targets.tobytes()) != row["crc"]:
-                raise ValueError(f"{path}: row {i} is damaged; delete this file, and the run makes "
-                                 "it again")
-            wide = targets["low"].astype(np.int32)
+            row = np.fromfile(self.path(s, j), self.row_type)
+            if len(row) != 1 or zlib.crc32(row["targets"].tobytes()) != row["crc"][0]:
+                raise ValueError(f"{self.path(s, j)} is damaged; delete this file, and the run "
+                                 "makes it again")
+            targets = row["targets"][0]
+            ids.append(targets["low"].astype(np.int32))
             if "high" in targets.dtype.names:
-                wide |= targets["high"].astype(np.int32) << 16
-            ids.append(wide)
+                ids[-1] |= targets["high"].astype(np.int32) << 16
             logprobs.append(targets["logprobs"])
         return tuple(torch.from_numpy(np.stack(x)).to(device) for x in (ids, logprobs))
 
-    def write(self, s, n, teacher, micro_batch, device, after):
-        """Make shard n of source s. after(tokens) is called behind each micro-batch."""
-        path, rows = self.shard(s, n)
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as file:
-            for a in range(0, len(rows), micro_batch):
-                part = rows[a:a + micro_batch]
-                out = np.zeros(len(part), self.row_type)
-                targets = out["targets"]
-                shape = targets["low"].shape
-                tokens, document_ids, _ = collate([self.sources[s].row(int(j)) for j in part],
-                                                  device)
-                with torch.no_grad():
-                    ids, logprobs = teacher(tokens, document_ids=document_ids,
-                                            head=partial(teacher_topk, k=shape[-1]))
-                ids = ids.cpu().numpy().reshape(shape)
-                targets["low"] = ids & 0xFFFF
-                if "high" in targets.dtype.names:
-                    targets["high"] = ids >> 16
-                least = torch.finfo(torch.float16).min  # a masked token is not -inf: 0 * inf is nan
-                targets["logprobs"] = logprobs.clamp_min(least).cpu().numpy().reshape(shape)
-                out["crc"] = [zlib.crc32(t.tobytes()) for t in targets]
-                file.write(out)
-                after(tokens.numel())
-
-
-def describe_targets(run, teacher, tokenizer, mixture):
-    """What a target cache depends on: the content of its manifest.json."""
-    return {"format": TARGETS_FORMAT, "teacher_sha256": teacher_sha256(run.teacher),
-            "tokenizer_sha256": tokenizer_sha256(tokenizer),
-            "data": [source.folder.name for source in mixture.sources],  # name, hash
-            "rows": [source.num_rows for source in mixture.sources], "context": run.context,
-            "k": min(run.topk, teacher.config.vocab_size),
-            "vocab_size": teacher.config.vocab_size, "seed": mixture.seed}
+    def write(self, where, teacher, device):
+        """Make the targets of rows [(source, row), ...], one micro-batch."""
+        out = np.zeros(len(where), self.row_type)
+        targets = out["targets"]
+        shape = targets["low"].shape  # (N, T, k)
+        tokens, document_ids, _ = collate([self.sources[s].row(j) for s, j in where], device)
+        with torch.no_grad():
+            ids, logprobs = teacher(tokens, document_ids=document_ids,
+                                    head=partial(teacher_topk, k=shape[-1]))
+        ids = ids.cpu().numpy().reshape(shape)
+        targets["low"] = ids & 0xFFFF
+        if "high" in targets.dtype.names:
+            targets["high"] = ids >> 16
+        least = torch.finfo(torch.float16).min  # a masked token is not -inf: 0 * inf is nan
+        targets["logprobs"] = logprobs.clamp_min(least).cpu().numpy().reshape(shape)
+        for (s, j), row in zip(where, out):
+            row["crc"] = zlib.crc32(row["targets"].tobytes())
+            with replacing(self.path(s, j)) as file:
+                file.write(row.tobytes())
 
 
 def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=1):
-    """Open the cache run.targets and make what `mixtures` draw and it lacks, shard by shard.
+    """Open the cache run.targets and make what `mixtures` draw and it lacks.
 
-    Process `rank` of `world` makes every world-th shard; afterwards they must wait for each other.
+    Process `rank` of `world` makes every world-th row; afterwards they must wait for each other.
     Processes that do not know of each other do no harm, only work twice. A killed call loses its
-    unfinished shard. Raises ValueError when the folder is another's or the disk too small, OSError,
-    and Stopped when `stop` becomes true.
+    unfinished micro-batch. Raises ValueError when the folder is another's or the disk too small,
+    OSError, and Stopped when `stop` becomes true.
     """
-    described = describe_targets(run, teacher, tokenizer, mixtures[0])
-    cache = TargetCache(run.targets, mixtures[0].sources, described)
-    for tmp in run.targets.glob("**/*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - tmp.stat().st_mtime > 3600:  # a live process writes all the time
-                tmp.unlink()
-    needed = cache.needed(mixtures)
-    missing = [x for x in needed if not cache.is_whole(*x)]
-    rows = sum(len(cache.shard(*x)[1]) for x in missing)
+    sources, config = mixtures[0].sources, teacher.config
+    cache = TargetCache(run.targets, sources, {
+        "format": TARGETS_FORMAT, "teacher_sha256": teacher_sha256(run.teacher),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "data": [source.folder.name for source in sources],  # name and hash of each file
+        "context": run.context, "k": min(run.topk, config.vocab_size),
+        "vocab_size": config.vocab_size})
+    needed = sorted({m.locate(i) for m in mixtures for i in range(len(m.which))})
+    missing = [row for row in needed if not cache.is_whole(*row)]
     row_bytes, size = cache.row_type.itemsize, tqdm.format_sizeof
-    need, free = rows * row_bytes, shutil.disk_usage(run.targets).free
+    need, free = len(missing) * row_bytes, shutil.disk_usage(run.targets).free
     if rank == 0:
-        for path in (cache.shard(*x)[0] for x in missing):
-            if path.exists():
-                print(f"targets   {path} is torn ({path.stat().st_size:,} bytes): it is made again")
-        print(f"targets   {run.targets}: top {described['k']}, {row_bytes / run.context:,.0f} bytes"
-              f" a token; {len(needed) - len(missing)} of {len(needed)} files are there. To make: "
-              f"{rows:,} rows of {run.context}, {size(need)}B; free: {size(free)}B")
+        print(f"targets   {run.targets}: {row_bytes / run.context:,.0f} bytes a token; "
+              f"{len(needed) - len(missing):,} of {len(needed):,} rows are there. To write: "
+              f"{size(need)}B; free: {size(free)}B")
     if need > free:
         raise ValueError(f"--targets {run.targets}: {size(need)}B are to be written, {size(free)}B "
                          "are free: take another disk, fewer --tokens or a lower --topk")
     mine = sorted(set(needed[rank::world]) & set(missing))
-    with tqdm(desc="targets", total=sum(len(cache.shard(*x)[1]) for x in mine) * run.context,
-              unit="tok", unit_scale=True, disable=rank > 0 or not mine) as bar:
-        def after(tokens):
-            bar.update(tokens)
-            if stop:
-                raise Stopped("a part of the targets")
-
-        for x in mine:
+    with tqdm(desc="targets", total=len(mine) * run.context, unit="tok", unit_scale=True,
+              disable=rank > 0 or not mine) as bar:
+        for a in range(0, len(mine), run.micro_batch):
+            part = mine[a:a + run.micro_batch]
             try:
                 with autocast(run):
-                    cache.write(*x, teacher, run.micro_batch, run.device, after)
+                    cache.write(part, teacher, run.device)
             except OSError as error:
-                raise OSError(f"--targets {cache.shard(*x)[0]}: {error}. The files before it are "
-                              "whole, and the same command goes on behind them") from None
+                raise OSError(f"--targets {run.targets}: {error}. The rows before are whole, and "
+                              "the same command goes on behind them") from None
+            bar.update(len(part) * run.context)
+            if stop:
+                raise Stopped("a part of the targets")
     return cache
 
 
@@ -1010,14 +975,20 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
 # 5. Held-out comparison of student and teacher
 # ----------------------------------------------------------------------------------------------
 
+# What a stage was good for, on text that it never saw. Here the KL is over the whole vocabulary, as
+# the training loss, over the teacher's top k, is no measure of what lies outside.
+
+METRICS = ("ce", "kl", "top1")
+
 
 @torch.no_grad()
 def compare(run, student, teacher, sources):
     """Held-out CE of the student, KL(teacher || student) over the full vocabulary, agreement.
 
     On the first run.eval_rows rows of every source. Returns {source: {"ce", "kl" (nats per token),
-    "top1" (share of tokens where both rank the same token first)}, ..., "all": their mean}. With
-    student=teacher: the teacher's own CE, and KL 0.
+    "top1" (share of tokens where both rank the same token first)}, ..., "all": their mean}; None in
+    place of a mean over nothing, for a source whose rows hold no label. With student=teacher: the
+    teacher's own CE, and KL 0.
     """
     results = {}
     for source in sources:
@@ -1029,31 +1000,46 @@ def compare(run, student, teacher, sources):
             rows = [source.row(i) for i in range(a, min(a + run.micro_batch, n))]
             tokens, ids, labels = collate(rows or [source.row(0)], run.device)
             labels = labels if rows else torch.full_like(labels, -100)
+            # One model's head runs inside the other's: both lm_heads are gathered then.
             with autocast(run):
                 sums += teacher(tokens, document_ids=ids, head=lambda h_t, w_t: (
-                    _agreement(h_t, w_t, h_t, w_t, labels) if student is teacher else
+                    agreement(h_t, w_t, h_t, w_t, labels) if student is teacher else
                     student(tokens, document_ids=ids, head=lambda h_s, w_s: (
-                        _agreement(h_t, w_t, h_s, w_s, labels)))))
+                        agreement(h_t, w_t, h_s, w_s, labels)))))
         *sums, count = all_sum(sums).tolist()
-        results[source.name] = dict(zip(("ce", "kl", "top1"), (x / max(count, 1) for x in sums)))
-    results["all"] = {key: sum(r[key] for r in results.values()) / len(results)
-                      for key in ("ce", "kl", "top1")}
+        results[source.name] = {key: x / count if count else None for key, x in zip(METRICS, sums)}
+    known = [r for r in results.values() if r["ce"] is not None]
+    results["all"] = {key: sum(r[key] for r in known) / len(known) if known else None
+                      for key in METRICS}
     return results
 
 
-def _agreement(hidden_t, weight_t, hidden_s, weight_s, labels):
-    """Sums over valid tokens: student's CE, KL to the teacher, equal argmax, 1.  -> (4,) fp64."""
-    valid = labels.flatten() != -100
-    labels = labels.flatten()[valid, None]
-    hidden_t, hidden_s = hidden_t.flatten(0, -2)[valid], hidden_s.flatten(0, -2)[valid]
+def agreement(hidden_t, weight_t, hidden_s, weight_s, labels):
+    """Sums over valid tokens: student's CE, KL to the teacher, equal argmax, 1.  -> (4,) fp64.
+
+    Sums, so that slices and processes add up; fp64, so that their order does not show.
+    """
+    valid, labels = labels.flatten() != -100, labels.flatten()
     sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
-    for part in _chunks(len(labels), len(weight_t)):
-        p = F.linear(hidden_t[part], weight_t).float().log_softmax(-1)
-        q = F.linear(hidden_s[part], weight_s).float().log_softmax(-1)
-        sums += torch.stack([-q.gather(1, labels[part]).sum(), (p.exp() * (p - q)).sum(),
+    for x, y, label in slices(len(weight_t), hidden_t.flatten(0, -2)[valid],
+                              hidden_s.flatten(0, -2)[valid], labels[valid, None]):
+        p = F.linear(x, weight_t).float().log_softmax(-1)
+        q = F.linear(y, weight_s).float().log_softmax(-1)
+        sums += torch.stack([-q.gather(1, label).sum(), (p.exp() * (p - q)).sum(),
                              (p.argmax(-1) == q.argmax(-1)).sum(),
-                             valid.new_ones(len(q)).sum()]).double()
+                             label.new_tensor(len(label))]).double()
     return sums
+
+
+def number_or_dash(x):
+    """A held-out number for print."""
+    return "-" if x is None else f"{x:.4f}"
+
+
+def show(metrics):
+    """A model's held-out numbers in words."""
+    ce, kl, top1 = (number_or_dash(metrics[key]) for key in METRICS)
+    return f"CE {ce}  KL {kl}  top-1 {top1}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1062,7 +1048,10 @@ def _agreement(hidden_t, weight_t, hidden_s, weight_s, labels):
 
 
 def learning_rate(step, steps, warmup, peak, final):
-    """Linear warm-up to `peak`, then a cosine to `final` (final = peak: constant). step from 0."""
+    """Linear warm-up to `peak`, then a cosine to `final` (final = peak: constant). step from 0.
+
+    Paper: stage I falls to a thousandth of its peak, stage II is constant.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -1075,6 +1064,8 @@ TRAIN = {"new": is_new, "mixer": lambda name: ".self_attn." in name, "all": lamb
 def select_trainable(student, which):
     """Set requires_grad: "new" (gates and feature maps), "mixer" (+ q, k, v, o) or "all".
 
+    Paper: all. "mixer" is the middle curve of its Fig. 17, a little worse in CE and as close in KL;
+    an 8B model's stage II then takes about a third of the memory.
     Returns the trainable parameters by name. Raises ValueError when there are none.
     """
     for name, p in student.named_parameters():
@@ -1099,7 +1090,12 @@ def make_optimizer(trainable):
                              betas=(0.9, 0.95), fused=True)
 
 
-STATE = ("weight", "exp_avg", "exp_avg_sq")  # a checkpoint's files: STATE-RANK.safetensors
+# A checkpoint is a folder of safetensors and a manifest: nothing is pickled, so nothing that is
+# read can run. With the step it is all that a run needs to go on, to the bit: data follow from
+# (seed, step), nothing else is random, and the schedule is a function of the step. A file for each
+# kind of state, because all three of an 8B model in fp32 are 96 GB, much to hold on a host at once.
+
+STATE = ("weight", "exp_avg", "exp_avg_sq")  # the files are STATE-RANK.safetensors
 
 
 def save_checkpoint(run, stage, step, trainable, optimizer):
@@ -1115,6 +1111,7 @@ def save_checkpoint(run, stage, step, trainable, optimizer):
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
     barrier()
+    # A plain tensor (stage I, or one process) is alike on all: the first process writes it whole.
     sharded = any(hasattr(p, "to_local") for p in trainable.values())
     if sharded or run.rank == 0:
         for state in STATE:
@@ -1128,24 +1125,30 @@ def save_checkpoint(run, stage, step, trainable, optimizer):
                                            "files": run.world if sharded else 1})
         shutil.rmtree(path, ignore_errors=True)
         os.replace(tmp, path)
+        # Two, as a copy or a disk can damage the last: `load_checkpoint` then takes the one before.
         for old in checkpoints(run, stage)[:-2]:
             shutil.rmtree(old)
 
 
 def checkpoints(run, stage):
-    """Folders of the stage's checkpoints, oldest first."""
+    """Folders of the stage's checkpoints, oldest first.
+
+    One that is still being written has another name, and is not among them.
+    """
     return sorted(run.checkpoints.glob(f"{stage}-{'[0-9]' * 8}"))
 
 
 class StoredState:
     """The tensors of one kind of STATE in a checkpoint, whatever number of processes wrote it.
 
+    FSDP2 cuts every tensor along its first axis, so the files, one behind the other, hold its rows
+    in order; whoever wants rows a..b finds them without holding the rest.
     Raises ValueError for a torn checkpoint.
     """
 
     def __init__(self, path, state):
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
+            manifest = read_json(path / "manifest.json")
             self.world = manifest["world"]
             self.files = [safe_open(path / f"{state}-{i:04d}.safetensors", framework="pt")
                           for i in range(manifest["files"])]
@@ -1153,6 +1156,7 @@ class StoredState:
             raise ValueError(f"checkpoint {path} cannot be read ({error})") from None
 
     def names(self):
+        """Of all tensors; every file holds some rows of each."""
         return self.files[0].keys()
 
     def rows(self, name, first=0, count=None):
@@ -1174,6 +1178,9 @@ def load_checkpoint(run, stage, trainable, optimizer):
     A torn one is named and passed over. One written by another number of processes is read by
     rows; the losses then go on equal up to the order of sums.
     """
+    for p in trainable.values():
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for path in reversed(checkpoints(run, stage)):
         try:
             stored = {state: StoredState(path, state) for state in STATE}
@@ -1183,9 +1190,7 @@ def load_checkpoint(run, stage, trainable, optimizer):
         step = int(path.name.rpartition("-")[2])
         for name, p in trainable.items():
             weight, first = local_rows(p.detach())
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
-                                  "exp_avg": torch.zeros_like(p),
-                                  "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p]["step"].fill_(step)
             for state in STATE:
                 into = weight if state == "weight" else local_rows(optimizer.state[p][state])[0]
                 if len(into):
@@ -1199,7 +1204,11 @@ def load_checkpoint(run, stage, trainable, optimizer):
 
 
 class StopRequested:
-    """True after Ctrl-C or SIGTERM: loops finish their step, save and leave. A second one kills."""
+    """True after Ctrl-C or SIGTERM: loops finish their step, save and leave. A second one kills.
+
+    A flag and no exception, so that no step is cut in two. torchrun kills its processes half a
+    minute after it has handed a signal on: with longer steps --save-every is what can be relied on.
+    """
 
     def __init__(self):
         self.signal = None
@@ -1207,6 +1216,7 @@ class StopRequested:
             signal.signal(number, self.remember)
 
     def remember(self, number, frame):
+        """The handler of both signals; the next one finds the default, which ends the process."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
@@ -1215,46 +1225,60 @@ class StopRequested:
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved."""
+    """The run was asked to stop, and has saved.
+
+    Its message says where. No error: the command leaves with status 0.
+    """
 
 
 # ----------------------------------------------------------------------------------------------
-# 7. Stage I: align
+# 7. The two stages
 # ----------------------------------------------------------------------------------------------
+# Both are the same loop, written out twice: learning rate, micro-batches, sums over processes, a
+# check before the update, log, checkpoint. They differ in what is differentiated, and in who holds
+# the weights: stage I walks over the layers by hand, which is no `forward` that FSDP2 could hook
+# into, so every process holds all frozen weights, and only the new parameters' gradients (those of
+# 0.4 % of an 8B student's parameters with --features 1, of 1.1 % with 4) are summed. Stage II calls
+# the model, and is sharded.
+#
+# A third stage, on-policy distillation for example, would be a third such loop: rows from
+# `model.generate`, targets from `teacher_topk`, the loss as in `distil_loss`.
 
 
 def align(run, student, mixture, stop):
-    """Train the new parameters on `alignment_losses` for run.align_steps steps, in place.
+    """Stage I: train the new parameters on `alignment_losses` for run.align_steps steps, in place.
 
-    Every process holds all frozen weights and its share of the batch: the walk over the layers
-    is no `forward`, which FSDP2 would need, and only the new parameters' gradients (0.5 % of an
-    8B model) have to be summed.
+    Raises Stopped when `stop` becomes true, after a checkpoint, and ValueError when a loss is not
+    finite, before the update.
     """
     trainable = select_trainable(student, "new")
     describe(run, "stage I (align)", student, trainable, run.align_steps)
     optimizer = make_optimizer(trainable)
     first = load_checkpoint(run, "align", trainable, optimizer)
-    with progress_bar("align", first, run.align_steps, run) as bar:
+    with Progress(run, "align", first, run.align_steps) as progress:
         for step in range(first, run.align_steps):
             # ----- one step -----
             lr = learning_rate(step, run.align_steps, run.warmup, run.align_lr, run.align_lr * 1e-3)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            losses = 0.0
+            losses = 0.0  # per layer, the mean over the whole batch
             for part in my_micro_batches(run, step):
                 tokens, ids, _ = collate(map(mixture.row, part), run.device)
+                progress.lap("data")
                 with autocast(run):
                     scale = len(part) / run.batch
                     losses = losses + scale * alignment_losses(student, tokens, ids, scale)
+                progress.lap("teacher and student, layer by layer")
             sum_gradients(trainable)
-            norm = clip_gradients(trainable, run.clip)
+            norm = clip_gradients(trainable)
+            # Whether to stop is summed as well: all processes leave after the same step, or none.
             sums = torch.cat((losses, losses.new_tensor([bool(stop)])))
             *losses, stopping = all_sum(sums).tolist()
             check_finite(run, mixture, "align", step, sum(losses), norm)
             optimizer.step()
             optimizer.zero_grad()
             # --------------------
-            log(run, bar, "align", step, lr=lr, loss=sum(losses), norm=norm)
+            progress.log(step, lr=lr, loss=sum(losses), norm=norm)
             done = step + 1
             if done < run.align_steps and (done % run.save_every == 0 or stopping):
                 save_checkpoint(run, "align", done, trainable, optimizer)
@@ -1263,69 +1287,116 @@ def align(run, student, mixture, stop):
     tqdm.write("loss per layer: " + " ".join(f"{x:.2e}" for x in losses))
 
 
-# ----------------------------------------------------------------------------------------------
-# 8. Stage II: distil
-# ----------------------------------------------------------------------------------------------
+def distil_loss(run, student, teacher, cache, mixture, part, batch, lap=lambda part: None):
+    """Eq. 13 of a micro-batch `batch` = (tokens, ids, labels), rows `part` of the mixture.
+
+    What the teacher says comes from `cache`, a TargetCache, or else from the teacher, as they go.
+    lap: is told when the teacher is done. Returns what `sparse_kd_loss` does.
+    """
+    tokens, ids, labels = batch
+    if cache:
+        targets = cache.rows([mixture.locate(i) for i in part], run.device)
+    else:
+        with torch.no_grad(), autocast(run):
+            targets = teacher(tokens, document_ids=ids, head=partial(teacher_topk, k=run.topk))
+    lap("teacher")
+    with autocast(run):
+        return student(tokens, document_ids=ids, head=lambda h, w: (
+            sparse_kd_loss(h, w, labels, *targets, gamma=run.gamma, beta=run.beta)))
 
 
 def distil(run, student, teacher, cache, mixture, heldout, stop):
-    """Train run.train's parameters on `sparse_kd_loss` for run.distil_steps steps, in place.
+    """Stage II: train run.train's parameters on `distil_loss` for run.distil_steps steps, in place.
 
-    What the teacher says comes from `cache`, a TargetCache, or else from the teacher, as they go.
+    Raises as `align`. A step in which no token is a label is said and changes nothing.
     """
     trainable = select_trainable(student, run.train)
     describe(run, "stage II (distil)", student, trainable, run.distil_steps)
     optimizer = make_optimizer(trainable)
     first = load_checkpoint(run, "distil", trainable, optimizer)
-    with progress_bar("distil", first, run.distil_steps, run) as bar:
+    with Progress(run, "distil", first, run.distil_steps) as progress:
         for step in range(first, run.distil_steps):
             # ----- one step -----
-            lr = learning_rate(step, run.distil_steps, run.warmup, run.lr, run.lr)  # constant
+            lr = learning_rate(step, run.distil_steps, run.warmup, run.lr, run.final_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             parts = my_micro_batches(run, step)
             batches = [collate(map(mixture.row, part), run.device) for part in parts]
-            valid = all_sum(sum((labels != -100).sum() for _, _, labels in batches)).clamp_min(1)
+            # The mean is over all labels of the step, so it must know their number first. Means of
+            # micro-batches, averaged, would weigh a label the more, the fewer its row has.
+            valid = all_sum(sum((labels != -100).sum() for _, _, labels in batches))
+            progress.lap("data")
             sums = torch.zeros(3, device=run.device)  # ce, kl, whether to stop
-            for part, (tokens, ids, labels) in zip(parts, batches):
-                if cache:
-                    targets = cache.rows([mixture.locate(i) for i in part], run.device)
-                else:
-                    with torch.no_grad(), autocast(run):
-                        targets = teacher(tokens, document_ids=ids,
-                                          head=partial(teacher_topk, k=run.topk))
-                with autocast(run):
-                    loss, terms = student(tokens, document_ids=ids, head=lambda h, w: (
-                        sparse_kd_loss(h, w, labels, *targets, gamma=run.gamma, beta=run.beta)))
-                share = (labels != -100).sum() / valid  # of all processes' tokens in this step
+            for part, batch in zip(parts, batches):
+                loss, terms = distil_loss(run, student, teacher, cache, mixture, part, batch,
+                                          progress.lap)
+                progress.lap("student and loss")
+                share = (batch[2] != -100).sum() / valid.clamp_min(1)
                 (loss * share * run.world).backward()  # FSDP2 takes the mean over processes
                 sums[:2] += torch.stack((terms["ce"], terms["kl"])) * share
+                progress.lap("backward")
             sums[2] = bool(stop)
             ce, kl, stopping = all_sum(sums).tolist()
-            norm = clip_gradients(trainable, run.clip)
-            check_finite(run, mixture, "distil", step, ce + kl, norm)
-            optimizer.step()
+            norm = clip_gradients(trainable)
+            if valid:
+                check_finite(run, mixture, "distil", step, ce + kl, norm)
+                optimizer.step()
+                progress.log(step, lr=lr, norm=norm, ce=ce, kl=kl)
+            else:
+                for state in optimizer.state.values():  # it counts steps, as a resumed run does
+                    state["step"] += 1
+                progress.log(step, labels=0)
+                tqdm.write(f"distil step {step + 1}: no token is a label, nothing was learnt from "
+                           f"rows {rows_of_step(mixture, run, step)}")
             optimizer.zero_grad()
             # --------------------
-            log(run, bar, "distil", step, lr=lr, norm=norm, ce=ce, kl=kl)
             done = step + 1
             if done % run.save_every == 0 or stopping or done == run.distil_steps:
                 save_checkpoint(run, "distil", done, trainable, optimizer)
                 if stopping and done < run.distil_steps:
                     raise Stopped(f"stage II, step {done}")
             if done < run.distil_steps and done % run.eval_every == 0:
-                r = compare(run, student, teacher or student, heldout)["all"]
-                tqdm.write(f"held-out after {done} steps: CE {r['ce']:.4f}" + (
-                    f"  KL {r['kl']:.4f}  top-1 {r['top1']:.3f}" if teacher else ""))
+                found = compare(run, student, teacher or student, heldout)["all"]
+                tqdm.write(f"held-out after {done} steps: " + (
+                    show(found) if teacher else f"CE {found['ce']:.4f}"))
+
+
+def rows_of_step(mixture, run, step):
+    """The rows of a step in words: "a 5, 17; b 3", for who must look at what a step has read."""
+    found = {}
+    for s, j in map(mixture.locate, range(step * run.batch, (step + 1) * run.batch)):
+        found.setdefault(mixture.sources[s].name, []).append(str(j))
+    return "; ".join(f"{name} {', '.join(rows)}" for name, rows in found.items())
+
+
+def check_finite(run, mixture, stage, step, *values):
+    """Before the update: weights and the last checkpoint stay good when a loss is not finite.
+
+    values: losses and gradient norm. The norm counts too: a backward pass can overflow where the
+    forward did not.
+    """
+    if not all(math.isfinite(float(v)) for v in values):
+        raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
+                         f"made. The last good state is in {run.checkpoints}; lower the learning "
+                         "rate in a new --out, or look at what this step read: rows of "
+                         f"{run.context} tokens, {rows_of_step(mixture, run, step)}")
 
 
 # ----------------------------------------------------------------------------------------------
-# 9. What the user sees: memory, plan, progress, report
+# 8. Memory and time: before a run, and while it goes on
 # ----------------------------------------------------------------------------------------------
+# Both are measured, not guessed. Memory: a step is run on tensors that have a shape and no storage,
+# of a model of few layers, and what is alive is counted. Time: a micro-batch of each stage is run
+# before the first step, and the real steps 2 to 4 of each stage are timed part by part.
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside it that are still alive, and their peak."""
+    """Counts the bytes of all tensors made inside it that are still alive, and their peak.
+
+    Every operation passes through `__torch_dispatch__`. What it returns is counted by memory block,
+    not by tensor, since a view costs nothing, and no longer when Python frees the block. What the
+    C++ side of autograd keeps for the backward pass is such a tensor too, and so is counted.
+    """
 
     def __init__(self):
         super().__init__()
@@ -1334,7 +1405,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.update(storages((args, kwargs)))  # what was made outside is not counted
         out = func(*args, **(kwargs or {}))
-        for storage in storages(out).difference(self.seen):
+        for storage in storages(out):
+            if storage in self.seen:
+                continue
             self.seen.add(storage)
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
@@ -1342,49 +1415,58 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def free(self, size):
+        """A tensor of `size` bytes is gone."""
         self.now -= size
 
 
 def storages(values):
-    """The set of memory blocks behind all tensors in a nest of tuples and dicts."""
+    """The set of memory blocks behind all tensors in a nest of tuples and dicts.
+
+    Views of one tensor share a block, so a set counts it once.
+    """
     return {x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
 
 
-def working_bytes(run, config, stage, layers):
-    """Peak of what one micro-batch needs besides weights, gradients and optimiser state.
+def working_bytes(run, config, stage, layers, weight_dtype):
+    """What one micro-batch needs besides weights, gradients and optimiser state, at its peaks.
 
-    By running it, on tensors that have a shape and no memory, on a model cut to `layers` layers.
+    By running it on tensors without storage, on a model cut to `layers` layers, with trained
+    weights in `weight_dtype`. Returns the peaks of the forward and of the backward pass, in bytes:
+    two, for they grow differently with the layers. Autocast keeps bf16 copies of all weights that
+    train until the forward pass ends; the backward has its largest moment in one layer or the loss.
     """
     config = dataclasses.replace(config, num_layers=layers,
                                  layer_windows=config.layer_windows[:layers])
     with torch.device("meta"):
         student = Transformer(config)
         teacher = Transformer(dataclasses.replace(config, hybrid=None))
+    which = "new" if stage == "align" else run.train
     with FakeTensorMode(), torch.no_grad():
         for model in (student, teacher):
             for name, p in list(model.named_parameters()):
-                assign(model, name, nn.Parameter(torch.empty(
-                    p.shape, dtype=torch.float32 if is_new(name) else run.dtype)))
+                trains = model is student and TRAIN[which](name)
+                dtype = torch.float32 if is_new(name) else weight_dtype if trains else run.dtype
+                assign(model, name, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
         teacher.requires_grad_(False)
         for block in student.model["layers"]:
             block.recompute = run.recompute
-        trainable = select_trainable(student, "new" if stage == "align" else run.train)
-        for p in trainable.values():  # they are counted as gradients
+        for p in select_trainable(student, which).values():  # they are counted as gradients
             p.grad = torch.empty_like(p)
         tokens = torch.zeros(run.micro_batch, run.context, dtype=torch.long)
+        batch, stored = (tokens, tokens, tokens), None
+        if run.targets:  # as TargetCache.rows returns them
+            targets = [torch.zeros(tokens.numel(), run.topk, dtype=dtype)
+                       for dtype in (torch.int32, torch.float16)]
+            stored = argparse.Namespace(rows=lambda where, device: targets)
         with LiveBytes() as live, torch.enable_grad():
             if stage == "align":
-                alignment_losses(student, tokens, tokens, 1.0)
-            else:
-                targets = [torch.zeros(tokens.numel(), run.topk, dtype=dtype) for dtype in (
-                    torch.int32, torch.float16)]
-                if not run.targets:
-                    with torch.no_grad():
-                        targets = teacher(tokens, document_ids=tokens,
-                                          head=partial(teacher_topk, k=run.topk))
-                student(tokens, document_ids=tokens, head=lambda h, w: sparse_kd_loss(
-                    h, w, tokens, *targets, gamma=run.gamma, beta=run.beta))[0].backward()
-    return live.peak
+                with autocast(run):
+                    alignment_losses(student, tokens, tokens, 1.0)
+                return live.peak, live.peak
+            loss, _ = distil_loss(run, student, teacher, stored, None, (), batch)
+            forward, live.peak = live.peak, live.now
+            loss.backward()
+            return forward, live.peak
 
 
 def plan_memory(run, config, stage, stored=None):
@@ -1393,47 +1475,47 @@ def plan_memory(run, config, stage, stored=None):
     config: the student's. Weights: fp32 where they train or the teacher is `stored` as "float32",
     else run.dtype. Under torchrun stage II's are sharded, and the block at work, the next one and
     the embeddings whole.
-    "at work": activations, the loss chunk and temporary gradients (`working_bytes`).
+    "at work": activations, logits, casts of weights, temporary gradients (`working_bytes`).
     """
     sharded, half = stage == "distil" and "RANK" in os.environ, run.dtype.itemsize
     share = run.world if sharded else 1
     with torch.device("meta"):
         student = Transformer(config)
     sizes = {name: p.numel() for name, p in student.named_parameters()}
-    copied = sum(n for name, n in sizes.items() if not is_new(name))
+    total, copied = sum(sizes.values()), sum(n for name, n in sizes.items() if not is_new(name))
     trains = TRAIN["new" if stage == "align" else run.train]
     train = sum(n for name, n in sizes.items() if trains(name))
     frozen = 4 if stored == "float32" else half
-    needs = {"weights": (4 * train + frozen * (sum(sizes.values()) - train)) // share,
+    needs = {"weights": (4 * train + frozen * (total - train)) // share,
              "gradients": 4 * train // share, "AdamW": 8 * train // share}
     if stage == "distil" and not run.targets:
         needs["teacher"] = frozen * copied // share
-    blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
     if sharded:
-        needs["gathered"] = half * (2 * (sum(sizes.values()) - sum(blocks)) + 4 * max(blocks))
-    elif half == 2 and stage == "distil":
-        needs["bf16 copies"] = 2 * train  # autocast's
-    # By running a few layers. Stage I lets go of a layer before the next. Of each more in stage II
-    # stays its input, or without --recompute what a third adds to two (the first is special).
-    few = min(1 if stage == "align" else 2, config.num_layers)
-    needs["at work"] = work = working_bytes(run, config, stage, few)
-    if stage == "distil":
-        each = half * run.micro_batch * run.context * config.hidden_size
-        if not run.recompute and few < config.num_layers:
-            each = working_bytes(run, config, stage, few + 1) - work
-        needs["at work"] += (config.num_layers - few) * each
+        blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
+        needs["gathered"] = half * (2 * (total - sum(blocks)) + 4 * max(blocks))
+    # Each peak grows by as much with every layer, the first aside: 2 and 3 layers tell of them all.
+    # All of them would take minutes: every operation of a step costs 50 to 100 us without storage.
+    weight_dtype = run.dtype if sharded else torch.float32
+    few = min(2, config.num_layers)
+    two, three = (working_bytes(run, config, stage, min(n, config.num_layers), weight_dtype)
+                  for n in (few, few + 1))
+    needs["at work"] = max(a + (config.num_layers - few) * (b - a) for a, b in zip(two, three))
     return needs | {"in all": sum(needs.values())}
 
 
 def why_no_align(run):
-    """Why the run has no stage I, or None."""
+    """Why the run has no stage I, or None.
+
+    Only for a reason that the user gave, and that is printed: stage II on maps and gates that were
+    never aligned starts from a worse student.
+    """
     return f"the run starts from {run.start}" if run.start else (
-        "--skip-align" if run.skip_align else
+        "--align-tokens 0" if not run.align_tokens else
         "the mixer has no new parameters" if run.mixer == "swa" else None)
 
 
 def show_plan(run):
-    """Print the memory that each stage needs."""
+    """Print the memory that each stage needs. It reads config.json alone, and needs no weights."""
     directory = Path(run.start or run.teacher)
     config, hf = ModelConfig.from_hf(directory), read_json(directory / "config.json")
     stored = hf.get("dtype", hf.get("torch_dtype"))  # the key's new and old name
@@ -1445,208 +1527,166 @@ def show_plan(run):
         print(f"  {stage:<7}" + "  ".join(f"{k} {v / 1e9:.3g}" for k, v in needs.items()))
 
 
+def show_time(run, student, teacher, cache, students):
+    """Before training: say how long each stage will take, and what to set if it is beyond a day.
+
+    A micro-batch of each is run without an update: what `align` and `distil` call for each of
+    theirs. Up to three times within a minute, and the best counts, as the first compiles kernels.
+    Under torchrun stage II is sharded, which only its own first steps can time.
+    """
+    mixture, part = next(iter(students.values()))[1], my_micro_batches(run, 0)[0]
+    batch, tokens = collate(map(mixture.row, part), run.device), run.batch * run.context
+
+    def align_once():
+        with autocast(run):
+            alignment_losses(student, *batch[:2], 1.0)
+
+    def distil_once():
+        distil_loss(run, student, teacher, cache, mixture, part, batch)[0].backward()
+
+    distil_steps = sum(own.distil_steps for own, _ in students.values())
+    for stage, skipped, which, run_once, steps, flag in (
+            ("align", why_no_align(run), "new", align_once, run.align_steps, "--align-tokens"),
+            ("distil", dist.is_initialized(), run.train, distil_once, distil_steps, "--tokens")):
+        if skipped:
+            continue
+        select_trainable(student, which)
+        seconds, started = [], time.perf_counter()
+        while len(seconds) < 3 and sum(seconds) < 60:
+            run_once()
+            synchronise(run.device)
+            seconds.append(time.perf_counter() - started - sum(seconds))
+        student.zero_grad()
+        speed = batch[0].numel() * run.world / min(seconds)
+        total = steps * tokens / speed
+        print(f"time      {stage}: about {tqdm.format_interval(total)} (hours:minutes:seconds) at "
+              f"{speed:,.0f} tokens/s")
+        if total > 86400:
+            budget = vars(run)[flag[2:].replace("-", "_")] * 86400 / total
+            print(f"          That is {total / 86400:,.0f} days. {flag} {budget:.1e} takes one, in "
+                  f"{budget / tokens:,.1f} steps: hundreds are needed, with a smaller --batch and "
+                  "--context there are more")
+    student.requires_grad_(False)
+
+
+def synchronise(device):
+    """Wait for what a GPU still has to do, so that a clock tells the truth.
+
+    PyTorch only queues work there: without this a step seems to take no time, and what waits for
+    its result all of it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def describe(run, title, student, trainable, steps):
-    """Say what is about to train, before it does."""
-    kinds = {}
+    """Say what is about to train, before it does: a wrong --train or budget shows here, not after.
+
+    Parameters of all layers are listed together, by the name that they have in each.
+    """
+    kinds = collections.Counter()
     for name, p in trainable.items():
-        kind = ".".join(part for part in name.split(".") if part not in ("model", "layers")
-                        and not part.isdigit())
-        kinds[kind] = kinds.get(kind, 0) + p.numel()
-    total = sum(p.numel() for p in student.parameters())
-    count = sum(kinds.values())
-    tokens = run.batch * run.context
+        kinds[re.sub(r"^model\.|layers\.\d+\.", "", name)] += p.numel()
+    total, tokens = sum(p.numel() for p in student.parameters()), run.batch * run.context
     print(f"\n{title}: {steps} steps of {run.batch} x {run.context} = {tokens:,} tokens, "
-          f"{steps * tokens:,} in all")
-    print(f"  {count:,} parameters train, {total - count:,} are frozen. Training:")
-    listed = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items())
-    print(textwrap.fill(listed, 96, initial_indent="    ", subsequent_indent="    "))
+          f"{steps * tokens:,} in all\n  {kinds.total():,} of {total:,} parameters train "
+          f"({kinds.total() / total:.2%}), the others are frozen:")
+    print(textwrap.fill(", ".join(f"{kind} ({n:,})" for kind, n in kinds.items()), 96,
+                        initial_indent="    ", subsequent_indent="    "))
 
 
-def progress_bar(name, first, steps, run):
-    """tqdm over the tokens of a stage, from step `first` on."""
-    tokens = run.batch * run.context
-    return tqdm(desc=name, total=steps * tokens, initial=first * tokens, unit="tok",
-                unit_scale=True, dynamic_ncols=True, disable=run.rank > 0)
+class Progress(tqdm):
+    """What a stage shows while it trains: a bar with the time left, and log.jsonl, a line a step.
 
+    And after its fourth step in this process one line of speed: tokens/s, the share of each part,
+    the length of the stage. `lap` times the parts inside the real steps 2 to 4 (the first warms
+    up). It waits for the GPU each time, so it leaves the later steps alone.
+    """
 
-def log(run, bar, stage, step, **metrics):
-    """Progress bar each step; log.jsonl too (a line a step: stage, step, metrics)."""
-    if run.rank > 0:
-        return
-    metrics = {key: float(value) for key, value in metrics.items()}
-    bar.update(run.batch * run.context)
-    bar.set_postfix({key: f"{value:.3g}" for key, value in metrics.items()})
-    with open(run.out / "log.jsonl", "a") as f:
-        f.write(json.dumps({"stage": stage, "step": step + 1, **metrics}) + "\n")
+    TIMED = 3
 
+    def __init__(self, run, stage, first, steps):
+        self.run, self.stage, self.steps = run, stage, steps
+        self.taken, self.seconds, self.last = 0, collections.Counter(), 0.0
+        self.tokens = run.batch * run.context
+        super().__init__(desc=stage, total=steps * self.tokens, initial=first * self.tokens,
+                         unit="tok", unit_scale=True, dynamic_ncols=True, disable=run.rank > 0)
 
-def rows_of_step(mixture, run, step):
-    """The rows of a step in words: "a 5, 17; b 3"."""
-    found = {}
-    for s, j in map(mixture.locate, range(step * run.batch, (step + 1) * run.batch)):
-        found.setdefault(mixture.sources[s].name, []).append(str(j))
-    return "; ".join(f"{name} {', '.join(rows)}" for name, rows in found.items())
+    def lap(self, part):
+        """The time since the last lap went into `part` of a step.
 
+        The same part may come several times in a step, once for each micro-batch.
+        """
+        if self.taken <= self.TIMED:
+            synchronise(self.run.device)
+            now = time.perf_counter()
+            self.seconds[part] += now - self.last if self.taken else 0
+            self.last = now
 
-def check_finite(run, mixture, stage, step, *values):
-    """Before the update: weights and the last checkpoint stay good when a loss is not finite."""
-    if not all(math.isfinite(float(v)) for v in values):
-        raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
-                         f"made. The last good state is in {run.checkpoints}; lower the learning "
-                         "rate in a new --out, or look at what this step read: rows of "
-                         f"{run.context} tokens, {rows_of_step(mixture, run, step)}")
+    def log(self, step, **metrics):
+        """A step is done: bar and log.jsonl (stage, step from 1, metrics)."""
+        self.lap("update")
+        self.taken += 1
+        if self.taken == self.TIMED + 1:
+            self.show_speed()
+        metrics = {key: float(value) for key, value in metrics.items()}
+        self.update(self.tokens)
+        self.set_postfix({key: f"{value:.3g}" for key, value in metrics.items()})
+        if self.run.rank == 0:
+            with open(self.run.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": self.stage, "step": step + 1, **metrics}) + "\n")
+
+    def show_speed(self):
+        """Print the speed of the timed steps, and on a GPU the largest memory so far."""
+        total, device = self.seconds.total(), self.run.device
+        parts = ", ".join(f"{part} {s / total:.0%}" for part, s in self.seconds.items())
+        memory = "" if device.type != "cuda" else (
+            f"; peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
+        if self.run.rank == 0:
+            self.write(f"{self.stage}: {self.TIMED * self.tokens / total:,.0f} tokens/s ({parts}), "
+                       f"{self.format_interval(self.steps * total / self.TIMED)} in all{memory}")
 
 
 def report(results):
-    """The final table: one line a model, held-out numbers, KL also per source."""
+    """The final table: one line a model, held-out numbers, KL also per source; "-" for none.
+
+    Per source, because a mean hides what linear attention is bad at: to recall what is far back.
+    """
     names = [n for n in next(iter(results.values())) if n != "all"]
     width = max(8, *map(len, names))
     print("\nheld-out            CE  KL to teacher  top-1 agreement   KL on:"
           + "".join(f" {n:>{width}}" for n in names))
-    for model, r in results.items():
-        a = r["all"]
-        print(f"{model:<16}{a['ce']:6.3f} {a['kl']:14.4f} {a['top1']:16.3f}         "
-              + "".join(f" {r[n]['kl']:{width}.4f}" for n in names))
+    for model, found in results.items():
+        ce, kl, top1 = (number_or_dash(found["all"][key]) for key in METRICS)
+        print(f"{model:<16}{ce:>7} {kl:>14} {top1:>16}        "
+              + "".join(f" {number_or_dash(found[n]['kl']):>{width}}" for n in names))
 
 
 def show_samples(run, folder, tokenizer, heldout):
-    """One greedy continuation per source, teacher's and student's, side by side."""
+    """One greedy continuation per source, the teacher's and the student's."""
+    # Half a row of the first: a student that only copies what stands near shows it here.
     prompts = [torch.from_numpy(source.row(0)[0][None, :run.context // 2]).long().to(run.device)
                for source in heldout]
-    texts = []
-    for directory in (run.teacher, folder):  # one after the other, whole: FSDP2 does not generate
-        model, _ = load_with_tokenizer(directory, device=run.device)
-        new = [generate(model, p, max_new_tokens=48)[0, p.shape[1]:].tolist() for p in prompts]
-        texts.append([tokenizer.decode(ids) for ids in new])
-    for source, prompt, *pair in zip(heldout, prompts, *texts):
+    said = {}
+    for name, directory in ("teacher", run.teacher), ("student", folder):
+        model, _ = load_with_tokenizer(directory, device=run.device)  # whole: FSDP2 cannot generate
+        said[name] = [generate(model, p, max_new_tokens=48)[0, p.shape[1]:] for p in prompts]
+    for i, (source, prompt) in enumerate(zip(heldout, prompts)):
         print(f"\n[{source.name}] ...{tokenizer.decode(prompt[0, -24:].tolist())!r}")
-        columns = [sum((textwrap.wrap(line, 46) or [""] for line in text.split("\n")), [])
-                   for text in pair]
-        print(f"  {'teacher':<48}student")
-        for i in range(max(map(len, columns))):
-            left, right = (c[i] if i < len(c) else "" for c in columns)
-            print(f"  {left:<48}{right}")
-
-
-def align_parts(run, student, _teacher, mixture):
-    """A step of `align` on one micro-batch, over and over; yields a part's name at its end."""
-    trainable = select_trainable(student, "new")
-    optimizer = make_optimizer(trainable)
-    yield "set up"
-    while True:
-        tokens, ids, _ = collate(map(mixture.row, range(run.micro_batch)), run.device)
-        yield "data"
-        with autocast(run):
-            for _ in teacher_layers(student, tokens, ids):
-                pass
-        yield "teacher forward"  # the next two are nested: they walk the layers once more
-        with autocast(run):
-            alignment_losses(student, tokens, ids)
-        yield "student forward"
-        with autocast(run):
-            alignment_losses(student, tokens, ids, 1.0)
-        yield "backward"
-        clip_gradients(trainable, run.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield "update"
-
-
-def distil_parts(run, student, teacher, mixture):
-    """A step of `distil` on one micro-batch, over and over; yields a part's name at its end."""
-    student = copy.deepcopy(student).float()  # its own weights, as `train_student` loads them
-    trainable = select_trainable(student, run.train)
-    for p in student.parameters():
-        if not p.requires_grad:
-            p.data = p.data.to(teacher.lm_head_weight.dtype)
-    for block in student.model["layers"]:
-        block.recompute = run.recompute
-    optimizer = make_optimizer(trainable)
-    yield "set up"
-    while True:
-        tokens, ids, labels = collate(map(mixture.row, range(run.micro_batch)), run.device)
-        yield "data"
-        with torch.no_grad(), autocast(run):
-            hidden = teacher.hidden(tokens, document_ids=ids)
-        yield "teacher forward"
-        with autocast(run):
-            targets = teacher_topk(hidden, teacher.lm_head_weight, run.topk)
-        yield "teacher's top k"
-        with autocast(run):
-            hidden = student.hidden(tokens, document_ids=ids)
-        yield "student forward"
-        with autocast(run):
-            loss, _ = sparse_kd_loss(hidden, student.lm_head_weight, labels, *targets,
-                                     gamma=run.gamma, beta=run.beta)
-        yield "loss and its gradient"
-        loss.backward()
-        yield "backward"
-        clip_gradients(trainable, run.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        yield "update"
-
-
-def time_stage(run, parts, nested=()):
-    """Seconds by part of a whole step, from `align_parts` or `distil_parts`: medians of 5 rounds.
-
-    Two more come first, to warm up. nested: parts that each do the one before them again.
-    """
-    laps, started = {}, time.perf_counter()
-    for part in parts:
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        laps.setdefault(part, []).append(time.perf_counter() - started)
-        if len(laps.get("update", ())) == 7:
-            break
-        started = time.perf_counter()
-    del laps["set up"]
-    seconds = {part: sorted(times[2:])[2] for part, times in laps.items()}
-    for inner, outer in reversed(list(zip(nested, nested[1:]))):
-        seconds[outer] -= seconds[inner]
-    return {part: s * (1 if part == "update" else run.batch / run.micro_batch)
-            for part, s in seconds.items()}
-
-
-def report_speed(run, student, teacher, mixture):
-    """`--speed`: tokens/s of both stages, each part's share of a step; also in speed.json."""
-    if run.world > 1:
-        raise ValueError("--speed times one process; start it without torchrun")
-    run.micro_batch, on_gpu, found = min(run.micro_batch, run.batch), run.device.type == "cuda", {}
-    for stage, steps, parts, nested in (
-            ("align", run.align_steps, align_parts,
-             ("teacher forward", "student forward", "backward")),
-            ("distil", run.distil_steps, distil_parts, ())):
-        if stage == "align" and why_no_align(run):
-            continue
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(run.device)
-        seconds = time_stage(run, parts(run, student, teacher, mixture), nested)
-        step, tokens = sum(seconds.values()), run.batch * run.context
-        peak = torch.cuda.max_memory_allocated(run.device) if on_gpu else None
-        found[stage] = {"tokens_per_s": tokens / step, "step_s": step, "parts_s": seconds,
-                        "peak_bytes": peak}
-        print(f"\n{stage}: {tokens / step:,.0f} tokens/s. A step of {run.batch} x {run.context} "
-              f"takes {step:.3g} s, {steps:,} steps {steps * step / 3600:.3g} hours"
-              + (f"; peak memory {peak / 1e9:.1f} GB" if on_gpu else ""))
-        for part, s in seconds.items():
-            print(f"    {part:<22}{s / step:7.1%}{s:10.3g} s")
-    write_json(run.out / "speed.json", {
-        "device": str(run.device), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "dtype": str(run.dtype)[6:], "teacher": str(run.teacher), "context": run.context,
-        "batch": run.batch, "micro_batch": run.micro_batch, "recompute": run.recompute,
-        "train": run.train, "stages": found})
-    print(f"\nreport: {run.out / 'speed.json'}; nothing was trained")
+        for name, ids in said.items():
+            print(f"  {name}: {tokenizer.decode(ids[i].tolist())!r}")
 
 
 # ----------------------------------------------------------------------------------------------
-# 10. A student, or experts and their merger
+# 9. A student, or experts and their merger
 # ----------------------------------------------------------------------------------------------
 
 
 def open_model(run, directory, train=None):
-    """A model as stage II uses it: what trains in fp32 (bf16 weights would lose an AdamW step of
-    1e-5), the rest as `frozen_dtype`; sharded over torchrun's processes.
+    """A model as stage II uses it, sharded over torchrun's processes.
+
+    What trains ("new", "mixer", "all"; None: nothing) is in fp32, since bf16 weights would lose an
+    AdamW step of 1e-5; the rest as `frozen_dtype`.
     """
     def dtype(name):
         return torch.float32 if train and TRAIN[train](name) else frozen_dtype(run)
@@ -1654,18 +1694,94 @@ def open_model(run, directory, train=None):
     prepare = partial(shard, device=run.device, dtype=run.dtype) if dist.is_initialized() else None
     model = load_pretrained(directory, device=run.device, dtype=dtype, kernels=run.kernels,
                             prepare=prepare)
-    return model.requires_grad_(False)
+    return with_recompute(run, model.requires_grad_(False))
 
 
-def train_student(run, seed, teacher, cache, mixture, heldout, stop):
-    """Stage II: the student folder `seed` -> run.out/student, unless that exists; returns it."""
+def with_recompute(run, model):
+    """The model, its blocks set to --recompute.
+
+    Where gradients are formed, a block then keeps its input only and runs a second time in the
+    backward pass: four passes' work in the place of three.
+    """
+    for block in model.model["layers"]:
+        block.recompute = run.recompute
+    return model
+
+
+def new_student(run, teacher):
+    """The student before training, or for --start the one to go on from; says what it is.
+
+    A new student shares its teacher's weights, and --start must be of this teacher: ValueError.
+    """
+    if run.start:
+        student = open_model(run, run.start)
+        if dataclasses.replace(student.config, hybrid=None) != teacher.config:
+            raise ValueError(f"--start {run.start}: its config.json is not of a student of "
+                             f"{run.teacher}")
+    else:
+        student = with_recompute(run, student_from_teacher(
+            teacher, window=run.window, sinks=run.sinks, mixer=run.mixer, features=run.features,
+            kernels=run.kernels))
+    hybrid = student.config.hybrid
+    if hybrid is None:
+        raise ValueError(f"--start {run.start} is a teacher, not a student")
+    print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks, "
+          f"{hybrid.features} x head_dim features; on {run.device} in {str(run.dtype)[6:]}, "
+          f"kernels: {student.kernels}")
+    return student
+
+
+def plan_students(run, sources, weights):
+    """What stage II trains: {name: (settings, mixture)}.
+
+    One student, "after stage II"; or with --experts (Eq. 14) an expert per --data file, which
+    draws 70 % of its rows from its own file and the rest from the others, and a generalist, which
+    draws from all alike and trains as long as all experts together.
+    """
+    plans = {"after stage II": (weights, run.distil_steps, run.out)}
+    if run.experts:
+        names = [source.name for source in sources]
+        plans = {name: ([0.7 if n == name else 0.3 / (len(names) - 1) for n in names],
+                        run.distil_steps, run.out / name) for name in names}
+        plans["generalist"] = ([1] * len(names), run.distil_steps * len(names),
+                               run.out / "generalist")
+    # Each is a run of its own below --out, with its own checkpoints: a stop loses no expert.
+    students = {}
+    for name, (shares, steps, out) in plans.items():
+        own = argparse.Namespace(**vars(run) | {
+            "out": out, "checkpoints": out / "checkpoints", "distil_steps": steps})
+        # Another seed than stage I's, or both stages would begin with the same rows.
+        mixture = Mixture(sources, shares, steps * run.batch, run.seed + 1,
+                          reorder=not run.targets)  # stored targets are of one order
+        students[name] = own, mixture
+    return students
+
+
+def stage_one(run, student, sources, weights, stop):
+    """Stage I, unless it is done or not wanted; returns the seed's folder.
+
+    The seed is the student as stage II finds it, aligned or not: experts are trained from one seed,
+    and merge.py refuses those that are not.
+    """
+    seed, skipped = run.start or run.out / "seed", why_no_align(run)
+    if skipped:
+        print(f"stage I is skipped: {skipped}")
+    if not seed.exists():
+        if not skipped:
+            align(run, student, Mixture(sources, weights, run.align_steps * run.batch, run.seed),
+                  stop)
+        once(run, seed, lambda: save_pretrained(student, seed))
+    return seed
+
+
+def stage_two(run, seed, teacher, cache, mixture, heldout, stop):
+    """Stage II: the student folder `seed` -> run.out/student, unless that exists; returns it.
+
+    Its weights are loaded anew: stage I's student shares the teacher's, which must not train.
+    """
     final = run.out / "student"
     if not final.exists():
-        student = open_model(run, seed, run.train)
-        for block in student.model["layers"]:
-            block.recompute = run.recompute
-        distil(run, student, teacher, cache, mixture, heldout, stop)
-        del student
+        distil(run, open_model(run, seed, run.train), teacher, cache, mixture, heldout, stop)
     once(run, final, lambda: export_student(run, seed, final))
     return final
 
@@ -1686,29 +1802,291 @@ def export_student(run, seed, final):
     shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
-def plan_students(run, sources, weights):
-    """What stage II trains: {name: (settings, mixture)}.
+def prove(run, folders):
+    """Score teacher and students on --tasks and print recovery, C_0 and alpha* (Eq. 15-17).
 
-    One student, "after stage II"; or with --experts (Eq. 14) an expert per --data file, which
-    draws 70 % of its rows from its own file and the rest from the others, and a generalist, which
-    draws from all alike and trains as long as all experts together.
+    Whole models on one device, one after the other: after training nothing is sharded any more.
     """
-    plans = {"after stage II": (weights, run.distil_steps, run.out)}
-    if run.experts:
-        names = [source.name for source in sources]
-        plans = {name: ([0.7 if n == name else 0.3 / (len(names) - 1) for n in names],
-                        run.distil_steps, run.out / name) for name in names}
-        plans["generalist"] = ([1] * len(names), run.distil_steps * len(names),
-                               run.out / "generalist")
-    students = {}
-    for name, (shares, steps, out) in plans.items():
-        own = argparse.Namespace(**vars(run) | {
-            "out": out, "checkpoints": out / "checkpoints", "distil_steps": steps})
-        # Another seed than stage I's, or both stages would begin with the same rows.
-        mixture = Mixture(sources, shares, steps * run.batch, run.seed + 1,
-                          reorder=not run.targets)  # stored targets are of one order
-        students[name] = own, mixture
-    return students
+    out = run.out / "report"
+    out.mkdir(exist_ok=True)
+    scores = {name: evaluate.evaluate_rows(folder, run.tasks, device=run.device.type,
+                                           samples=out / f"{name}.jsonl")
+              for name, folder in {"teacher": run.teacher, **folders}.items()}
+    found = evaluate.compare(scores.pop("teacher"), scores)
+    write_json(out / "report.json", found)
+    evaluate.show_report(found)
+    evaluate.draw_curves(found, out / "win_and_tie.png")
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. The command
+# ----------------------------------------------------------------------------------------------
+
+# The shipped teacher's preset: what differs from the paper's settings below when --teacher is not
+# given. A window of 16 makes its context of 512 tokens long. Paper: loss .9 CE + .1 KL. Here: the
+# reverse, because this teacher was trained on this very text: CE teaches the student things that
+# the teacher does not do, and pulls it away (README, "How stage II weighs its losses"). Paper: a
+# constant rate in stage II. Here: it falls to 0, which lets a short run start higher (KL .104 at
+# a constant 3e-4, .099 at 5e-4 falling).
+SMALL = dict(
+    teacher=HERE / "tests/teacher", out=Path("out"), context=512, window=16, batch=4,
+    micro_batch=4, align_tokens=819_200, align_lr=3e-2, tokens=819_200, lr=5e-4, final_lr=0.0,
+    gamma=0.1, beta=0.9, warmup=20, eval_every=100, save_every=100, recompute=False,
+    data=sorted(str(p) for p in (HERE / "tests/teacher/data").glob("*.jsonl")))
+SMALL_EXPERTS = dict(
+    out=Path("out-experts"), tokens=204_800,
+    tasks=sorted(str(p) for p in (HERE / "tests/tasks").glob("*.jsonl")))
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float from `low` to `high`, and neither nan nor infinite.
+
+    A negative learning rate would train uphill without a word, and nan would blame the data.
+    """
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high and math.isfinite(kind(text)):
+                return kind(text)
+        bound = "" if high == math.inf else f" to {high:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} "
+                                         f"number from {low:g}{bound}")
+    return parse
+
+
+def parse_arguments(argv):
+    """The command line -> settings; without --teacher the small preset comes before the paper's.
+
+    A flag's default stands in one place, here or in SMALL, and --help prints it. ArgumentParser
+    ends the process with status 2 and one sentence when a value does not fit.
+    """
+    p = argparse.ArgumentParser(
+        description="Distil a Transformer into a hybrid xLSTM student. Without --teacher: the "
+        "shipped one, with a small preset (SMALL in distill.py) in place of the paper's defaults "
+        "below.", usage="distill.py [--teacher DIR --data FILE... --out RUN] [options]")
+
+    def add(group, name, default, help, **options):
+        if options.get("type") and not options.keys() & {"choices", "metavar"}:
+            options["metavar"] = "N"
+        form = ".4g" if isinstance(default, float) else "s"
+        shown = "" if default is None or isinstance(default, (bool, list)) else (
+            f" (%(default){form})")
+        group.add_argument(name, default=default, help=help + shown, **options)
+
+    count, amount = number(int, 1), number(float, 0)
+    add_run_flags(partial(add, p))
+    g = partial(add, p.add_argument_group("student"))
+    g("--mixer", "hybrid", "the paper's, or a part of it alone", choices=MIXERS)
+    g("--window", 512, "tokens that the window sees", type=count)
+    g("--sinks", 4, "first tokens that it sees as well", type=number(int, 0))
+    g("--features", 4, "width of the mLSTM's keys in heads' widths; the paper's is 1", type=int,
+      choices=(1, 2, 4, 8))
+    g = partial(add, p.add_argument_group("both stages"))
+    g("--context", 4096, "tokens a row", type=count)
+    g("--batch", 64, "rows a step", type=count)
+    g("--micro-batch", 1, "rows in a process's memory at once", type=count)
+    g("--warmup", 100, "steps of rising learning rate", type=count)
+    g("--save-every", 200, "steps between checkpoints", type=count)
+    g = partial(add, p.add_argument_group("stage I (align)"))
+    g("--align-tokens", 655e6, "to train on; 0: no stage I", type=number(float, 0, 1e13))
+    g("--align-lr", 1e-2, "peak learning rate, from which a cosine falls to a thousandth",
+      type=amount)
+    g("--start", None, "no stage I: start stage II from this student folder, such as another run's "
+      "seed/", type=Path, metavar="DIR")
+    add_distil_flags(partial(add, p.add_argument_group("stage II (distil)")), count, amount)
+
+    if p.parse_known_args(argv)[0].teacher is None:
+        experts = p.parse_known_args(argv)[0].experts
+        p.set_defaults(**SMALL | (SMALL_EXPERTS if experts else {}))
+    run = p.parse_args(argv)
+    run.final_lr = run.lr if run.final_lr is None else run.final_lr
+    return run
+
+
+def add_run_flags(g):
+    """The flags of a run as a whole: what is read, where it goes, on what it runs.
+
+    g(name, default, help, **options of argparse) adds one, here and below.
+    """
+    g("--teacher", None, "Hugging Face folder", type=Path, metavar="DIR")
+    g("--data", None, ".txt or .jsonl", nargs="+", metavar="FILE[=WEIGHT]")
+    g("--out", None, "folder of the run", type=Path, metavar="RUN")
+    g("--resume", False, "go on from the last checkpoint of --out", action="store_true")
+    g("--plan", False, "print the memory that a step needs, and stop", action="store_true")
+    g("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", metavar="NAME")
+    g("--dtype", "auto", "of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX",
+      choices=("auto", "float32", "bfloat16"))
+    g("--kernels", "auto", "what computes mLSTM and window; auto: Triton on a GPU",
+      choices=("auto", "torch", "triton"))
+    g("--seed", 0, "of the order of the data", type=number(int, 0, 2 ** 31))
+    g("--tasks", [], "task files on which the students are scored at the end (evaluate.py)",
+      nargs="+", metavar="FILE")
+    g("--eval-every", 500, "stage II's steps between held-out checks", type=number(int, 1))
+    g("--eval-rows", 16, "held-out rows a source", type=number(int, 1))
+
+
+def add_distil_flags(g, count, amount):
+    """The flags of stage II, from the budget over the loss to where the teacher's words come from.
+
+    --gamma and --beta matter by their ratio above all, as AdamW divides by the gradient's size.
+    """
+    g("--tokens", 5e9, "to train on", type=number(float, 1, 1e13))
+    g("--lr", 1e-5, "learning rate after warm-up", type=amount)
+    g("--final-lr", None, "what a cosine takes it to (--lr: constant)", type=amount)
+    g("--train", "all", "new parameters; and attention's projections; and everything",
+      choices=TRAIN)
+    g("--recompute", True, "keep only the blocks' inputs and run each block again in the backward",
+      action=argparse.BooleanOptionalAction)
+    g("--gamma", 0.9, "weight of next-token CE", type=amount)
+    g("--beta", 0.1, "weight of KL to the teacher", type=amount)
+    g("--topk", 256, "teacher's tokens in the KL", type=count)
+    g("--targets", None, "the teacher's top k on disk: made first where missing, then stage II "
+      "runs without the teacher", type=Path, metavar="DIR")
+    g("--targets-only", False, "make --targets and stop", action="store_true")
+    g("--experts", False, "an expert of --tokens per --data file, a generalist of as many as all "
+      "experts, and the merged experts (Eq. 14)", action="store_true")
+
+
+def check_arguments(run):
+    """Refuse what cannot work together, before anything is read or written."""
+    if (run.data is None or run.out is None) and not run.plan:
+        raise ValueError("--teacher DIR also needs --data FILE... and --out DIR")
+    names = [parse_data(spec)[0].stem for spec in run.data or ()]
+    taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all"}
+    if len(set(names)) < len(names) or taken & set(names):
+        raise ValueError(f"--data: the files' names {names} name sources and folders of the run; "
+                         f"they must differ and be none of {sorted(taken)}: rename a file")
+    if run.targets_only and not run.targets:
+        raise ValueError("--targets-only needs --targets DIR, where to make them")
+    if run.experts and len(run.data) < 2:
+        raise ValueError("--experts needs two --data files or more: an expert for each")
+    if missing := [path for path in run.tasks if not Path(path).is_file()]:
+        raise FileNotFoundError(f"--tasks {missing[0]}: there is no such file")
+    if run.gamma + run.beta == 0:
+        raise ValueError("--gamma and --beta must not both be 0")
+
+
+def settings_of(run):
+    """What must not change between a run and its resumption, as JSON.
+
+    All but what changes no number, or by rounding alone: devices, processes, formats, memory.
+    """
+    free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan",
+            "targets_only", "micro_batch", "recompute", "rank", "world", "kernels", "dtype")
+    settings = {k: v for k, v in vars(run).items() if k not in free}
+    settings["targets"] = bool(run.targets)
+    settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
+    settings["teacher_sha256"] = teacher_sha256(run.teacher)
+    settings["data_sha256"] = [file_sha256(parse_data(spec)[0]) for spec in run.data]
+    return settings
+
+
+def open_run(run):
+    """Refuse an --out of another run, or for --resume of other settings; return its results.
+
+    results: the rows of the table that a resumed run has measured already; {} for a new run.
+    """
+    path, results = run.out / "run.json", run.out / "results.json"
+    if not run.resume:
+        if path.exists():
+            raise ValueError(f"--out {run.out} holds a run already; add --resume to go on with it, "
+                             "or name another folder")
+        return {}
+    if not path.exists():
+        raise FileNotFoundError(f"--resume: {path} does not exist; is {run.out} a run's folder?")
+    old, new = read_json(path), settings_of(run)
+    changed = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
+    if changed:
+        raise ValueError(f"--resume: {run.out} was made with other settings: " + "; ".join(changed))
+    return read_json(results) if results.exists() else {}
+
+
+def load(run):
+    """Teacher, its tokenizer, its student and the data, training and held-out; says what they are.
+
+    One process tokenises, which takes all cores anyway; the others wait and find it done.
+    """
+    teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device,
+                                             dtype=frozen_dtype(run))
+    teacher.requires_grad_(False)
+    print(f"teacher   {run.teacher} ({teacher.config.family}, "
+          f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
+    student, eos_ids = new_student(run, teacher), teacher.config.eos_ids
+    if run.rank > 0:
+        barrier()
+    data = open_data(run, tokenizer, eos_ids[0] if eos_ids else None)
+    if run.rank == 0:
+        barrier()
+    return teacher, tokenizer, student, *data
+
+
+def measure(run, results, name, model, teacher, heldout):
+    """A model's row of the table, unless a resumed run has it already; all rows to results.json.
+
+    teacher: None where stored targets replace it in training; then it is loaded for this alone.
+    """
+    if name not in results:
+        results[name] = compare(run, model, teacher or open_model(run, run.teacher), heldout)
+        if run.rank == 0:
+            write_json(run.out / "results.json", results)
+    print(f"held-out, {name}: {show(results[name]['all'])}")
+
+
+def main(argv=None):
+    """One run from top to bottom: load, measure, align, distil, report.
+
+    Each step finds on disk what an earlier run has finished of it, and skips that: --resume is the
+    same walk. Raises ValueError or OSError in a sentence for the user, and Stopped.
+    """
+    run, started = parse_arguments(argv), time.time()
+    check_arguments(run)
+    torch.manual_seed(run.seed)
+    start_processes(run)
+    if run.plan:
+        return show_plan(run)
+    run.checkpoints = run.out / "checkpoints"
+    run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
+    run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
+    run.warmup = min(run.warmup, run.align_steps or run.distil_steps, run.distil_steps)
+    # Everything that can be refused comes before anything is written into --out but the data.
+    results = open_run(run)
+    teacher, tokenizer, student, sources, weights, heldout = load(run)
+    students, stop, cache = plan_students(run, sources, weights), StopRequested(), None
+    if run.targets:
+        mixtures = [mixture for _, mixture in students.values()]
+        cache = prepare_targets(run, teacher, tokenizer, mixtures, stop, run.rank, run.world)
+        barrier()
+        if run.targets_only:
+            return print(f"the targets are in {run.targets}")
+    if not run.resume:
+        if run.device.type == "cuda":  # where memory is short; it takes seconds
+            show_plan(run)
+        show_time(run, student, teacher, cache, students)
+    # Only now: a refused run leaves none.
+    once(run, run.out / "run.json", lambda: write_json(run.out / "run.json", settings_of(run)))
+
+    measure(run, results, "teacher", teacher, teacher, heldout)
+    if not run.start:
+        measure(run, results, "entry", student, teacher, heldout)
+    seed = stage_one(run, student, sources, weights, stop)
+    if run.start or not why_no_align(run):
+        measure(run, results, "after stage I", open_model(run, seed), teacher, heldout)
+
+    # Stage I needed the teacher whole. Stage II shards it, or does without.
+    student, folders = None, {}
+    teacher = None if cache else open_model(run, run.teacher) if dist.is_initialized() else teacher
+    for name, (own, mixture) in students.items():
+        if run.experts:
+            print(f"\n===== {name} =====")
+            once(run, own.out, own.out.mkdir)
+        folders[name] = stage_two(own, seed, teacher, cache, mixture, heldout, stop)
+        measure(run, results, name, open_model(run, folders[name]), teacher, heldout)
+    if run.experts:  # the mean of the experts, without the generalist that they are compared with
+        experts, folders["merged"] = list(folders.values())[:-1], run.out / "merged"
+        once(run, folders["merged"], lambda: merge(experts, folders["merged"]))
+        measure(run, results, "merged", open_model(run, folders["merged"]), teacher, heldout)
+    teacher = None
+    if run.rank == 0:
+        finish(run, folders, results, tokenizer, heldout, started)
 
 
 def finish(run, folders, results, tokenizer, heldout, started):
@@ -1723,272 +2101,22 @@ def finish(run, folders, results, tokenizer, heldout, started):
           f"`python distill.py --mixer swa --out {run.out}-swa`")
 
 
-def prove(run, folders):
-    """Score teacher and students on --tasks and print recovery, C_0 and alpha* (Eq. 15-17)."""
-    out = run.out / "report"
-    out.mkdir(exist_ok=True)
-    scores = {name: evaluate.evaluate_rows(folder, run.tasks, device=run.device.type,
-                                           samples=out / f"{name}.jsonl")
-              for name, folder in {"teacher": run.teacher, **folders}.items()}
-    found = evaluate.compare(scores.pop("teacher"), scores)
-    write_json(out / "report.json", found)
-    evaluate.show_report(found)
-    evaluate.draw_curves(found, out / "win_and_tie.png")
+def command(argv=None):
+    """`main` for a shell: its errors are one sentence and exit status 2. Ends the process.
 
-
-# ----------------------------------------------------------------------------------------------
-# 11. The command
-# ----------------------------------------------------------------------------------------------
-
-# The shipped teacher's preset: what differs from the paper's settings below when --teacher is not
-# given. A window of 16 makes its context of 512 tokens long. Paper: loss .9 CE + .1 KL. Here: the
-# reverse, because this teacher was trained on this very text: CE teaches the student things that
-# the teacher does not do, and pulls it away (README, "How stage II weighs its losses").
-SMALL = dict(
-    teacher=HERE / "tests/teacher", out=Path("out"), context=512, window=16, batch=4,
-    micro_batch=4, align_tokens=819_200, align_lr=3e-2, tokens=819_200, lr=3e-4, gamma=0.1,
-    beta=0.9, warmup=20, eval_every=100, eval_rows=16, save_every=100, recompute=False,
-    data=sorted(str(p) for p in (HERE / "tests/teacher/data").glob("*.jsonl")))
-SMALL_EXPERTS = dict(
-    out=Path("out-experts"), tokens=204_800,
-    tasks=sorted(str(p) for p in (HERE / "tests/tasks").glob("*.jsonl")))
-
-
-def parse_arguments(argv):
-    """The command line -> settings; without --teacher the small preset comes before the paper's."""
-    p = argparse.ArgumentParser(description="Distil a Transformer into a hybrid xLSTM student.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--teacher", type=Path, help="Hugging Face folder; none: the shipped teacher "
-                   "with its own small preset of the settings below")
-    p.add_argument("--data", nargs="+", metavar="FILE[=WEIGHT]", help=".txt or .jsonl")
-    p.add_argument("--out", type=Path, help="folder of the run")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
-    p.add_argument("--plan", action="store_true", help="print the memory that a step needs, stop")
-    p.add_argument("--speed", action="store_true", help="time both stages' parts and stop")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX")
-    p.add_argument("--kernels", choices=("auto", "torch", "triton"), default="auto",
-                   help="what computes mLSTM and window; auto: Triton on a GPU")
-    p.add_argument("--seed", type=int, default=0)
-
-    g = p.add_argument_group("student")
-    g.add_argument("--mixer", choices=MIXERS, default="hybrid")
-    g.add_argument("--window", type=int, default=512, help="W, tokens")
-    g.add_argument("--sinks", type=int, default=4, help="tokens")
-    g.add_argument("--features", type=int, choices=(1, 2, 4, 8), default=4, help="width of the "
-                   "mLSTM's keys as a multiple of the heads'; the paper's is 1")
-
-    g = p.add_argument_group("both stages")
-    g.add_argument("--context", type=int, default=4096, help="tokens a row")
-    g.add_argument("--batch", type=int, default=64, help="rows a step")
-    g.add_argument("--micro-batch", type=int, default=1, help="rows in a process's memory at once")
-    g.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    g.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
-
-    g = p.add_argument_group("stage I (align)")
-    g.add_argument("--align-tokens", type=float, default=655e6)
-    g.add_argument("--align-lr", type=float, default=1e-2, help="peak; cosine to a thousandth")
-    g.add_argument("--skip-align", action="store_true", help="ablation: no stage I")
-    g.add_argument("--start", type=Path, metavar="DIR", help="no stage I: start stage II from this "
-                   "student folder, such as another run's seed/")
-
-    g = p.add_argument_group("stage II (distil)")
-    g.add_argument("--tokens", type=float, default=5e9)
-    g.add_argument("--lr", type=float, default=1e-5, help="constant after warm-up")
-    g.add_argument("--train", choices=("new", "mixer", "all"), default="all",
-                   help="new parameters; and attention projections; and everything")
-    g.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True,
-                   help="keep only the blocks' inputs and run each block again in the backward")
-    g.add_argument("--gamma", type=float, default=0.9, help="weight of next-token CE")
-    g.add_argument("--beta", type=float, default=0.1, help="weight of KL to the teacher")
-    g.add_argument("--topk", type=int, default=256, help="teacher tokens in the KL")
-    g.add_argument("--targets", type=Path, metavar="DIR", help="the teacher's top k on disk: made "
-                   "first where missing, then stage II runs without the teacher")
-    g.add_argument("--targets-only", action="store_true", help="make --targets and stop")
-    g.add_argument("--experts", action="store_true", help="an expert of --tokens per --data file, "
-                   "a generalist of as many as all experts, and the merged experts (Eq. 14)")
-    g.add_argument("--tasks", nargs="+", metavar="FILE", default=[],
-                   help="task files on which the students are scored at the end (evaluate.py)")
-    g.add_argument("--eval-every", type=int, default=500, help="steps between held-out checks")
-    g.add_argument("--eval-rows", type=int, default=16, help="held-out rows a source")
-
-    run, _ = p.parse_known_args(argv)
-    if run.teacher is None:
-        p.set_defaults(**SMALL | (SMALL_EXPERTS if run.experts else {}))
-    return p.parse_args(argv)
-
-
-def check_arguments(run):
-    """Refuse what cannot work, before anything is read or written."""
-    if (run.data is None or run.out is None) and not run.plan:
-        raise ValueError("--teacher DIR also needs --data FILE... and --out DIR")
-    for name in ("context", "batch", "micro_batch", "warmup", "save_every", "topk", "eval_every",
-                 "eval_rows", "align_tokens", "tokens", "window"):
-        if getattr(run, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    names = [parse_data(spec)[0].stem for spec in run.data or ()]
-    taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all"}
-    if len(set(names)) < len(names) or taken & set(names):
-        raise ValueError(f"--data: the files' names {names} name sources and folders of the run; "
-                         f"they must differ and be none of {sorted(taken)}: rename a file")
-    if run.targets_only and not run.targets:
-        raise ValueError("--targets-only needs --targets DIR, where to make them")
-    if run.experts and len(run.data) < 2:
-        raise ValueError("--experts needs two --data files or more: an expert for each")
-    for path in run.tasks:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--tasks {path}: there is no such file")
-    if not (run.gamma >= 0 and run.beta >= 0 and run.gamma + run.beta > 0):
-        raise ValueError("--gamma and --beta must not be negative, nor both 0")
-    if run.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {run.device}: this torch sees no GPU; use --device cpu")
-
-
-def settings_of(run):
-    """What must not change between a run and its resumption, as JSON."""
-    free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan", "speed",
-            "targets_only", "micro_batch", "recompute", "rank", "world",
-            "kernels", "dtype")
-    settings = {k: v for k, v in vars(run).items() if k not in free}
-    settings["targets"] = bool(run.targets)
-    settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
-    settings["teacher_sha256"] = teacher_sha256(run.teacher)
-    settings["data_sha256"] = [file_sha256(parse_data(spec)[0]) for spec in run.data]
-    return settings
-
-
-def open_run(run):
-    """Refuse an --out of another run, or for --resume of other settings; return its results."""
-    path, results = run.out / "run.json", run.out / "results.json"
-    if not run.resume:
-        if path.exists():
-            raise ValueError(f"--out {run.out} holds a run already; add --resume to go on with it, "
-                             "or name another folder")
-        return {}
-    if not path.exists():
-        raise FileNotFoundError(f"--resume: {path} does not exist; is {run.out} a run's folder?")
-    old, new = json.loads(path.read_text()), settings_of(run)
-    changed = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
-    if changed:
-        raise ValueError(f"--resume: {run.out} was made with other settings: " + "; ".join(changed))
-    return json.loads(results.read_text()) if results.exists() else {}
-
-
-def new_student(run, teacher):
-    """The student before training, or for --start the one to go on from."""
-    if run.start:
-        student = open_model(run, run.start)
-        if dataclasses.replace(student.config, hybrid=None) != teacher.config:
-            raise ValueError(f"--start {run.start}: its config.json is not of a student of "
-                             f"{run.teacher}")
-    else:
-        student = student_from_teacher(teacher, window=run.window, sinks=run.sinks,
-                                       mixer=run.mixer, features=run.features,
-                                       kernels=run.kernels)
-    hybrid = student.config.hybrid
-    if hybrid is None:
-        raise ValueError(f"--start {run.start} is a teacher, not a student")
-    print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks; on "
-          f"{run.device} in {str(run.dtype)[6:]}, kernels: {student.kernels}")
-    return student
-
-
-def load_data(run, tokenizer, eos_ids):
-    """--data -> `open_data`'s sources, weights and held-out sources, and say what they are."""
-    if run.rank > 0:
-        barrier()  # the first process tokenises, the others find it done
-    eos_id = eos_ids[0] if eos_ids else None
-    train, weights, heldout = open_data(run.data, tokenizer, eos_id, run.out / "data", run.context)
-    if run.rank == 0:
-        barrier()
-    for source, weight in zip(train, weights):
-        print(f"data      {source.name}: {source.total:,} tokens to train on, the longest document "
-              f"{source.lengths.max():,}; {weight / sum(weights):.0%} of every batch")
-    return train, weights, heldout
-
-
-def main(argv=None):
-    """One run from top to bottom: load, measure, align, distil, report."""
-    run, started = parse_arguments(argv), time.time()
-    check_arguments(run)
-    torch.manual_seed(run.seed)
-    start_processes(run)
-    if run.plan:
-        return show_plan(run)
-    run.checkpoints = run.out / "checkpoints"
-    run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
-    run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
-    run.warmup = min(run.warmup, run.align_steps, run.distil_steps)
-    results = open_run(run)
-    teacher, tokenizer = load_with_tokenizer(run.teacher, device=run.device,
-                                             dtype=frozen_dtype(run))
-    teacher.requires_grad_(False)
-    print(f"teacher   {run.teacher} ({teacher.config.family}, "
-          f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
-    student = new_student(run, teacher)
-    sources, weights, heldout = load_data(run, tokenizer, teacher.config.eos_ids)
-    if run.speed:
-        return report_speed(run, student, teacher, Mixture(sources, weights, run.batch, run.seed))
-    students, stop, cache = plan_students(run, sources, weights), StopRequested(), None
-    if run.targets:
-        mixtures = [mixture for _, mixture in students.values()]
-        cache = prepare_targets(run, teacher, tokenizer, mixtures, stop, run.rank, run.world)
-        barrier()
-        if run.targets_only:
-            return print(f"the targets are in {run.targets}")
-    if not run.resume:
-        show_plan(run)
-    # Only now: a refused run leaves none.
-    once(run, run.out / "run.json", lambda: write_json(run.out / "run.json", settings_of(run)))
-
-    def measure(name, model):
-        if name not in results:
-            results[name] = compare(run, model, teacher or open_model(run, run.teacher), heldout)
-            if run.rank == 0:
-                write_json(run.out / "results.json", results)
-        r = results[name]["all"]
-        print(f"held-out, {name}: CE {r['ce']:.4f}  KL {r['kl']:.4f}  top-1 {r['top1']:.3f}")
-
-    measure("teacher", teacher)
-    seed, skipped = run.start or run.out / "seed", why_no_align(run)
-    if skipped:
-        print(f"stage I is skipped: {skipped}")
-    if not run.start:
-        measure("entry", student)
-    if not seed.exists():
-        if not skipped:
-            total = run.align_steps * run.batch
-            align(run, student, Mixture(sources, weights, total, run.seed), stop)
-        once(run, seed, lambda: save_pretrained(student, seed))
-    if not skipped or run.start:
-        measure("after stage I", open_model(run, seed))
-
-    # Stage I needed the teacher whole. Stage II shards it, or does without.
-    student, folders = None, {}
-    teacher = None if cache else open_model(run, run.teacher) if dist.is_initialized() else teacher
-    for name, (own, mixture) in students.items():
-        if run.experts:
-            print(f"\n===== {name} =====")
-            once(run, own.out, own.out.mkdir)
-        folders[name] = train_student(own, seed, teacher, cache, mixture, heldout, stop)
-        measure(name, open_model(run, folders[name]))
-    if run.experts:
-        experts, folders["merged"] = list(folders.values())[:-1], run.out / "merged"
-        once(run, folders["merged"], lambda: merge(experts, folders["merged"]))
-        measure("merged", open_model(run, folders["merged"]))
-    teacher = None
-    if run.rank == 0:
-        finish(run, folders, results, tokenizer, heldout, started)
-
-
-if __name__ == "__main__":
+    Other exceptions are our mistakes, and keep their traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character ends no run
+        stream.reconfigure(errors="replace")
     try:
-        main()
+        main(argv)
     except Stopped as where:
         print(f"stopped after {where}; go on with the same command and --resume")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         leave(2)
     leave(0)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,10 +1,13 @@
 """distill.py: packing, mixtures, losses against autograd, exact resume, and what it refuses."""
 
+import contextlib
 import dataclasses
 import glob
+import io
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,7 @@ import torch.nn.functional as F
 
 import distill
 from distill import (Mixture, Source, alignment_losses, collate, learning_rate, open_data,
-                     sparse_kd_loss, teacher_topk, tokenise)
+                     read_text, sparse_kd_loss, teacher_topk, tokenise)
 from model import (Attention, Tokenizer, document_starts, is_new, load_pretrained,
                    student_from_teacher)
 
@@ -49,11 +53,11 @@ def words(rng, n):
     return " ".join("".join(rng.choice(list("abcdefgh"), 3)) for _ in range(n))
 
 
-@pytest.fixture
-def corpus(tmp_path):
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
     rng = np.random.default_rng(0)
-    return write_rows(tmp_path / "a.jsonl", [words(rng, int(rng.integers(1, 120)))
-                                             for _ in range(300)])
+    return write_rows(tmp_path_factory.mktemp("corpus") / "a.jsonl",
+                      [words(rng, int(rng.integers(1, 120))) for _ in range(300)])
 
 
 # ------------------------------------------------------------------ data
@@ -105,19 +109,19 @@ def test_specials_in_plain_text_stay_text(tmp_path, tokenizer):
         2 if tokenizer.added[special] == tokenizer.bos_id else 0)  # the BOS in front, no other
 
 
-def test_text_files_are_cut_at_line_ends_and_lose_nothing(tmp_path, tokenizer):
+def test_text_files_are_cut_at_line_ends_and_lose_nothing(tmp_path):
     text = "".join(f"line {i} of a text é\n" for i in range(3000))
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    found = [parts[0][0] for _, parts in distill.read_documents(tmp_path / "a.txt", tokenizer)]
+    found = [piece for _, piece in read_text(tmp_path / "a.txt")]
     assert len(found) > 20 and "".join(found) == text
     assert all(piece.endswith("\n") for piece in found)
 
 
-def test_a_text_without_line_ends_is_cut_between_characters(tmp_path, tokenizer):
+def test_a_text_without_line_ends_is_cut_between_characters(tmp_path):
     for unit, end in (("word € ", " "), ("€", "€")):
         text = unit * 60_000
         (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-        found = [parts[0][0] for _, parts in distill.read_documents(tmp_path / "a.txt", tokenizer)]
+        found = [piece for _, piece in read_text(tmp_path / "a.txt")]
         assert "".join(found) == text and all(piece.endswith(end) for piece in found)
         assert max(len(piece.encode()) for piece in found) < 1 << 17
 
@@ -154,51 +158,145 @@ def test_tokens_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, mo
 def test_a_killed_tokenisation_goes_on_where_it_stopped(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(distill, "PART", 3000)
     path, _ = many_parts(tmp_path)
-    whole = tokenise(path, tokenizer, 1023, tmp_path / "whole")
-    script = f"""
-import distill, os, signal, sys, pathlib
-from model import Tokenizer
-distill.PART, append, left = 3000, distill._append, [7]
-def die_in_the_eighth(folder, part):
-    left[0] -= 1
-    if left[0] < 0:
-        (folder / "tokens.bin").open("ab").write(b"half of a part")
-        (folder / "parts.bin").open("ab").write(b"torn")
-        os.kill(os.getpid(), signal.SIGKILL)
-    append(folder, part)
-distill._append = die_in_the_eighth
-distill.tokenise(pathlib.Path({str(path)!r}), Tokenizer({str(TEACHER)!r}), 1023,
-                 pathlib.Path({str(tmp_path / "d")!r}), 2)
-"""
-    for _ in range(2):
-        died = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True)
-        assert died.returncode == -signal.SIGKILL, died.stderr
+    whole = tokenise(path, tokenizer, 1023, tmp_path / "whole", 1)
+    made, part = [], distill.tokenise_part
+    for _ in range(2):  # each dies in its eighth part
+        child = os.fork()
+        if child == 0:
+            def die_in_the_eighth(*args):
+                made.append(args)
+                if len(made) == 8:
+                    with distill.replacing(args[3]) as file:
+                        file.write(b"half of a part")
+                        os.kill(os.getpid(), signal.SIGKILL)
+                part(*args)
+            monkeypatch.setattr(distill, "tokenise_part", die_in_the_eighth)
+            tokenise(path, tokenizer, 1023, tmp_path / "d", 1)
+            os._exit(1)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     [left] = (tmp_path / "d").iterdir()
     assert left.suffix == ".tmp"
-    seen, append = [], distill._append
-    monkeypatch.setattr(distill, "_append", lambda *args: seen.append(append(*args)))
+    monkeypatch.setattr(distill, "tokenise_part", lambda *args: made.append(part(*args)))
     resumed = tokenise(path, tokenizer, 1023, tmp_path / "d", 1)
-    assert len(seen) == -(-path.stat().st_size // 3000) - 14  # seven parts each, none again
+    assert len(made) == -(-path.stat().st_size // 3000) - 14  # seven parts each, none again
     assert resumed.name == whole.name and read_files(resumed) == read_files(whole)
+    assert sorted(p.name for p in resumed.iterdir()) == sorted(distill.FILES)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forked, which takes no seconds of imports; the test before this spawns them."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(distill.multiprocessing, "get_context", lambda kind: context)
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path, tokenizer, monkeypatch, forked):
+    monkeypatch.setattr(distill, "PART", 3000)
+    path, _ = many_parts(tmp_path)
+    monkeypatch.setattr(distill, "partial", lambda f, *args: _die)
+    with pytest.raises(OSError, match="a worker process was killed.*the same call goes on"):
+        tokenise(path, tokenizer, 1023, tmp_path / "d", 2)
+
+
+def _die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path, tokenizer, monkeypatch, forked):
+    monkeypatch.setattr(distill, "PART", 3000)
+    path, _ = many_parts(tmp_path)
+    started = tmp_path / "started"
+    parent = os.fork()
+    if parent == 0:
+        monkeypatch.setattr(distill, "partial", lambda f, *args: partial(_wait, started))
+        tokenise(path, tokenizer, 1023, tmp_path / "d", 2)
+        os._exit(1)
+    deadline = time.time() + 120
+    while not started.exists():
+        assert time.time() < deadline
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    while is_running(int(started.read_text())):
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def _wait(started, *args):
+    write = started.with_name(f"{os.getpid()}")
+    write.write_text(f"{os.getpid()}")
+    os.replace(write, started)
+    time.sleep(600)
+
+
+def is_running(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_row_is_named_by_its_line_in_any_part(tmp_path, tokenizer, monkeypatch, workers):
+def test_a_bad_row_is_named_by_its_line_in_any_part(tmp_path, tokenizer, monkeypatch, workers,
+                                                    forked):
     monkeypatch.setattr(distill, "PART", 3000)
     path, text = many_parts(tmp_path)
-    for path, bad in ((path, b'{"text": "half'), (path, b'{"text": "\xff"}'), (text, b"\xff")):
+    for path, bad in ((path, b'{"text": "half'), (path, b'{"text": "\xff"}'), (text, b"\xff"),
+                      (path, b'{"dna": "ACGX"}')):
         lines = path.read_bytes().splitlines()
-        for at in (2, 150, len(lines)) if workers == 1 else (150,):
+        for at in (2, len(lines)) if workers == 1 else (150,):
             broken = tmp_path / f"broken{path.suffix}"
             broken.write_bytes(b"\n".join([*lines[:at - 1], bad, *lines[at - 1:]]) + b"\n")
-            with pytest.raises(ValueError, match=f"broken{path.suffix}:{at}: not "):
+            with pytest.raises(ValueError, match=f"broken{path.suffix}:{at}: .*(not |no DNA)"):
                 tokenise(broken, tokenizer, 1023, tmp_path / "d", workers)
-            assert not list((tmp_path / "d").iterdir())
+            assert not list((tmp_path / "d").glob("*"))
+
+
+def test_a_character_without_a_token_is_named_by_its_line(tmp_path, tokenizer, monkeypatch):
+    def refuse(text, **options):
+        if "X" in text:
+            raise ValueError("vocab.txt has no token 'X'")
+        return [1, 2, 3]
+
+    monkeypatch.setattr(tokenizer, "encode", refuse)
+    path = write_rows(tmp_path / "a.jsonl", ["ACGT", "ACXT"])
+    with pytest.raises(ValueError, match="a.jsonl:2: vocab.txt has no token 'X'"):
+        tokenise(path, tokenizer, None, tmp_path / "d", 1)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer):
+    rows = write_rows(tmp_path / "a.jsonl", ["one é", "two"])
+    (tmp_path / "a.txt").write_text("one é\ntwo\n", encoding="utf-8")
+    for path in (rows, tmp_path / "a.txt"):
+        marked = tmp_path / f"marked{path.suffix}"
+        marked.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        plain, found = (tokenise(p, tokenizer, 1023, tmp_path / "d", 1) for p in (path, marked))
+        assert read_files(plain) == read_files(found)
+
+
+def test_a_split_without_a_label_is_refused_and_skipped_turns_are_counted(
+        tmp_path, tokenizer, monkeypatch, capsys):
+    """Otherwise its losses are means over nothing: 0, which looks like success."""
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": [{"content": f"{i} " * 9}]}) + "\n"
+                            for i in range(200)))
+    run = Namespace(data=[str(path)], out=tmp_path / "none", context=64)
+
+    def parts(learnt):
+        monkeypatch.setattr(tokenizer, "render_chat_parts", lambda messages, tools: (
+            [("<u>", False), (messages[0]["content"], learnt)], 3))
+
+    parts(False)
+    with pytest.raises(ValueError, match="chat.jsonl: none of the .* training tokens is to be lea"):
+        open_data(run, tokenizer, 1023)
+    parts(True)
+    run.out = tmp_path / "all"
+    open_data(run, tokenizer, 1023)
+    assert "600 of its assistant's turns are read and not learnt" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, corpus, tokenizer, monkeypatch):
     monkeypatch.setattr(distill, "PART", 10_000)
-    whole = read_files(tokenise(corpus, tokenizer, 1023, tmp_path / "whole"))
+    whole = read_files(tokenise(corpus, tokenizer, 1023, tmp_path / "whole", 1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole["tokens.bin"]) // 2, hard))
     try:
@@ -243,8 +341,8 @@ def test_mixture_counts_are_exact_and_order_depends_on_seed_and_step(tmp_path, t
     rng = np.random.default_rng(0)
     files = [write_rows(tmp_path / f"{n}.jsonl", [words(rng, 60) for _ in range(60)])
              for n in "ab"]
-    train, weights, _ = open_data([f"{files[0]}=3", f"{files[1]}=1"], tokenizer, 1023,
-                                  tmp_path / "data", 64)
+    run = Namespace(data=[f"{files[0]}=3", f"{files[1]}=1"], out=tmp_path, context=64)
+    train, weights, _ = open_data(run, tokenizer, 1023)
     mixture = Mixture(train, weights, 400, seed=5)
     assert np.abs(np.cumsum(mixture.which == 0) - 0.75 * np.arange(1, 401)).max() <= 1
     again = Mixture(train, weights, 400, seed=5)
@@ -259,6 +357,7 @@ def test_mixture_counts_are_exact_and_order_depends_on_seed_and_step(tmp_path, t
 
 
 def test_tokenising_twice_reads_the_first_result(tmp_path, corpus, tokenizer):
+    corpus = Path(shutil.copy(corpus, tmp_path))
     folder = tokenise(corpus, tokenizer, 1023, tmp_path / "d")
     stamp = (folder / "tokens.bin").stat().st_mtime_ns
     assert tokenise(corpus, tokenizer, 1023, tmp_path / "d") == folder
@@ -268,8 +367,8 @@ def test_tokenising_twice_reads_the_first_result(tmp_path, corpus, tokenizer):
 
 
 def test_conversations_learn_the_assistants_tokens_only(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "render_chat_parts", lambda messages: [
-        ("<u>" + messages[0]["content"], False), (messages[1]["content"] + "</s>", True)])
+    monkeypatch.setattr(tokenizer, "render_chat_parts", lambda messages, tools: ([
+        ("<u>" + messages[0]["content"], False), (messages[1]["content"] + "</s>", True)], 2))
     row = {"messages": [{"role": "user", "content": "what?"},
                         {"role": "assistant", "content": "that."}]}
     (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
@@ -278,6 +377,8 @@ def test_conversations_learn_the_assistants_tokens_only(tmp_path, tokenizer, mon
     loss = np.fromfile(folder / "loss.bin", bool)
     assert tokenizer.decode(tokens[loss]) == "that.</s>"
     assert tokenizer.decode(tokens[~loss]) == "<u>what?"
+    [document] = np.fromfile(folder / "documents.bin", distill.DOCUMENT)
+    assert document["labels"] == loss[1:].sum() and document["skipped"] == 2
 
 
 # ------------------------------------------------------------------ losses
@@ -298,7 +399,7 @@ def full_matrix_loss(hidden, weight, labels, ids, logprobs, gamma, beta):
 @pytest.mark.parametrize("gamma, beta", [(0.9, 0.1), (1.0, 0.0), (0.0, 1.0)])
 def test_sparse_kd_loss_equals_autograd_on_the_full_matrix(monkeypatch, dtype, tolerance, gamma,
                                                            beta):
-    monkeypatch.setattr(distill, "_chunks", lambda n, V: [slice(0, 37), slice(37, n)])
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 37 * 500)  # three slices, under checkpoint
     r = torch.Generator().manual_seed(0)
     N, V, width, k = 80, 500, 16, 20
     hidden, weight, other = (torch.randn(n, width, generator=r).to(dtype) for n in (N, V, V))
@@ -331,15 +432,41 @@ def test_the_sparse_kl_over_the_whole_vocabulary_is_the_kl():
     torch.testing.assert_close(parts["kl"], (p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_the_loss_holds_no_tokens_by_vocabulary_matrix():
+def test_the_loss_holds_no_tokens_by_vocabulary_matrix(monkeypatch):
     from test_model import LargestTensor
-    N, V, width = 4096, 40_000, 8
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 1 << 20)
+    N, V, width = 1024, 8000, 8
     hidden = torch.randn(N, width, requires_grad=True)
     weight = torch.randn(V, width, requires_grad=True)
     with LargestTensor() as seen:
         targets = teacher_topk(hidden.detach(), weight.detach(), 4)
         sparse_kd_loss(hidden, weight, torch.zeros(N, dtype=torch.long), *targets)[0].backward()
-    assert seen.numel <= 1 << 26 < N * V
+    assert seen.numel <= 1 << 20 < N * V
+
+
+@pytest.mark.parametrize("autocast, dtype", [(True, torch.float32), (False, torch.bfloat16),
+                                             (True, torch.bfloat16)])
+def test_the_gradient_of_lm_head_is_summed_in_fp32_over_slices(monkeypatch, autocast, dtype):
+    """fp32 masters under autocast; bf16, as FSDP2 gathers them. 400 slices: summed in bf16 the
+    error would be a tenth, each slice alone rounded to bf16 leaves it at 1e-3."""
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 2 * 50)
+    r = torch.Generator().manual_seed(0)
+    hidden, weight, other = (torch.randn(n, 16, generator=r).bfloat16() for n in (800, 50, 50))
+    hidden[:, 0] += 3  # so that slices do not cancel
+    labels = torch.zeros(800, dtype=torch.long)
+    targets = teacher_topk(hidden, other, 8)
+    found = []
+    for h, w in ((hidden.double(), weight.double()), (hidden, weight.to(dtype))):
+        w.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and w.dtype != torch.float64):
+            sparse_kd_loss(h, w, labels, *targets)[0].backward()
+        assert w.grad.dtype == w.dtype
+        found.append(w.grad.double())
+        frozen = h.clone().requires_grad_()  # a frozen lm_head hands the gradient on
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and w.dtype != torch.float64):
+            sparse_kd_loss(frozen, w.detach(), labels, *targets)[0].backward()
+        assert frozen.grad.norm() > 0
+    assert (found[1] - found[0]).norm() < 4e-3 * found[0].norm()
 
 
 def test_alignment_trains_the_new_parameters_as_plain_autograd_would(teacher):
@@ -352,9 +479,9 @@ def test_alignment_trains_the_new_parameters_as_plain_autograd_would(teacher):
     # The oracle: run the teacher, remember each attention's input and mixed heads, and let
     # autograd differentiate the sum over layers in one graph.
     seen, mix = [], Attention.mix
-    def remember(self, x, raw, q, k, v, **options):
-        h = mix(self, x, raw, q, k, v, **options)
-        seen.append((x, raw, q, k, v, h))
+    def remember(self, heads, **options):
+        h = mix(self, heads, **options)
+        seen.append((heads, h))
         return h
     Attention.mix = remember
     try:
@@ -363,8 +490,8 @@ def test_alignment_trains_the_new_parameters_as_plain_autograd_would(teacher):
         Attention.mix = mix
     student.zero_grad()
     expected = []
-    for block, (*inputs, target) in zip(student.model["layers"], seen):
-        h = block.self_attn.mix(*inputs, document_ids=ids)
+    for block, (heads, target) in zip(student.model["layers"], seen):
+        h = block.self_attn.mix(heads, document_ids=ids)
         expected.append(((h - target) ** 2).mean())
     (0.5 * sum(expected)).backward()
     torch.testing.assert_close(losses, torch.stack(expected).detach())
@@ -434,15 +561,15 @@ def prepare(folder, tokenizer):
         path = folder / f"{name}.jsonl"
         if not path.exists():  # other processes may be reading it
             write_rows(path, [words(rng, n) for n in range(1, 50, step)])
-        sources.append(Source(name, tokenise(path, tokenizer, 1023, folder / "data"), "train", 64))
+        data = tokenise(path, tokenizer, 1023, folder / "data", 1)
+        sources.append(Source(name, data, "train", 64))
     run = Namespace(teacher=TEACHER, targets=folder / "targets", context=64, topk=16,
                     micro_batch=3, device=torch.device("cpu"), dtype=torch.float32)
     return run, Mixture(sources, [1, 1], 2 * sources[0].num_rows + 6, seed=1)
 
 
 @pytest.fixture
-def targets(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(distill, "SHARD_ROWS", 4)  # so that there are many files
+def targets(tmp_path, tokenizer):
     return prepare(tmp_path, tokenizer)
 
 
@@ -494,11 +621,10 @@ def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, 
 def test_a_short_run_makes_only_the_rows_it_draws_and_a_long_one_the_rest(targets, teacher,
                                                                          tokenizer):
     run, mixture = targets
-    short = Mixture(mixture.sources, [1, 3], 16, seed=1)  # 4 and 12 rows: one and three files
+    short = Mixture(mixture.sources, [1, 3], 16, seed=1)  # 4 and 12 rows
     cache = distill.prepare_targets(run, teacher, tokenizer, [short])
-    assert cache.needed([short]) == [(0, 0), (1, 0), (1, 1), (1, 2)]
     first = everything_in(run.targets)
-    assert len(first) == 1 + 4
+    assert len(first) == 1 + 16
     cache.rows([short.locate(i) for i in range(16)])
     again = Mixture(mixture.sources, [1, 1], 8, seed=9)  # another seed: other rows, the same files
     cache = distill.prepare_targets(run, teacher, tokenizer, [again, mixture])
@@ -510,86 +636,83 @@ def test_processes_write_what_one_process_writes(targets, teacher, tokenizer, tm
     run, mixture = targets
     distill.prepare_targets(run, teacher, tokenizer, [mixture])
     one = everything_in(run.targets)
-    script = """
-import distill, pathlib, sys
-sys.path.insert(0, "tests")
-from test_distill import TEACHER, prepare
-from model import load_with_tokenizer
-distill.SHARD_ROWS, (folder, out, rank, world) = 4, sys.argv[1:]
-teacher, tokenizer = load_with_tokenizer(TEACHER)
-run, mixture = prepare(pathlib.Path(folder), tokenizer)
-run.targets = pathlib.Path(out)
-distill.prepare_targets(run, teacher, tokenizer, [mixture], None, int(rank), int(world))
-"""
+
     def start(out, *args):
-        return subprocess.Popen([sys.executable, "-c", script, tmp_path, tmp_path / out, *args],
-                                cwd=ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL)
+        child = os.fork()
+        if child == 0:
+            run.targets = tmp_path / out
+            distill.prepare_targets(run, teacher, tokenizer, [mixture], None, *args)
+            os._exit(0)
+        return child
 
     # Two that share the work; and two that do not know of each other, of which one is killed.
-    sharing = [start("shared", "0", "2"), start("shared", "1", "2")]
-    assert [process.wait(timeout=120) for process in sharing] == [0, 0]
+    for child in [start("shared", 0, 2), start("shared", 1, 2)]:
+        assert os.waitpid(child, 0)[1] == 0
     assert everything_in(tmp_path / "shared") == one
-    strangers = [start("alone", "0", "1"), start("alone", "0", "1")]
+    strangers = [start("alone", 0, 1), start("alone", 0, 1)]
     deadline = time.time() + 120
-    while len(list((tmp_path / "alone").rglob("shard-*[0-9]"))) < 2:
+    while not list((tmp_path / "alone").rglob("*[0-9]")):
         assert time.time() < deadline
         time.sleep(0.001)
-    strangers[0].send_signal(signal.SIGKILL)
-    assert strangers[0].wait() == -signal.SIGKILL and strangers[1].wait(timeout=120) == 0
+    os.kill(strangers[0], signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(strangers[0], 0)[1]) == signal.SIGKILL
+    assert os.waitpid(strangers[1], 0)[1] == 0
     found = everything_in(tmp_path / "alone")
     assert {k: v for k, v in found.items() if not k.endswith(".tmp")} == one
 
 
 def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targets, teacher,
-                                                                           tokenizer, capsys):
+                                                                           tokenizer):
     run, mixture = targets
     cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
     whole = everything_in(run.targets)
     child = os.fork()
     if child == 0:  # dies by SIGKILL in the middle of a file
-        try:
-            shutil.rmtree(run.targets)
-            calls, hidden = [0], teacher.hidden
-            def hidden_then_die(*args, **kwargs):
-                calls[0] += 1
-                if calls[0] == 8:
+        shutil.rmtree(run.targets)
+        crc32, calls = distill.zlib.crc32, []
+        def die_in_the_eighth(data):
+            calls.append(0)
+            if len(calls) == 8:
+                with distill.replacing(run.targets / "a/torn") as file:
+                    file.write(data[:100])
                     os.kill(os.getpid(), signal.SIGKILL)
-                return hidden(*args, **kwargs)
-            dying = LongHead(teacher, teacher.lm_head_weight)
-            dying.hidden = hidden_then_die
-            distill.prepare_targets(run, dying, tokenizer, [mixture])
-        finally:
-            os._exit(1)
+            return crc32(data)
+        distill.zlib.crc32 = die_in_the_eighth
+        distill.prepare_targets(run, teacher, tokenizer, [mixture])
+        os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     left = everything_in(run.targets)
     [torn] = [k for k in left if k.endswith(".tmp")]
     del left[torn]
-    assert 1 < len(left) < len(whole) and left.items() < whole.items()
-    os.utime(run.targets / torn, (0, 0))  # as after some hours
-    path, _ = cache.shard(0, 0)
-    path.write_bytes(path.read_bytes()[:100])  # such as a copy that broke off
-    made = []
-    write = distill.TargetCache.write
+    assert len(left) == 1 + 7 and left.items() < whole.items()
+    path = cache.path(*mixture.locate(0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(whole[str(path.relative_to(run.targets))][:100])  # a copy that broke off
+    left = sum(p.stat().st_size == cache.row_type.itemsize for p in run.targets.rglob("*[0-9]")
+               if p.is_file())
+    made, write = [], distill.TargetCache.write
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill.TargetCache, "write",
-                      lambda self, *args: (made.append(args[:2]), write(self, *args)))
+        patch.setattr(distill.TargetCache, "write", lambda self, where, *args: (
+            made.extend(where), write(self, where, *args)))
         distill.prepare_targets(run, teacher, tokenizer, [mixture])
-    assert f"{path} is torn (100 bytes)" in capsys.readouterr().out
-    assert len(made) == len(whole) - len(left) + 1 and everything_in(run.targets) == whole
+    (run.targets / torn).unlink()
+    assert len(made) == len(whole) - 1 - left and everything_in(run.targets) == whole
 
 
 def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher, tokenizer):
     run, mixture = targets
     with pytest.raises(distill.Stopped):
         distill.prepare_targets(run, teacher, tokenizer, [mixture], stop=True)
+    before = everything_in(run.targets)
+    assert len(before) == 1 + run.micro_batch
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a file needs 16 KB
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a row needs 4 KB
     try:
-        with pytest.raises(OSError, match="shard-000000: .*the same command goes on"):
+        with pytest.raises(OSError, match="targets: .*the same command goes on"):
             distill.prepare_targets(run, teacher, tokenizer, [mixture])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(everything_in(run.targets)) == ["manifest.json"]
+    assert everything_in(run.targets) == before
 
 
 def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tokenizer, tmp_path,
@@ -623,33 +746,30 @@ def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tok
 def test_a_damaged_row_is_named(targets, teacher, tokenizer):
     run, mixture = targets
     cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
-    path, rows = cache.shard(1, 0)
+    (first, second), path = map(mixture.locate, (0, 1)), cache.path(*mixture.locate(1))
     data = bytearray(path.read_bytes())
-    data[2 * cache.row_type.itemsize + 40] ^= 1
+    data[40] ^= 1
     path.write_bytes(data)
-    cache.rows([(1, int(rows[1]))])
-    with pytest.raises(ValueError, match="shard-000000: row 2 is damaged"):
-        cache.rows([(1, int(rows[2]))])
-
-
-def test_reading_a_row_of_targets_does_not_read_its_file(targets, teacher, tokenizer):
-    run, mixture = targets
-    cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
-    path, rows = cache.shard(0, 0)
-    with open(path, "r+b") as file:  # a row further on would be gigabytes away: holes
-        file.truncate(cache.row_type.itemsize << 22)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cache.rows([(0, int(j)) for j in rows])
-    assert path.stat().st_size > 1 << 34
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
+    cache.rows([first])
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        cache.rows([second])
 
 
 # ------------------------------------------------------------------ the command
 
 
-def command(*args, timeout=240):
-    return subprocess.run([sys.executable, str(ROOT / "distill.py"), *map(str, args)],
-                          capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=ONE_THREAD)
+def command(*args):
+    """distill.py as a shell runs it, without the seconds of imports: status, stdout, stderr."""
+    outputs = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.redirect_stdout(outputs[0]), contextlib.redirect_stderr(outputs[1]):
+        with pytest.raises(SystemExit) as end:
+            distill.command([str(arg) for arg in args])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for output in outputs:
+        output.seek(0)
+    return Namespace(returncode=end.value.code, stdout=outputs[0].read(), stderr=outputs[1].read())
 
 
 def tiny(out, corpus, *more):
@@ -663,27 +783,149 @@ def logged(out):
     return {(r["stage"], r["step"]): r for r in all_lines(out)}
 
 
-def test_a_run_ends_with_a_table_and_a_student(tmp_path, corpus):
-    done = command(*tiny(tmp_path / "run", corpus))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus):
+    """A run from top to bottom: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = command(*tiny(out, corpus))
     assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_a_run_ends_with_a_table_and_a_student(whole, corpus):
+    out, done = whole
     for words_ in ("teacher ", "entry", "after stage I ", "after stage II", "KL to teacher"):
         assert words_ in done.stdout
-    student = load_pretrained(tmp_path / "run/student")
-    assert student.config.hybrid.window == 8
-    assert Tokenizer(tmp_path / "run/student").encode("x") == Tokenizer(TEACHER).encode("x")
-    results = json.loads((tmp_path / "run/results.json").read_text())
+    student = load_pretrained(out / "student")
+    assert (student.config.hybrid.window, student.config.hybrid.features) == (8, 4)
+    assert Tokenizer(out / "student").encode("x") == Tokenizer(TEACHER).encode("x")
+    results = json.loads((out / "results.json").read_text())
     assert list(results) == ["teacher", "entry", "after stage I", "after stage II"]
-    again = command(*tiny(tmp_path / "run", corpus))
+    again = command(*tiny(out, corpus))
     assert again.returncode == 2 and "--resume" in again.stderr
+
+
+def test_time_is_said_before_training_and_measured_in_its_first_steps(whole, corpus, tmp_path):
+    _, done = whole
+    for stage in ("align", "distil"):
+        assert re.search(rf"^time      {stage}: about 00:[0-9][0-9] .* tokens/s", done.stdout, re.M)
+    told = done.stderr.replace("\r", "\n") + done.stdout
+    assert re.search(r"^ *align: [0-9,]+ tokens/s \(data .*, teacher and .*, update .*", told, re.M)
+    assert re.search(r"^ *distil: [0-9,]+ tokens/s \(data .*, teacher .*, student and loss .*, "
+                     r"backward .*, update .* in all", told, re.M)
+    run = Namespace(batch=4, context=64, micro_batch=4, rank=0, world=1, align_tokens=1e12,
+                    align_steps=int(1e12) // 256, tokens=256, start=None, mixer="hybrid",
+                    train="all", device=torch.device("cpu"), dtype=torch.float32, topk=4,
+                    gamma=0.9, beta=0.1)
+    teacher = load_pretrained(TEACHER).requires_grad_(False)
+    student = student_from_teacher(teacher, window=8)
+    source = Source("a", tokenise(corpus, Tokenizer(TEACHER), 1, tmp_path, 1), "train", 64)
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        distill.show_time(run, student, teacher, None,
+                          {"": (Namespace(distil_steps=1), Mixture([source], [1], 4, 0))})
+    assert re.search(r"That is [0-9,]+ days. --align-tokens [0-9.]+e.* takes one, in [0-9,.]+ "
+                     "steps", printed.getvalue())
+    assert printed.getvalue().count("takes one") == 1  # stage II is quick
+    for name, p in student.named_parameters():  # nothing was learnt, nothing stays
+        assert torch.equal(p, before[name]) and p.grad is None and not p.requires_grad
+
+
+def test_a_table_never_shows_a_mean_over_nothing(capsys):
+    some, none = ({"ce": x, "kl": x, "top1": x} for x in (0.5, None))
+    distill.report({"teacher": {"a": some, "b": none, "all": some}})
+    [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("teacher")]
+    assert row.split() == ["teacher", "0.5000", "0.5000", "0.5000", "0.5000", "-"]
+
+
+def test_a_held_out_source_without_labels_has_no_number(teacher, tokenizer, corpus, tmp_path):
+    source = Source("a", tokenise(corpus, tokenizer, 1023, tmp_path, 1), "train", 64)
+    mute = Source("b", source.folder, "train", 64)
+    mute.loss = np.zeros_like(mute.loss)
+    run = Namespace(device=torch.device("cpu"), dtype=torch.float32, eval_rows=2, micro_batch=2,
+                    world=1, rank=0)
+    found = distill.compare(run, teacher, teacher, [source, mute])
+    assert found["b"] == {"ce": None, "kl": None, "top1": None} and found["all"] == found["a"]
+    assert distill.compare(run, teacher, teacher, [mute])["all"]["ce"] is None
+
+
+def test_a_step_without_labels_says_so_and_changes_nothing(tmp_path, corpus, monkeypatch, capsys):
+    """Rows of a long prompt, say. AdamW would decay the weights, the log would show losses of 0."""
+    row = Mixture.row
+
+    def mute(self, i):
+        tokens, ids, loss = row(self, i)
+        return tokens, ids, loss & (not i < 4)  # stage II's first step
+
+    monkeypatch.setattr(Mixture, "row", mute)
+    monkeypatch.setattr(distill.torch.optim.AdamW, "step", lambda self, step=torch.optim.AdamW.step:
+                        (step(self), counts.append(int(self.state[self.param_groups[0]["params"][0]]
+                                                       ["step"]))))
+    out, counts = tmp_path / "run", []
+    done = command(*tiny(out, corpus, "--align-tokens", 0, "--tokens", 64 * 4 * 3, "--save-every",
+                         1, "--eval-every", 99))
+    assert done.returncode == 0, done.stderr
+    assert "stage I is skipped: --align-tokens 0" in done.stdout
+    assert "distil step 1: no token is a label" in done.stdout + done.stderr
+    assert [set(row) & {"ce", "labels"} for row in all_lines(out)] == [{"labels"}, {"ce"}, {"ce"}]
+    assert counts == [2, 3]  # as after resuming from step 1
+
+
+def test_the_rate_of_stage_two_falls_to_its_end(tmp_path, corpus):
+    done = command(*tiny(tmp_path / "run", corpus, "--align-tokens", 0, "--final-lr", 0,
+                         "--tokens", 64 * 4 * 8))
+    assert done.returncode == 0, done.stderr
+    rates = [row["lr"] for row in all_lines(tmp_path / "run")]
+    assert rates[:3] == [5e-4, 1e-3, 1e-3] and rates[-1] < 1e-4
+    assert all(a > b for a, b in zip(rates[2:], rates[3:]))
+    default = distill.parse_arguments(["--teacher", "x", "--lr", "3e-4"])
+    assert default.final_lr == 3e-4 and distill.parse_arguments([]).final_lr == 0
+
+
+@pytest.mark.parametrize("flag", ["align-tokens", "align-lr", "batch", "beta", "context",
+                                  "eval-every", "eval-rows", "final-lr", "gamma", "lr",
+                                  "micro-batch", "save-every", "seed", "sinks", "tokens", "topk",
+                                  "warmup", "window"])
+def test_every_number_has_its_range(flag, capsys):
+    for value in ("nan", "inf", "-1", "much", ""):
+        with pytest.raises(SystemExit) as end:
+            distill.parse_arguments([f"--{flag}", value])
+        assert end.value.code == 2
+        assert f"argument --{flag}: {value!r} is not a" in capsys.readouterr().err
+
+
+def test_help_fits_a_screen_a_group(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        distill.parse_arguments(["--help"])
+    groups = capsys.readouterr().out.split("\n\n")
+    assert len(groups) >= 6 and max(group.count("\n") for group in groups) < 24
+    numbers = {a for a, value in vars(distill.parse_arguments([])).items()
+               if type(value) in (int, float)}
+    assert len(numbers) == 19  # all of the test above, and --features, a choice
+
+
+def test_nothing_printed_ends_a_run_in_a_terminal_without_the_characters(tmp_path, corpus):
+    """In a process with the C locale, and over real pipes: text, path and help are not ASCII."""
+    out = tmp_path / "é"
+    env = {**ONE_THREAD, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    data = tmp_path / "données.jsonl"
+    write_rows(data, ["π ≈ é " * 30 + str(i) for i in range(100)])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "distill.py"), *map(str, tiny(
+            out, data, "--align-tokens", 256, "--tokens", 256))],
+        capture_output=True, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr
+    assert b"The student is in" in done.stdout and (out / "student").exists()
 
 
 @pytest.mark.parametrize("flags, moves", [
     (["--train", "new"], lambda name: is_new(name)),
     (["--train", "mixer", "--mixer", "mlstm"], lambda name: "self_attn" in name),
-    (["--skip-align", "--mixer", "mlstm+swa"], lambda name: True),
+    (["--align-tokens", 0, "--mixer", "mlstm+swa", "--features", 1], lambda name: True),
     (["--mixer", "swa", "--gamma", 0], lambda name: True)])
 def test_ablation_flags_change_what_they_say(tmp_path, corpus, flags, moves):
-    done = command(*tiny(tmp_path / "run", corpus, *flags))
+    done = command(*tiny(tmp_path / "run", corpus, "--align-tokens", 768, "--tokens", 768, *flags))
     assert done.returncode == 0, done.stderr
     student, teacher = (dict(load_pretrained(x).named_parameters())
                         for x in (tmp_path / "run/student", TEACHER))
@@ -691,41 +933,6 @@ def test_ablation_flags_change_what_they_say(tmp_path, corpus, flags, moves):
         assert name not in teacher or torch.equal(p, teacher[name]) != moves(name), name
     aligned = any(stage == "align" for stage, _ in logged(tmp_path / "run"))
     assert aligned == ("after stage I " in done.stdout) == ("stage I is skipped" not in done.stdout)
-
-
-def test_speed_adds_its_parts_up_and_leaves_no_run(tmp_path, corpus, capsys):
-    out = tmp_path / "run"
-    distill.main([str(x) for x in tiny(out, corpus, "--speed", "--device", "cpu")])
-    stages = json.loads((out / "speed.json").read_text())["stages"]
-    assert {stage: list(found["parts_s"]) for stage, found in stages.items()} == {
-        "align": ["data", "teacher forward", "student forward", "backward", "update"],
-        "distil": ["data", "teacher forward", "teacher's top k", "student forward",
-                   "loss and its gradient", "backward", "update"]}
-    for found in stages.values():
-        assert found["tokens_per_s"] == pytest.approx(4 * 64 / sum(found["parts_s"].values()))
-    assert all(s > 0 for s in stages["distil"]["parts_s"].values())
-    assert capsys.readouterr().out.count(" tokens/s. A step of 4 x 64 ") == 2
-    assert sorted(path.name for path in out.iterdir()) == ["data", "speed.json"]
-    distill.main([str(x) for x in tiny(out, corpus, "--speed", "--device", "cpu", "--mixer",
-                                       "swa", "--train", "mixer")])  # without a stage I
-    assert list(json.loads((out / "speed.json").read_text())["stages"]) == ["distil"]
-
-
-def test_parts_are_medians_scaled_to_a_step(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(distill.time, "perf_counter", lambda: clock[0])
-
-    def parts():
-        clock[0] += 1000
-        yield "set up"
-        for slow in (100, 50, 1, 7, 2, 3, 1):  # two warm up; the median of the others is 2
-            for part, seconds in (("teacher", 1), ("both", 3), ("all", 10), ("update", 5)):
-                clock[0] += seconds * slow
-                yield part
-
-    run = Namespace(device=torch.device("cpu"), batch=6, micro_batch=2)
-    assert distill.time_stage(run, parts(), ("teacher", "both", "all")) == {
-        "teacher": 3 * 2, "both": 3 * 4, "all": 3 * 14, "update": 10}
 
 
 def all_lines(out):
@@ -750,9 +957,9 @@ def saving(out):
 
 
 def test_runs_killed_at_random_go_on_with_the_same_losses(tmp_path, corpus):
-    more = ("--save-every", 1, "--align-tokens", 64 * 4 * 24, "--tokens", 64 * 4 * 24)
+    more = ("--save-every", 1, "--align-tokens", 64 * 4 * 20, "--tokens", 64 * 4 * 20)
     whole = start(tiny(tmp_path / "whole", corpus, *more))
-    whole.join(240)
+    whole.join(600)
     assert whole.exitcode == 0
     expected = logged(tmp_path / "whole")
     out, rng = tmp_path / "run", np.random.default_rng(0)
@@ -765,11 +972,11 @@ def test_runs_killed_at_random_go_on_with_the_same_losses(tmp_path, corpus):
     while True:
         resume = ("--resume",) if (out / "run.json").exists() else ()
         process, began = start((*flags, *resume)), time.time()
-        if kills < 24:  # twelve in each stage, after one or two more steps and a part of the next
-            stage = "align" if kills < 12 else "distil"
+        if kills < 12:  # six in each stage, after one or two more steps and a part of the next
+            stage = "align" if kills < 6 else "distil"
             enough = lines_of(stage) + rng.integers(1, 3)
             while process.is_alive() and lines_of(stage) < enough:
-                assert time.time() < began + 240
+                assert time.time() < began + 600
             if kills % 3 == 0:  # every third one in the middle of a save
                 while process.is_alive() and not saving(out):
                     pass
@@ -778,12 +985,12 @@ def test_runs_killed_at_random_go_on_with_the_same_losses(tmp_path, corpus):
             in_save += bool(saving(out))
             process.kill()
             kills += 1
-        process.join(240)
+        process.join(600)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
         assert len(list(out.glob("checkpoints/*"))) <= 6  # of each stage two, a torn one
-    assert kills == 24 and in_save >= 3
+    assert kills == 12 and in_save >= 2
     for row in all_lines(out):  # bit-equal, also the steps that were done twice
         assert row == expected[row["stage"], row["step"]]
     assert logged(out) == expected
@@ -913,14 +1120,14 @@ def status(key):
     return next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith(key))
 
 stage, *flags = sys.argv[1:]
-run = distill.parse_arguments(["--teacher", "-", "--context", "1024", "--dtype", "float32", *flags])
+run = distill.parse_arguments(["--teacher", "-", "--context", "512", "--dtype", "float32", *flags])
 run.device, run.world, run.dtype = torch.device("cpu"), 1, getattr(torch, run.dtype)
 import dataclasses
 small = ModelConfig.from_hf("tests/teacher")
 config = dataclasses.replace(small, vocab_size=16384, hidden_size=512, num_layers=6, num_heads=8,
                              num_kv_heads=2, head_dim=64, intermediate_size=1536, tied=False,
                              layer_windows=(None,) * 6)
-student_c = student_config(config, 256, 4, "hybrid")
+student_c = student_config(config, 256, 4, "hybrid", 4)
 planned = distill.plan_memory(run, student_c, stage)["in all"]
 base = status("VmRSS")
 teacher = Transformer(config).requires_grad_(False).to(run.dtype)
@@ -935,7 +1142,7 @@ optimizer = distill.make_optimizer(distill.select_trainable(
     student, "new" if stage == "align" else run.train))
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 for micro_batch in range(4):
-    tokens = torch.randint(0, 16384, (run.micro_batch, 1024))
+    tokens = torch.randint(0, 16384, (run.micro_batch, 512))
     ids = torch.zeros_like(tokens)
     with distill.autocast(run):
         if stage == "align":
@@ -967,9 +1174,7 @@ def test_the_plan_counts_a_teacher_as_it_is_stored(tmp_path, key, stored, size):
     assert planned == pytest.approx(size * count / 1e9, rel=1e-2)
 
 
-def test_a_run_of_two_processes_goes_on_with_one(tmp_path, corpus):
-    whole = command(*tiny(tmp_path / "whole", corpus))
-    assert whole.returncode == 0, whole.stderr
+def test_a_run_of_two_processes_goes_on_with_one(tmp_path, corpus, whole):
     for stage in ("align", "distil"):
         out = tmp_path / stage
         process = subprocess.Popen(torchrun(*tiny(out, corpus)), cwd=ROOT, env=ONE_THREAD,
@@ -983,7 +1188,7 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path, corpus):
         resumed = command(*tiny(out, corpus, "--resume"))
         assert resumed.returncode == 0, resumed.stderr
         assert "written by 2 processes, now 1" in resumed.stdout
-        assert closeness(logged(tmp_path / "whole"), logged(out)) < 1e-5
+        assert closeness(logged(whole[0]), logged(out)) < 1e-5
 
 
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
@@ -993,7 +1198,7 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
         done = command(*args)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         *before, last = done.stderr.replace("\r", "\n").strip().splitlines()
-        assert last.startswith("error: ") and not any("error" in line for line in before)
+        assert "error: " in last and not any("error" in line for line in before)
         assert not (out / "student").exists() and not (out / "run.json").exists()
         return last
 
@@ -1021,6 +1226,12 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
     seed = write_rows(tmp_path / "seed.jsonl", ["one", "two"])
     assert "rename" in refused(*tiny(out, seed))
     assert "--window" in refused(*tiny(out, corpus, "--window", 0))
+    for device in ("mps", "cuda:7", "gpu", "meta"):
+        assert f"--device {device}: this torch cannot use it" in refused(
+            *tiny(out, corpus, "--device", device))
+    both = tmp_path / "both.jsonl"
+    both.write_text('{"text": "a", "messages": []}\n')
+    assert f"{both}:1: expected one of" in refused(*tiny(out, both))
     assert "--resume" in refused(*tiny(out, corpus, "--resume"))
 
 
