@@ -75,10 +75,10 @@ from tqdm import tqdm
 
 import evaluate
 from merge import merge
-from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, assign, generate,
-                   is_new, load_pretrained, load_with_tokenizer, local_rows, read_json, read_rows,
-                   reverse_complement, save_pretrained, save_tensors, sha256, student_config,
-                   student_from_teacher, write_json)
+from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, assign,
+                   check_device, generate, is_new, load_pretrained, load_with_tokenizer, local_rows,
+                   read_json, read_rows, reverse_complement, save_pretrained, save_tensors, sha256,
+                   student_config, student_from_teacher, write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -369,7 +369,8 @@ def teacher_sha256(folder):
 
 def tokenizer_sha256(tokenizer):
     """sha256 of the files that decide how a tokenizer encodes texts and conversations."""
-    names = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt"
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+             "vocab.txt")
     return sha256(*filter(Path.is_file, (Path(tokenizer.path).with_name(n) for n in names)))
 
 
@@ -716,17 +717,12 @@ def autocast(run):
 def start_processes(run):
     """Join torchrun's processes, if it started this one; set run.device, .dtype, .rank, .world.
 
-    ValueError if this torch has no such device: said here in a sentence, not deep in a model.
+    Raises ValueError for a device that this torch lacks.
     """
     if "RANK" in os.environ and run.device.startswith("cuda"):
         run.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:  # fp64 too: held-out sums are in it
-        run.device = torch.device(run.device)
-        torch.zeros(1, dtype=torch.float64, device=run.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"--device {run.device}: this torch cannot use it; use --device cpu, or "
-                         f"cuda where there is a GPU ({str(error).strip().splitlines()[0]})"
-                         ) from None
+    check_device(run.device)
+    run.device = torch.device(run.device)
     run.dtype, run.rank, run.world = choose_dtype(run.dtype, run.device), 0, 1
     if "RANK" not in os.environ:
         return
@@ -1959,8 +1955,8 @@ def check_arguments(run):
         raise ValueError("--targets-only needs --targets DIR, where to make them")
     if run.experts and len(run.data) < 2:
         raise ValueError("--experts needs two --data files or more: an expert for each")
-    if missing := [path for path in run.tasks if not Path(path).is_file()]:
-        raise FileNotFoundError(f"--tasks {missing[0]}: there is no such file")
+    if run.tasks:
+        evaluate.read_tasks(run.tasks)  # what would stop the scoring stops here, hours before
     if run.gamma + run.beta == 0:
         raise ValueError("--gamma and --beta must not both be 0")
 

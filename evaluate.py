@@ -52,8 +52,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (MIXERS, Cache, HybridAttention, ModelConfig, Transformer, generate,
-                   load_pretrained, load_with_tokenizer, read_rows, reverse_complement, sha256,
-                   stream, student_from_teacher, write_json)
+                   check_device, load_pretrained, load_with_tokenizer, read_rows,
+                   reverse_complement, run_command, sha256, stream, student_from_teacher,
+                   write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -305,15 +306,6 @@ ROWS = 16       # prompts generated from together
 TOKENS = 8192   # scored together on a GPU
 
 
-def check_device(name):
-    """ValueError, with the remedy, for a device (a str such as "mps") that this torch lacks."""
-    try:
-        torch.ones(1, device=name).tolist()
-    except (RuntimeError, AssertionError, ImportError):  # as torch has it, by kind of device
-        raise ValueError(f"--device {name}: this torch cannot compute there; take --device cpu, "
-                         "or install the torch that is made for it") from None
-
-
 def _equal_lengths(items, length, most):
     """Cut items into lists of equal length T, longest first, of at most most(T) items each.
 
@@ -329,11 +321,10 @@ def _equal_lengths(items, length, most):
 class Scorer:
     """A model on disk, its tokenizer, and what the harness asks of a model.
 
-    Loads and raises as `load_with_tokenizer`, and ValueError for a device that torch lacks.
+    Loads and raises as `load_with_tokenizer`.
     """
 
     def __init__(self, directory, device="cpu"):
-        check_device(device)
         self.model, self.tokenizer = load_with_tokenizer(directory, device=device)
         config, bos_id = self.model.config, self.tokenizer.bos_id
         self.device, self.max_tokens = torch.device(device), config.max_positions
@@ -1433,10 +1424,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="replace")  # a log that cannot show a character ends no run
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

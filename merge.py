@@ -31,14 +31,14 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import TOKENIZER_FILES, ModelConfig, list_tensors, read_json, read_rows, sha256
+from model import (TOKENIZER_FILES, ModelConfig, check_device, list_tensors, read_json, read_rows,
+                   run_command, sha256)
 
 PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -450,7 +450,7 @@ def main(argv=None):
     print(f"{run.method} merge into {run.out} of " + ", ".join(map(str, run.directories))
           + f"; lambdas: {run.weights or ('by a sweep' if run.sweep else 'uniform')}")
     if run.sweep:
-        from evaluate import check_device, evaluate_tasks, read_tasks  # only a sweep scores
+        from evaluate import evaluate_tasks, read_tasks  # only a sweep scores
         check_device(run.device)
         read_tasks(run.sweep)
         tasks = {str(path): sha256(path) for path in run.sweep}
@@ -468,10 +468,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="replace")  # a log that cannot show a character ends no run
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -702,7 +702,7 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
     was 2 to 4 times slower (13 with the backward). `split` and `unbind`, not slices: the gradient
     of a slice fills a tensor of the whole length, for every chunk (5 times slower at 4096 tokens).
     """
-    (B, H, T, width), (K, E), dtype = q.shape, (v.shape[1], v.shape[3]), v.dtype
+    (B, H, _, width), (K, E), dtype = q.shape, (v.shape[1], v.shape[3]), v.dtype
     wide, L = torch.promote_types(q.dtype, torch.float32), chunk_size
     with torch.autocast(q.device.type, enabled=False):
         S, z, m = state or empty_state(B, H, width, E, q.device)
@@ -746,7 +746,7 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
     keys: the band of L + W tokens that ends with it, and in front of them the sinks of the document
     that its first query belongs to. (Documents that begin later have theirs inside the band.)
     """
-    (B, H, T, D), K, W = q.shape, k.shape[1], min(window, q.shape[2])
+    (B, _, T, D), K, W = q.shape, k.shape[1], min(window, q.shape[2])
     L = max(32, min(W, 256))  # wide blocks waste products, small ones copy keys more often
     N = -(-T // L)  # blocks
     pad = N * L - T
@@ -1438,6 +1438,18 @@ def _sample(logits, temperature, top_p, random):
 # or fp8 weights mean something only together with their scales, which stand elsewhere.
 
 
+def check_device(device):
+    """ValueError, with the remedy, for a device that this torch lacks or cannot compute fp64 on.
+
+    Found out before gigabytes are read. fp64: the mLSTM's exponents are summed in it.
+    """
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ImportError) as error:
+        raise ValueError(f"--device {device}: this torch cannot use it; take --device cpu, or cuda "
+                         f"where there is a GPU ({str(error).strip().splitlines()[0]})") from None
+
+
 def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prepare=None):
     """A teacher or student from a folder of config.json and *.safetensors (+ index).
 
@@ -1451,11 +1463,7 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
     stored = list_tensors(directory)  # name -> (file, shape)
-    try:  # some devices exist by name only: find out before gigabytes are read
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"device {device} cannot be used ({str(error).splitlines()[0]}): name "
-                         "another, such as cpu") from None
+    check_device(device)
     with torch.device("meta"):
         model = Transformer(config)
     # A tied model has no lm_head among its parameters; some of their files ship a copy.
@@ -2287,7 +2295,7 @@ def chat(model, tokenizer, prompts, run):
 def main(argv=None):
     """`python model.py DIR`: options, and prompts from --prompt or line by line.
 
-    argv: list of strings (None: the command line's). Faults end in one sentence and exit code 2.
+    argv: list of strings (None: the command line's). Raises ValueError or OSError for bad input.
     """
     parser = argparse.ArgumentParser(prog="python model.py", description="Talk to a teacher or a "
                                      "student: a prompt a line, the end of input or ^C leaves.")
@@ -2301,7 +2309,6 @@ def main(argv=None):
     option("--seed", type=int, help="of the sampling")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     if run.max_new_tokens < 1:
         parser.error("--max-new-tokens must be at least 1")
     try:
@@ -2314,10 +2321,22 @@ def main(argv=None):
         chat(model, tokenizer, lines if run.prompt is None else [run.prompt], run)
     except (EOFError, KeyboardInterrupt):
         print()
+
+
+def run_command(main):
+    """`main` for a shell: bad input ends in one sentence and exit status 2. For all commands.
+
+    Other exceptions are our mistakes, and keep their traceback. A terminal or log that cannot show
+    a character shows another: nothing printed may end a run.
+    """
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="replace")
+    try:
+        main()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

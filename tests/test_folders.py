@@ -203,7 +203,7 @@ def test_json_that_is_no_object_is_refused(copied):
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(copied):
     for load in (load_pretrained, load_with_tokenizer):
         for device in ("mps", "cuda:99", "nonsense"):
-            with pytest.raises(ValueError, match=f"device {device} cannot be used") as error:
+            with pytest.raises(ValueError, match=f"device {device}: this torch cannot use it") as error:
                 load(copied, device=device)
             assert "\n" not in str(error.value)
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import time_cpu
-import model
 from model import (MIXERS, Cache, ModelConfig, Transformer, choose_kernels, decode_step,
                    fold_output_gate, generate, load_pretrained, mlstm_chunkwise, mlstm_recurrent,
                    mlstm_step, save_pretrained, student_from_teacher, window_attention)
