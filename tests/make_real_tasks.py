@@ -1,0 +1,273 @@
+"""
+Makes task files for the teacher of make_real_teacher.py, on which it is well above chance.
+
+    prose-cloze, manual-cloze, code-cloze      which of four words ends the sentence; stands here
+    prose-continuation, code-continuation      which of four pieces of the same kind comes next
+    prose-order, code-order                    which of four is not garbled
+    dictionary-word, -meaning, -kind           the word of a definition, the definition of a word,
+                                               what a thing is a kind of
+    copy-64, -256, -1000                       words of a sentence read so many tokens before
+    lookup-64, -256, -1000                     one of four facts, told so many tokens before
+    needle                                     evaluate.py's haystack, 128 to 512 tokens
+    chat-yes-no, -answer, -list, -json         what the prompt says, in the form that was asked for
+
+Key idea: a task tells something about a student only where its teacher has the skill, so each form
+was chosen by measuring the teacher (README has its scores), and words and distractors are such
+that four choices differ in one token where possible: then one pass scores all of them.
+
+All text is of the held-out side of make_real_data.py (documents, definitions), or drawn here from
+other seeds. A row that shares TWELVE words in a row with the training text is dropped
+nevertheless: sources quote each other.
+
+Run:  python tests/make_real_tasks.py --teacher /tmp/real/teacher --out /tmp/real    # a minute
+      python evaluate.py compare --teacher /tmp/real/teacher --student DIR \\
+             --tasks /tmp/real/tasks/*.jsonl --out REPORT
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the repository's root
+from make_real_data import copying, lookup, read_documents, sentences, write_rows
+from make_tasks import garble
+from model import Tokenizer, read_rows
+
+ROWS = 100
+TWELVE = 12
+EXAMPLES = 2                           # earlier turns of a chat task
+
+
+def shingles(text):
+    """The runs of TWELVE words in a text."""
+    words = text.split()
+    return {" ".join(words[i:i + TWELVE]) for i in range(len(words) - TWELVE + 1)}
+
+
+def row_text(row):
+    """What a row shows as true: the prompt or context, and the right answer."""
+    if row["type"] == "choice":
+        return row["context"] + row["choices"][row["gold"]]
+    return row.get("prompt", "") + " " + row.get("gold", "")
+
+
+def choice(rng, context, right, wrong, metric="acc"):
+    """A "choice" row, or None if two choices are the same."""
+    choices = [right, *wrong]
+    if len(set(choices)) < len(choices):
+        return None
+    rng.shuffle(choices)
+    return {"type": "choice", "context": context, "choices": choices,
+            "gold": choices.index(right), "metric": metric}
+
+
+# ------------------------------------------------------------------------------------------------
+# Prose, manuals, code: cloze, continuation, order. Each is a generator of rows without an end.
+# ------------------------------------------------------------------------------------------------
+
+
+def cloze(rng, documents, single):
+    """Which word ends a sentence; wrong are words that end others, of the same length +- 2."""
+    text = [" ".join(document.split()) for document in documents]
+    ends = [(document, end) for document in text
+            for end in re.finditer(r"(?<= )([a-z]{4,})\.(?= |$)", document)
+            if end.start() > 300 and single(f" {end[1]}")]
+    while True:
+        document, end = rng.choice(ends)
+        context = document[:end.start() - 1][-240:].partition(" ")[2]
+        wrong = {other[1] for _, other in rng.sample(ends, 40)
+                 if abs(len(other[1]) - len(end[1])) <= 2 and other[1] not in context} - {end[1]}
+        if len(wrong) >= 3:
+            yield choice(rng, context, f" {end[1]}",
+                         [f" {word}" for word in rng.sample(sorted(wrong), 3)])
+
+
+def code_cloze(rng, documents, single):
+    """Which name stands at a place in code; wrong are others of the lines before."""
+    while True:
+        document = rng.choice(documents)
+        names = [name for name in re.finditer(r"\b[A-Za-z_]{3,}\b", document)
+                 if single(name[0])]
+        if len(names) < 60:
+            continue
+        at = rng.randrange(50, len(names))
+        context = document[:names[at].start()][-400:].partition("\n")[2]
+        seen = sorted({n[0] for n in names[:at] if n[0] in context} - {names[at][0]})
+        if names[at][0] in context and len(seen) >= 3 and not context.endswith(" "):
+            yield choice(rng, context, names[at][0], rng.sample(seen, 3))
+
+
+def cut(rng, document, code):
+    """(context, what follows): about 160 characters, and a line of code or eight words."""
+    if code:
+        lines = document.splitlines(keepends=True)
+        i = rng.randrange(4, max(5, len(lines)))
+        return "".join(lines[:i])[-160:], "".join(lines[i:i + 1]).rstrip("\n")
+    words = document.split()
+    i = rng.randrange(28, max(29, len(words) - 8))
+    return " ".join(words[i - 28:i]), "".join(f" {word}" for word in words[i:i + 8])
+
+
+def continuation(rng, documents, code, order):
+    """Which piece comes next. Wrong are pieces from elsewhere; with order, the right one garbled."""
+    while True:
+        (context, right), *others = (cut(rng, rng.choice(documents), code) for _ in range(4))
+        wrong = [garble(right, rng) for _ in others] if order and len(
+            right.split()) > 3 else [text for _, text in others]
+        if all(20 <= len(text) <= 90 for text in (right, *wrong)):
+            yield choice(rng, context, right, wrong, metric="acc_norm")
+
+
+# ------------------------------------------------------------------------------------------------
+# Dictionary
+# ------------------------------------------------------------------------------------------------
+
+
+def dictionary(rng, synsets, single, form):
+    """Rows of one form from WordNet's synsets whose first word is one token (a frequent one)."""
+    usable = [s for s in synsets if single(f" {s['words'][0]}") and s["words"][0].isalpha()
+              and 3 < len(s["words"][0]) and 4 <= len(s["meaning"].split()) <= 14
+              and s["words"][0] not in s["meaning"]]
+    if form == "kind":
+        usable = [s for s in usable if s["above"] and single(f" {s['above'][0]}")]
+    while True:
+        right, *others = rng.sample(usable, 4)
+        others = [s for s in rng.sample(usable, 60) if s["kind"] == right["kind"]
+                  and not {*s["words"], *s["above"]} & {*right["words"], *right["above"]}][:3]
+        if len(others) < 3:
+            continue
+        if form == "word":
+            yield choice(rng, f"The word for \"{right['meaning']}\" is",
+                         f" {right['words'][0]}", [f" {s['words'][0]}" for s in others])
+        elif form == "meaning":
+            yield choice(rng, f"The dictionary says that the {right['kind']} "
+                         f"\"{right['words'][0]}\" means:", f" {right['meaning']}",
+                         [f" {s['meaning']}" for s in others], metric="acc_norm")
+        else:
+            yield choice(rng, f"{right['words'][0].capitalize()} ({right['meaning']}) is a kind of",
+                         f" {right['above'][0]}", [f" {s['above'][0]}" for s in others])
+
+
+# ------------------------------------------------------------------------------------------------
+# Recall and chat
+# ------------------------------------------------------------------------------------------------
+
+
+def recall(rng, prose, make, distance):
+    """"generate" rows of make_real_data's `lookup` or `copying`; the answer's words, no more."""
+    while True:
+        prompt, answer = make(rng, prose, distance)
+        words = r"\s*(" + r"\s+".join([r"\S+"] * len(answer.split())) + ")"
+        yield {"type": "generate", "prompt": prompt, "gold": answer.strip(),
+               **({"extract": words, "max_new_tokens": 12} if make is copying else
+                  {"stop": [".", "\n"], "max_new_tokens": 6})}
+
+
+def needles(rng):
+    while True:
+        yield {"type": "needle", "length": rng.choice((128, 256, 512)),
+               "depth": round(rng.random(), 2), "seed": rng.randrange(10 ** 6)}
+
+
+PEOPLE = "Alan Beth Cora Dirk Ella Fred Gina Hans Ines Jack Kira Lars Mary Nick Ott Pia".split()
+CITIES = "Paris London Madrid Rome Vienna Prague Oslo Lisbon Dublin Athens Warsaw Berlin".split()
+THINGS = ("apple chair river pencil window garden bottle carpet mirror ladder basket hammer "
+          "blanket candle button pillow").split()
+
+
+def chat_turn(rng, form):
+    """A user's text and the assistant's answer to it, in the form that it asks for."""
+    if form == "list":
+        things = rng.sample(THINGS, 4)
+        return (f"Write as a numbered list: {', '.join(things)}",
+                "\n".join(f"{i}. {thing}" for i, thing in enumerate(things, 1)))
+    name, age, (city, other) = rng.choice(PEOPLE), rng.randint(18, 80), rng.sample(CITIES, 2)
+    text = f"{name} is {age} years old and lives in {city}."
+    if form == "json":
+        return f"Write as JSON: {text}", json.dumps({"name": name, "age": age, "city": city})
+    if form == "answer":
+        question, answer = rng.choice(((f"In which city does {name} live?", city),
+                                       (f"How many years old is {name}?", str(age))))
+        return f"{text} {question} Answer with one word.", answer
+    asked, answer = rng.choice(((city, "Yes"), (other, "No")))
+    return f"{text} Does {name} live in {asked}? Answer yes or no.", answer
+
+
+def chat(rng, tokenizer, form):
+    """Rows of one form of answer behind EXAMPLES of it, as earlier turns.
+
+    yes-no is a choice, whose chance is one half; the others are generated and compared whole.
+    """
+    while True:
+        messages = []
+        for _ in range(EXAMPLES + 1):
+            asked, gold = chat_turn(rng, form)
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": gold}]
+        prompt = tokenizer.render_chat(messages[:-1])
+        yield (choice(rng, prompt, gold, [{"Yes": "No", "No": "Yes"}[gold]]) if form == "yes-no"
+               else {"type": "generate", "prompt": prompt, "gold": gold, "max_new_tokens": 32})
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+def generators(text, synsets, tokenizer):
+    """{task: a generator of its rows}, seeded by the task's name; of what text there is."""
+    def single(word):
+        return len(tokenizer.encode(word, bos=False)) == 1
+
+    def rng(task):
+        return random.Random(task)
+
+    prose, manual, code = (text[kind, True] for kind in ("prose", "manuals", "code"))
+    filler, found = sentences(prose or manual), {}
+    for task, documents in (("prose", prose), ("manual", manual)):
+        found[f"{task}-cloze"] = documents and cloze(rng(f"{task}-cloze"), documents, single)
+    found["code-cloze"] = code_cloze(rng("code-cloze"), code, single)
+    for task, documents in (("prose", prose), ("code", code)):
+        for form in ("continuation", "order"):
+            found[f"{task}-{form}"] = documents and continuation(
+                rng(f"{task}-{form}"), documents, task == "code", form == "order")
+    for form in ("word", "meaning", "kind"):
+        task = f"dictionary-{form}"
+        found[task] = synsets[True] and dictionary(rng(task), synsets[True], single, form)
+    for make, task in ((copying, "copy"), (lookup, "lookup")):
+        for distance in (64, 256, 1000):
+            name = f"{task}-{distance}"
+            found[name] = recall(rng(name), filler, make, distance)
+    for form in ("yes-no", "answer", "list", "json"):
+        found[f"chat-{form}"] = chat(rng(f"chat-{form}"), tokenizer, form)
+    return {task: rows for task, rows in found.items() if rows} | {"needle": needles(rng("needle"))}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher")
+    parser.add_argument("--out", type=Path, required=True, help="as in make_real_data.py, run first")
+    run = parser.parse_args(argv)
+    text, synsets = read_documents(run.out / "packages")
+    seen = set()
+    for path in run.out.glob("data/*.jsonl"):
+        for _, row in read_rows(path):
+            seen |= shingles(row.get("text") or " ".join(m["content"] for m in row["messages"]))
+    for task, rows in generators(text, synsets, Tokenizer(run.teacher)).items():
+        kept, dropped = {}, 0
+        for row in rows:
+            if row is None or shingles(row_text(row)) & seen:
+                dropped += 1
+            else:
+                kept.setdefault(json.dumps(row), row)
+            if len(kept) == ROWS:
+                break
+        write_rows(run.out / f"tasks/{task}.jsonl",
+                   [{"id": f"{task}-{i}", **row} for i, row in enumerate(kept.values())])
+        print(f"{task}: {ROWS} rows, {dropped} dropped")
+
+
+if __name__ == "__main__":
+    main()
