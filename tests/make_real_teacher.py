@@ -110,10 +110,10 @@ def write_tokenizer(field, out):
         "chat_template": field("tokenizer.chat_template")})
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the teacher")
-    out = parser.parse_args().out
+    out = parser.parse_args(argv).out
     try:
         path = gguf_path()
         out.mkdir(parents=True, exist_ok=True)
