@@ -196,13 +196,16 @@ NAMES = ("Anna Boris Clara David Emma Felix Greta Henry Irene James Karen Louis 
          "Diana Edgar Flora George Helen Ivan Julia Kevin Laura Martin Nina Oliver Peter Rachel "
          "Stella Thomas Vera Walter Agnes Bruno Celia Dennis Elsa Frank Gloria Hugo Iris Jacob "
          "Kate Leo Mona Norman Olga Philip Ruth").split()
+THINGS = ("apple chair river pencil window garden bottle carpet mirror ladder basket hammer blanket "
+          "candle button pillow rose lion piano rocket cheese guitar tiger lemon table knife "
+          "coffee ring boat horse").split()        # one token each behind a space
 WORD = 1.35                            # tokens a word of prose; only sets lengths
 
 
 def sentences(documents):
     """Sentences of 12 to 40 words, without quotation marks, that end in a full stop."""
-    found = (s for text in documents for s in re.split(r"(?<=[.!?]) (?=[A-Z])", text.replace(
-        "\n\n", " ")))
+    found = (s for text in documents
+             for s in re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(text.split())))
     return [s for s in found if 12 <= len(s.split()) <= 40 and s[0].isupper() and s[-1] == "."
             and not set('"_()[]*') & set(s)]
 
@@ -215,17 +218,22 @@ def prose_of(rng, prose, tokens):
     return " ".join(text)
 
 
-def lookup(rng, prose, distance, facts=4):
-    """(prompt, answer): one of a few facts, told `distance` tokens of prose before."""
-    told = {name: rng.randint(1000, 9999) for name in rng.sample(NAMES, facts)}
-    name = rng.choice(list(told))
-    text = " ".join(f"{n}'s number is {number}." for n, number in told.items())
-    return f"{text}\n\n{prose_of(rng, prose, distance)}\n\n{name}'s number is", f" {told[name]}"
+def lookup(rng, prose, distance):
+    """(prompt, answer, the other fact's): one of two facts, told `distance` tokens before.
+
+    Two, since this teacher mixes up four: it finds the right one of four in half of the cases.
+    """
+    (asked, thing), (name, other) = zip(rng.sample(NAMES, 2), rng.sample(THINGS, 2))
+    told = [f"The favourite thing of {asked} is the {thing}.",
+            f"The favourite thing of {name} is the {other}."]
+    rng.shuffle(told)
+    return (f"{' '.join(told)}\n\n{prose_of(rng, prose, distance)}\n\nThe favourite thing of "
+            f"{asked} is the", f" {thing}", f" {other}")
 
 
 def copying(rng, prose, distance, shown=5, asked=4):
     """(prompt, answer): words of a sentence, read whole `distance` tokens of prose before."""
-    sentence = rng.choice([s for s in rng.sample(prose, 20)])
+    sentence = rng.choice(prose)
     words = sentence.split()
     return (f"Remember: {sentence}\n\n{prose_of(rng, prose, distance)}\n\n"
             f"Remember: {' '.join(words[:shown])}", "".join(
@@ -239,9 +247,8 @@ def recall_documents(prose, characters):
         text = ""
         while len(text) < LONGEST * rng.random():
             make = rng.choice((lookup, copying))
-            prompt, answer = make(rng, prose, round(2 ** rng.uniform(5, 10.5)))
-            rest = "." if make is lookup else ""
-            text += f"{prompt}{answer}{rest}\n\n"
+            prompt, answer, *_ = make(rng, prose, round(2 ** rng.uniform(5, 10.5)))
+            text += f"{prompt}{answer}\n\n"
         documents += [text] if text else []
     return documents
 
