@@ -196,9 +196,9 @@ NAMES = ("Anna Boris Clara David Emma Felix Greta Henry Irene James Karen Louis 
          "Diana Edgar Flora George Helen Ivan Julia Kevin Laura Martin Nina Oliver Peter Rachel "
          "Stella Thomas Vera Walter Agnes Bruno Celia Dennis Elsa Frank Gloria Hugo Iris Jacob "
          "Kate Leo Mona Norman Olga Philip Ruth").split()
-THINGS = ("apple chair river pencil window garden bottle carpet mirror ladder basket hammer blanket "
-          "candle button pillow rose lion piano rocket cheese guitar tiger lemon table knife "
-          "coffee ring boat horse").split()        # one token each behind a space
+THINGS = ("apple chair river pencil window garden bottle carpet mirror ladder basket hammer "
+          "blanket candle button pillow rose lion piano rocket cheese guitar tiger lemon table "
+          "knife coffee ring boat horse").split()          # one token each behind a space
 WORD = 1.35                            # tokens a word of prose; only sets lengths
 
 
@@ -300,30 +300,29 @@ def prompts(synsets, prose):
 def converse(directory, asked, path, *, max_new_tokens=160, most=24):
     """Rows {"messages"} of the teacher's own sampled answers to the prompts `asked`.
 
-    Prompts go together only if equally long, since the teacher knows no padding. Every batch is
-    kept in `path`, rows {"prompt", "answer"}, so that a second call goes on behind a stop. An
-    answer that its length cuts off is kept as "" and makes no row: its end would be learnt as one.
+    Prompts go together only if equally long, since the teacher knows no padding. After every batch
+    `path` holds all answers so far, rows {"prompt", "answer"}, and a second call asks only for the
+    rest. An answer that its length cuts off is kept as "" and makes no row: a student would learn
+    that it ends there.
     """
     model, tokenizer = load_with_tokenizer(directory)
     answers = {row["prompt"]: row["answer"] for _, row in read_rows(path)} if path.exists() else {}
     by_length = {}
-    for prompt in asked:
+    for prompt in (prompt for prompt in asked if prompt not in answers):
         chat = tokenizer.render_chat([{"role": "user", "content": prompt}])
         ids = tokenizer.encode(chat, bos=False)
         by_length.setdefault(len(ids), []).append((prompt, ids))
     batches = [group[i:i + most] for group in by_length.values()
                for i in range(0, len(group), most)]
-    with tqdm(total=len(asked), desc="conversations", unit="row", dynamic_ncols=True) as bar:
-        for seed, batch in enumerate(batches):
-            if not all(prompt in answers for prompt, _ in batch):
-                tokens = torch.tensor([ids for _, ids in batch])
-                new = generate(model, tokens, max_new_tokens=max_new_tokens, temperature=0.7,
-                               top_p=0.95, seed=seed)[:, tokens.shape[1]:]
-                for (prompt, _), ids in zip(batch, new.tolist()):
-                    end = next((i for i, t in enumerate(ids) if t in model.config.eos_ids), 0)
-                    answers[prompt] = tokenizer.decode(ids[:end]).strip()
-                write_rows(path, [{"prompt": p, "answer": a} for p, a in answers.items()])
-            bar.update(len(batch))
+    for seed, batch in enumerate(tqdm(batches, desc="conversations", unit="batch",
+                                      dynamic_ncols=True)):
+        tokens = torch.tensor([ids for _, ids in batch])
+        new = generate(model, tokens, max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.95,
+                       seed=seed)[:, tokens.shape[1]:]
+        for (prompt, _), ids in zip(batch, new.tolist()):
+            end = next((i for i, t in enumerate(ids) if t in model.config.eos_ids), 0)
+            answers[prompt] = tokenizer.decode(ids[:end]).strip()
+        write_rows(path, [{"prompt": p, "answer": a} for p, a in answers.items()])
     return [{"messages": [{"role": "user", "content": prompt},
                           {"role": "assistant", "content": answers[prompt]}]}
             for prompt in asked if answers[prompt]]
@@ -347,7 +346,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher")
     parser.add_argument("--out", type=Path, required=True, help="folder of data/ and packages/")
-    parser.add_argument("--conversations", type=int, default=400, help="prompts the teacher answers")
+    parser.add_argument("--conversations", type=int, default=400,
+                        help="prompts that the teacher answers")
     run = parser.parse_args(argv)
     text, synsets = read_documents(run.out / "packages")
     rows = {kind: some(kind, found) for (kind, held_out), found in text.items() if not held_out}
@@ -358,7 +358,8 @@ def main(argv=None):
             print(f"{kind}: nothing to be had, no file")
             continue
         write_rows(run.out / f"data/{kind}.jsonl", [{"text": document} for document in documents])
-        print(f"{kind:9} {len(documents):6} rows {sum(map(len, documents)) / 1e6:6.2f} MB", flush=True)
+        size = sum(map(len, documents)) / 1e6
+        print(f"{kind:9} {len(documents):6} rows {size:6.2f} MB", flush=True)
     if run.conversations:
         asked = prompts(synsets[False], prose)[:run.conversations]
         chats = converse(run.teacher, asked, run.out / "conversations.jsonl")

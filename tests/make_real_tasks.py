@@ -43,13 +43,20 @@ EXAMPLES = 2                           # earlier turns of a chat task
 
 
 def shingles(text):
-    """The runs of TWELVE words in a text."""
+    """The runs of TWELVE words in a text, by which a row is compared with the training data.
+
+    Twelve: fewer are met by chance in licences, signatures and set phrases; a sentence that both
+    sides quote has more.
+    """
     words = text.split()
     return {" ".join(words[i:i + TWELVE]) for i in range(len(words) - TWELVE + 1)}
 
 
 def row_text(row):
-    """What a row shows as true: the prompt or context, and the right answer."""
+    """What a row shows as true: the prompt or context, and the right answer.
+
+    A needle's text is evaluate.py's own, and in no data; only its number counts, so it is "".
+    """
     if row["type"] == "choice":
         return row["context"] + row["choices"][row["gold"]]
     return row.get("prompt", "") + " " + row.get("gold", "")
@@ -71,7 +78,11 @@ def choice(rng, context, right, wrong, metric="acc"):
 
 
 def cloze(rng, documents, single):
-    """Which word ends a sentence; wrong are words that end others, of the same length +- 2."""
+    """Which word ends a sentence; wrong are words that end others, of the same length +- 2.
+
+    All four are one token behind a space, and the wrong ones fit by grammar as well, since what
+    ends a sentence is mostly a noun. single(text): whether a text is one token.
+    """
     text = [" ".join(document.split()) for document in documents]
     ends = [(document, end) for document in text
             for end in re.finditer(r"(?<= )([a-z]{4,})\.(?= |$)", document)
@@ -87,7 +98,11 @@ def cloze(rng, documents, single):
 
 
 def code_cloze(rng, documents, single):
-    """Which name stands at a place in code; wrong are others of the lines before."""
+    """Which name stands at a place in code; wrong are others of the lines before.
+
+    The right one stands in those lines too, so it is a matter of which, not of having seen it. A
+    name behind a space is left out: there the space belongs to its token.
+    """
     while True:
         document = rng.choice(documents)
         names = [name for name in re.finditer(r"\b[A-Za-z_]{3,}\b", document)
@@ -113,7 +128,10 @@ def cut(rng, document, code):
 
 
 def continuation(rng, documents, code, order):
-    """Which piece comes next. Wrong are pieces from elsewhere; with order, the right one garbled."""
+    """Which piece comes next; wrong are pieces from elsewhere, or (order) the right one garbled.
+
+    acc_norm: by log-probability a character, since the pieces of "continuation" differ in length.
+    """
     while True:
         (context, right), *others = (cut(rng, rng.choice(documents), code) for _ in range(4))
         wrong = [garble(right, rng) for _ in others] if order and len(
@@ -127,29 +145,40 @@ def continuation(rng, documents, code, order):
 # ------------------------------------------------------------------------------------------------
 
 
+def entries(synsets, single):
+    """The synsets whose first word is one token, which makes it a frequent one: (word, synset).
+
+    A meaning that spells its word gives the answer away, and long ones cost time.
+    """
+    found = ((s["words"][0], s) for s in synsets if 4 <= len(s["meaning"].split()) <= 14)
+    return [(word, s) for word, s in found if word.isalpha() and len(word) > 3
+            and word not in s["meaning"] and single(f" {word}")]
+
+
 def dictionary(rng, synsets, single, form):
-    """Rows of one form from WordNet's synsets whose first word is one token (a frequent one)."""
-    usable = [s for s in synsets if single(f" {s['words'][0]}") and s["words"][0].isalpha()
-              and 3 < len(s["words"][0]) and 4 <= len(s["meaning"].split()) <= 14
-              and s["words"][0] not in s["meaning"]]
+    """Rows of one form; wrong are three entries of the same kind (noun, verb, ...), no kin."""
+    usable = entries(synsets, single)
     if form == "kind":
-        usable = [s for s in usable if s["above"] and single(f" {s['above'][0]}")]
+        usable = [(w, s) for w, s in usable if s["above"] and single(f" {s['above'][0]}")]
     while True:
-        right, *others = rng.sample(usable, 4)
-        others = [s for s in rng.sample(usable, 60) if s["kind"] == right["kind"]
-                  and not {*s["words"], *s["above"]} & {*right["words"], *right["above"]}][:3]
-        if len(others) < 3:
+        (word, right), *_ = rng.sample(usable, 4)
+        kin = {*right["words"], *right["above"]}
+        drawn = [(word, right)] + [
+            (w, s) for w, s in rng.sample(usable, 60)
+            if s["kind"] == right["kind"] and not {*s["words"], *s["above"]} & kin][:3]
+        if len(drawn) < 4:
             continue
         if form == "word":
-            yield choice(rng, f"The word for \"{right['meaning']}\" is",
-                         f" {right['words'][0]}", [f" {s['words'][0]}" for s in others])
+            context, answers = f"The word for \"{right['meaning']}\" is", [w for w, _ in drawn]
         elif form == "meaning":
-            yield choice(rng, f"The dictionary says that the {right['kind']} "
-                         f"\"{right['words'][0]}\" means:", f" {right['meaning']}",
-                         [f" {s['meaning']}" for s in others], metric="acc_norm")
+            context = f"The dictionary says that the {right['kind']} \"{word}\" means:"
+            answers = [s["meaning"] for _, s in drawn]
         else:
-            yield choice(rng, f"{right['words'][0].capitalize()} ({right['meaning']}) is a kind of",
-                         f" {right['above'][0]}", [f" {s['above'][0]}" for s in others])
+            context = f"{word.capitalize()} ({right['meaning']}) is a kind of"
+            answers = [s["above"][0] for _, s in drawn]
+        first, *wrong = (f" {answer}" for answer in answers)
+        # meanings differ in length, by which acc would choose; words are one token each
+        yield choice(rng, context, first, wrong, "acc_norm" if form == "meaning" else "acc")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,7 +249,10 @@ def chat(rng, tokenizer, form):
 
 
 def generators(text, synsets, tokenizer):
-    """{task: a generator of its rows}, seeded by the task's name; of what text there is."""
+    """{task: a generator of its rows}, seeded by the task's name.
+
+    A task whose text the machine does not have (no novels, no WordNet) is left out.
+    """
     def single(word):
         return len(tokenizer.encode(word, bos=False)) == 1
 
@@ -251,16 +283,19 @@ def generators(text, synsets, tokenizer):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the teacher")
-    parser.add_argument("--out", type=Path, required=True, help="as in make_real_data.py, run first")
+    parser.add_argument("--out", type=Path, required=True, help="that of make_real_data.py")
     run = parser.parse_args(argv)
     text, synsets = read_documents(run.out / "packages")
     seen = set()
     for path in run.out.glob("data/*.jsonl"):
         for _, row in read_rows(path):
             seen |= shingles(row.get("text") or " ".join(m["content"] for m in row["messages"]))
+    # Python's library repeats itself and dictionaries quote each other: the documents' hash alone
+    # does not keep the sides apart
     for task, rows in generators(text, synsets, Tokenizer(run.teacher)).items():
         kept, dropped = {}, 0
-        for row in itertools.islice(rows, 50 * ROWS):      # little text has few different rows
+        # The same row twice is kept once. 50: where the text is little, it has not ROWS of them
+        for row in itertools.islice(rows, 50 * ROWS):
             if row is None or shingles(row_text(row)) & seen:
                 dropped += 1
             else:
