@@ -19,11 +19,11 @@ only apt-get and dpkg-deb. Where those are missing, or a package is, it is said,
 on; Python's own text is always there.
 
 A document is held out (for the tasks of make_real_tasks.py) by a hash of what it is: the file, the
-chapter, the definition, the name asked for; so no seed and no run can mix the sides up. Rows are
-the training side only. Not here: tokens (distill.py), and enough text for pretraining.
+chapter, the definition; so no seed and no run can mix the sides up. Rows are the training side
+only. Not here: tokens (distill.py), and enough text for pretraining.
 
-Run:  python tests/make_real_data.py --teacher /tmp/real/teacher --out /tmp/real   # 10 minutes
-      python tests/make_real_data.py --teacher /tmp/real/teacher --out /tmp/real --conversations 0
+Run:  python tests/make_real_data.py --teacher /tmp/real/teacher --out /tmp/real
+      # a minute; then the conversations, which can be stopped and go on (none: --conversations 0)
 """
 
 import argparse
@@ -49,7 +49,7 @@ KIND_BYTES = 3_000_000                 # text kept of a kind, about 750 thousand
 
 
 def write_rows(path, rows):
-    """Replace a .jsonl file in one step."""
+    """Replace a .jsonl file in one step, so that a stop leaves the old one or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
     tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -59,6 +59,9 @@ def write_rows(path, rows):
 # ------------------------------------------------------------------------------------------------
 # Documents: {(kind, held_out): texts}
 # ------------------------------------------------------------------------------------------------
+# Readers yield (name, text). The name decides the side, so it must be the same on every machine: a
+# path below the library, a topic, the first words of a chapter. Sides are decided before a document
+# is cut into pieces, lest two halves of a chapter come to lie on both.
 
 # Typographic characters of the manuals -> ASCII, which is what split_text keeps.
 PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-",
@@ -104,7 +107,11 @@ def novels(package):
 
 
 def manuals(packages):
-    """(name, text) of each section of Debian's manuals and of Python's help topics."""
+    """(name, text) of each section of Debian's manuals and of Python's help topics.
+
+    A manual is one text file; its sections are numbered, 4.2. and so on, at the margin. Headings
+    in its table of contents are indented or too short for `split_text`, which drops them.
+    """
     from pydoc_data.topics import topics
     yield from topics.items()
     for package in packages:
@@ -115,7 +122,11 @@ def manuals(packages):
 
 
 def library():
-    """(name, text) of each source file of the standard library but its tests and tables."""
+    """(name, text) of each source file of the standard library but its tests and tables.
+
+    Docstrings stay where they are, so they are no kind of their own: seen twice, they would be
+    learnt twice. Packages installed beside it are not Python's own and differ between machines.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data",
             "idle_test", "lib2to3"}
@@ -128,6 +139,8 @@ def wordnet(package):
     """WordNet's synsets: dicts of words, kind (noun, verb, adj, adv), meaning, above.
 
     meaning: the gloss without its examples; above: words of the synset it is a kind of, or [].
+    A line is "offset file type count(hex) word id ... pointers | gloss; "example"" (wndb(5WN)); a
+    pointer @ to a noun names what a thing is a kind of.
     """
     found = {}
     for kind in ("noun", "verb", "adj", "adv"):
@@ -156,14 +169,20 @@ def dictionaries(packages):
 
 
 def definitions(synsets):
-    """Twenty entries a document, as a dictionary prints them, in an order of their own."""
+    """Twenty entries a document, as a dictionary prints them, shuffled.
+
+    In WordNet's order neighbours are kin, and a reader could guess one from the last.
+    """
     lines = [f"{s['words'][0]} ({s['kind']}): {s['meaning']}.\n" for s in synsets]
     random.Random("definitions").shuffle(lines)
     return ["\n".join(lines[i:i + 20]) for i in range(0, len(lines), 20)]
 
 
 def read_documents(folder):
-    """({(kind, held_out): documents}, {held_out: synsets}); folder: of Debian's packages."""
+    """({(kind, held_out): documents}, {held_out: synsets}); folder: of Debian's packages.
+
+    Each text once. A kind whose packages are missing is an empty list.
+    """
     names = {"prose": ["r-cran-janeaustenr"], "wordnet": ["wordnet-base"],
              "manuals": ["debian-reference-en", "developers-reference", "debian-policy"],
              "dictionaries": ["dict-foldoc", "dict-jargon", "dict-devil"]}
@@ -190,6 +209,8 @@ def read_documents(folder):
 # ------------------------------------------------------------------------------------------------
 # Recall: a seeded generator of training text, and of the tasks' prompts
 # ------------------------------------------------------------------------------------------------
+# What is asked for cannot be guessed from the prose between, so a student with a window of W has it
+# from its state or not at all. Prose and seeds of the tasks are others than those of the training.
 
 NAMES = ("Anna Boris Clara David Emma Felix Greta Henry Irene James Karen Louis Maria Nora Oscar "
          "Paula Quentin Rosa Simon Tina Ursula Victor Wanda Xavier Yvonne Zoe Albert Bella Carl "
@@ -211,7 +232,10 @@ def sentences(documents):
 
 
 def prose_of(rng, prose, tokens):
-    """Sentences that stand together in `prose`, of about `tokens` tokens."""
+    """Sentences that stand together in `prose`, of about `tokens` tokens.
+
+    Together, so that the text between is as easy to read as a novel and not a list.
+    """
     start, text = rng.randrange(len(prose)), []
     while sum(len(s.split()) for s in text) * WORD < tokens:
         text.append(prose[(start + len(text)) % len(prose)])
@@ -241,7 +265,10 @@ def copying(rng, prose, distance, shown=5, asked=4):
 
 
 def recall_documents(prose, characters):
-    """Look-ups and copies at 30 to 1500 tokens, several a document, from the training side."""
+    """Look-ups and copies, several a document, until there are so many characters.
+
+    Distances are even in their logarithm, 32 to 1450 tokens: short ones are learnt first.
+    """
     rng, documents = random.Random("recall"), []
     while sum(map(len, documents)) < characters:
         text = ""
@@ -256,6 +283,7 @@ def recall_documents(prose, characters):
 # ------------------------------------------------------------------------------------------------
 # Chat: prompts, and the teacher's own answers
 # ------------------------------------------------------------------------------------------------
+# Short and brief on purpose: two cores sample some tens of tokens a second.
 
 TOPICS = ("rain, the moon, friendship, gravity, bread, democracy, bees, volcanoes, music, sleep, "
           "money, trees, the internet, vaccines, rivers, history, computers, glass, salt, bridges, "
@@ -274,9 +302,9 @@ PROGRAMS = ("adds two numbers, reverses a string, counts vowels, finds the large
 
 
 def prompts(synsets, prose):
-    """Distinct prompts in an order of their own: topics first crossed with questions, then words.
+    """Distinct prompts, shuffled: questions about topics and chores, words, sentences of novels.
 
-    synsets, prose: of the training side; without them only the topics remain.
+    synsets, prose: of the training side; without synsets there are no questions about words.
     """
     rng = random.Random("prompts")
     asked = [form.format(topic) for topic in TOPICS for form in (
@@ -334,7 +362,10 @@ def converse(directory, asked, path, *, max_new_tokens=160, most=24):
 
 
 def some(kind, documents, characters=KIND_BYTES):
-    """Documents of `characters` together (all, if there are fewer), drawn by the kind's name."""
+    """Documents of `characters` together, or all, if there are fewer.
+
+    The kind's name is the seed: other kinds, or more of them, change nothing here.
+    """
     documents, kept = random.Random(kind).sample(documents, len(documents)), []
     while documents and characters > 0:
         kept.append(documents.pop())

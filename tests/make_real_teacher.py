@@ -53,7 +53,11 @@ def gguf_path():
 
 
 def read_tensors(reader, heads):
-    """{Hugging Face's name: bf16 tensor}, dequantised. heads: {"attn_q": 9, "attn_k": 3}."""
+    """{Hugging Face's name: bf16 tensor}, dequantised. heads: {"attn_q": 9, "attn_k": 3}.
+
+    bf16, as the original is stored: it rounds the 4-bit grid (scale and offset in fp16 a block of
+    32) by less than its own steps, and halves the folder.
+    """
     from gguf import dequantize
     tensors = {}
     for tensor in reader.tensors:      # named blk.7.attn_q.weight, token_embd.weight, ...
@@ -68,7 +72,10 @@ def read_tensors(reader, heads):
 
 
 def read_config(field):
-    """config.json. What has no field is what GGUF's architecture "llama" means."""
+    """config.json. What has no field is what GGUF's architecture "llama" means.
+
+    field: the value of a GGUF field by name.
+    """
     def number(name):
         return field(f"llama.{name}")
 
@@ -89,7 +96,11 @@ def read_config(field):
 
 
 def write_tokenizer(field, out):
-    """tokenizer.json, byte-level BPE that cuts digits one by one, and tokenizer_config.json."""
+    """tokenizer.json, byte-level BPE that cuts digits one by one, and tokenizer_config.json.
+
+    GGUF names the pre-tokenizer only ("smollm"); what it does stands in llama.cpp, and the digits
+    come before GPT-2's pattern. Written by the library whose ids are the oracle.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     tokens = field("tokenizer.ggml.tokens")
     tokenizer = Tokenizer(models.BPE(
