@@ -119,9 +119,8 @@ def test_it_answers(teacher):
 def test_students_prefill_and_steps_equal_its_forward(teacher):
     """1500 tokens are 23 windows, so nearly all of the answer comes from state and sinks.
 
-    Tolerance: both ways compute the same in fp32 in another order, through 30 layers; the
-    teacher's own logits move by about 1e-4 so, at a spread of 47. A cache that is wrong by a
-    token moves them by 1 and more.
+    Tolerance: both ways compute the same in fp32 in another order, through 30 layers: 5e-5 was
+    measured, at a spread of the logits of 41. A cache without the first token is 0.5 away.
     """
     model, tokenizer = teacher
     student = student_from_teacher(model, window=64)
@@ -138,7 +137,7 @@ def test_students_prefill_and_steps_equal_its_forward(teacher):
         cache = Cache(student, 1, T)
         have = [student(tokens[:, :T - steps + 1], cache=cache)[0, -1]]
         have += [student(tokens[:, t:t + 1], cache=cache)[0, -1] for t in range(T - steps + 1, T)]
-    assert (torch.stack(have) - want).abs().max() < 2e-3
+    assert (torch.stack(have) - want).abs().max() < 5e-4
 
 
 def test_two_steps_of_each_stage(folder, tmp_path, python_only):
