@@ -1098,8 +1098,9 @@ distill.leave({status})"""], capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("flags", [["align"], ["distil", "--train", "mixer", "--micro-batch", 2],
-                                   ["distil", "--no-recompute"], ["distil", "--dtype", "bfloat16"],
-                                   ["align", "--dtype", "bfloat16", "--micro-batch", 4]])
+                                   ["distil", "--no-recompute"],
+                                   ["distil", "--dtype", "bfloat16", "--context", 128],
+                                   ["align", "--dtype", "bfloat16", "--micro-batch", 2]])
 def test_the_planned_memory_is_what_a_step_takes(flags):
     """Peak of resident memory in a process of its own, over two steps, against plan_memory."""
     # Freed blocks go back at once: else the C library keeps some, at its own discretion.
@@ -1142,7 +1143,7 @@ optimizer = distill.make_optimizer(distill.select_trainable(
     student, "new" if stage == "align" else run.train))
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
 for micro_batch in range(4):
-    tokens = torch.randint(0, 16384, (run.micro_batch, 512))
+    tokens = torch.randint(0, 16384, (run.micro_batch, run.context))
     ids = torch.zeros_like(tokens)
     with distill.autocast(run):
         if stage == "align":
