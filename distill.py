@@ -1913,7 +1913,8 @@ def add_run_flags(g):
     g("--data", None, ".txt or .jsonl", nargs="+", metavar="FILE[=WEIGHT]")
     g("--out", None, "folder of the run", type=Path, metavar="RUN")
     g("--resume", False, "go on from the last checkpoint of --out", action="store_true")
-    g("--plan", False, "print the memory that a step needs (takes a minute), and stop", action="store_true")
+    g("--plan", False, "print the memory that a step needs (takes a minute), and stop",
+      action="store_true")
     g("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", metavar="NAME")
     g("--dtype", "auto", "of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX",
       choices=("auto", "float32", "bfloat16"))
