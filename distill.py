@@ -1489,13 +1489,15 @@ def plan_memory(run, config, stage, stored=None):
     if sharded:
         blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
         needs["gathered"] = half * (2 * (total - sum(blocks)) + 4 * max(blocks))
-    # Each peak grows by as much with every layer, the first aside: 2 and 3 layers tell of them all.
-    # All of them would take minutes: every operation of a step costs 50 to 100 us without storage.
+    # By running few layers; all would take many minutes, at a third of a millisecond an operation.
+    # Stage I lets go of a layer before the next. In stage II each peak grows by as much with every
+    # layer, the first aside: 2 and 3 tell of them all.
     weight_dtype = run.dtype if sharded else torch.float32
-    few = min(2, config.num_layers)
-    two, three = (working_bytes(run, config, stage, min(n, config.num_layers), weight_dtype)
-                  for n in (few, few + 1))
-    needs["at work"] = max(a + (config.num_layers - few) * (b - a) for a, b in zip(two, three))
+    few = min(2 if stage == "distil" else 1, config.num_layers)
+    counts = {few, min(few + 1, config.num_layers)} if stage == "distil" else {few}
+    peaks = [working_bytes(run, config, stage, n, weight_dtype) for n in sorted(counts)]
+    needs["at work"] = max(a + (config.num_layers - few) * (b - a)
+                           for a, b in zip(peaks[0], peaks[-1]))
     return needs | {"in all": sum(needs.values())}
 
 
@@ -1907,7 +1909,8 @@ def add_run_flags(g):
     g("--data", None, ".txt or .jsonl", nargs="+", metavar="FILE[=WEIGHT]")
     g("--out", None, "folder of the run", type=Path, metavar="RUN")
     g("--resume", False, "go on from the last checkpoint of --out", action="store_true")
-    g("--plan", False, "print the memory that a step needs, and stop", action="store_true")
+    g("--plan", False, "print the memory that a step needs (takes a minute), and stop",
+      action="store_true")
     g("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", metavar="NAME")
     g("--dtype", "auto", "of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX",
       choices=("auto", "float32", "bfloat16"))
