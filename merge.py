@@ -97,9 +97,6 @@ def open_folder(path):
         header.pop("__metadata__", None)
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{file}: tensor {name} is {entry['dtype']}, which has no mean; "
-                                 "convert it to one of " + ", ".join(DTYPES))
             tensors[name] = Stored(file, 8 + size + start, stop - start, DTYPES[entry["dtype"]])
             facts[f"tensor {name}"] = f"{entry['dtype']} {entry['shape']}"
     for name, value in dataclasses.asdict(ModelConfig.from_hf(path)).items():

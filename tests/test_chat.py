@@ -7,6 +7,7 @@ refusals, thinking that is dropped, tool calls, generation blocks.
 Run: python -m pytest tests/test_chat.py
 """
 
+import functools
 import io
 import json
 import shutil
@@ -550,10 +551,10 @@ def test_without_a_template_it_continues_text_and_says_so(capsys, monkeypatch):
 def test_faults_are_one_sentence_and_exit_2(tmp_path, capsys):
     for arguments, words in (([tmp_path], "config.json does not exist"),
                              ([TEACHER, "--prompt", "x", "--top-p", "0"], "top_p"),
-                             ([TEACHER, "--prompt", "x", "--device", "mps"], "device mps"),
+                             ([TEACHER, "--prompt", "x", "--device", "mps"], "--device mps"),
                              ([TEACHER, "--prompt", "x", "--max-new-tokens", "0"], "at least 1")):
         with pytest.raises(SystemExit) as left:
-            code.main([*map(str, arguments)])
+            code.run_command(functools.partial(code.main, [*map(str, arguments)]))
         assert left.value.code == 2 and words in capsys.readouterr().err
 
 

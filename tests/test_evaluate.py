@@ -159,7 +159,7 @@ def test_long_contexts_prefilled_once_give_the_same(scorer, monkeypatch):
     monkeypatch.setattr(evaluate, "PREFILL", 32)
     prefilled = scorer.loglikelihoods(pairs)
     error = max(abs(a - b) / len(p[1]) for p, (a, _), (b, _) in zip(pairs, whole, prefilled))
-    assert error < 1e-5  # nats a token
+    assert error < 5e-5  # nats a token, in fp32
     assert scorer.loglikelihoods(pairs[-1:]) == prefilled[-1:]
 
 

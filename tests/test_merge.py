@@ -173,12 +173,17 @@ def test_ties_keeps_the_seed_where_signs_are_even(pair, tmp_path):
 # ------------------------------------------------------------------ refusals
 
 GATE, NORM = "model.layers.0.self_attn.input_gate.weight", "model.norm.weight"
+def only_index(folder, shard):
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+
+
 REFUSALS = {  # name -> (what is done to folder B, what the error must name)
     "missing tensor": (lambda b: change(b, NORM, None), f"tensor {NORM} is missing"),
     "unexpected tensor": (lambda b: change(b, "more", torch.ones(2)), "tensor more is F32"),
     "shape": (lambda b: change(b, NORM, torch.ones(31)), "F32 [31], in"),
     "dtype": (lambda b: change(b, NORM, torch.ones(32).half()), "F16 [32], in"),
-    "integers": (lambda b: change(b, NORM, torch.ones(32).int()), "I32, which has no mean"),
+    "integers": (lambda b: change(b, NORM, torch.ones(32).int()), "I32, as in a quantised checkpoint"),
     "config": (lambda b: edit(b / "config.json", rms_norm_eps=1e-3), "norm_eps is 0.001"),
     "features": (lambda b: edit(b / "config.json", hybrid=dict(CONFIG["hybrid"], features=2)),
                  "'features': 2"),
@@ -187,12 +192,10 @@ REFUSALS = {  # name -> (what is done to folder B, what the error must name)
     "no tokenizer": (lambda b: (b / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "NaN": (lambda b: change(b, NORM, torch.full((32,), torch.nan)), f"32 values of tensor {NORM}"),
     "infinite": (lambda b: change(b, NORM, torch.full((32,), torch.inf)), "NaN or infinite"),
-    "no folder": (shutil.rmtree, "B holds no model.safetensors"),
+    "no folder": (shutil.rmtree, "B holds neither model.safetensors"),
     "truncated": (lambda b: os.truncate(b / "model.safetensors", 5000), "is truncated"),
-    "shard outside": (lambda b: (b / INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}'),
-                      "not a plain"),
-    "lost shard": (lambda b: (b / INDEX).write_text('{"weight_map": {"a": "a.safetensors"}}'),
-                   "missing; copy it again"),
+    "shard outside": (lambda b: only_index(b, "../a.safetensors"), "not a plain"),
+    "lost shard": (lambda b: only_index(b, "a.safetensors"), "missing; copy it again"),
     "other seed": (lambda b: (b / "lineage.json").write_text('{"seed_sha256": "ff"}'),
                    "different stage-I seeds"),
 }
