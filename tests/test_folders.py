@@ -4,7 +4,6 @@ Run: python -m pytest tests/test_folders.py
 """
 
 import json
-import math
 import os
 import shutil
 import stat
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from model import (ModelConfig, generate, load_pretrained, load_with_tokenizer, read_json,
                    save_pretrained, save_tensors, student_from_teacher)
+from test_model import random_teacher
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=300, max_position_embeddings=256, eos_token_id=1,
@@ -34,24 +34,6 @@ FAMILIES = {
 }
 
 
-def make_teacher(folder, family):
-    """A random model of transformers whose logits spread, saved to folder; returns it."""
-    transformers = pytest.importorskip("transformers")
-    kind, special = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **special})
-    hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    seeded = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in hf.named_parameters():
-            if p.dim() > 1:  # default initialisation is so small that it hides RoPE faults
-                p.normal_(0, 2 / math.sqrt(p.shape[1]), generator=seeded)
-            else:
-                p.uniform_(0.5, 1.5, generator=seeded) if "norm" in name else p.normal_(
-                    0, 0.5, generator=seeded)
-    hf.save_pretrained(folder)
-    return hf
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """family -> (folder, transformers' model), each made once."""
@@ -60,7 +42,8 @@ def folders(tmp_path_factory):
     def get(family):
         if family not in made:
             folder = tmp_path_factory.mktemp("teachers") / family
-            made[family] = folder, make_teacher(folder, family)
+            kind, special = FAMILIES[family]
+            made[family] = folder, random_teacher(folder, kind, {**SIZES, **special})
         return made[family]
 
     return get

@@ -47,11 +47,10 @@ FAMILIES = {
 }
 
 
-def build_teacher(folder, family, dtype=torch.float32, **changes):
+def random_teacher(folder, kind, settings, dtype=torch.float32):
     """A random model of transformers with spread logits, saved to folder; returns it."""
     transformers = pytest.importorskip("transformers")
-    kind, special = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **special, **changes})
+    config = transformers.AutoConfig.for_model(kind, **settings)
     hf = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -64,6 +63,11 @@ def build_teacher(folder, family, dtype=torch.float32, **changes):
                 p.normal_(0, 0.5, generator=random)
     hf.to(dtype).save_pretrained(folder)
     return hf
+
+
+def build_teacher(folder, family, dtype=torch.float32, **changes):
+    kind, special = FAMILIES[family]
+    return random_teacher(folder, kind, {**SIZES, **special, **changes}, dtype)
 
 
 @pytest.fixture(scope="module")
