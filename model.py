@@ -1216,9 +1216,8 @@ def student_config(config, window, sinks, mixer, features):
 def _set_kernels(model, wanted):
     """Store `choose_kernels` on every mixer that has a choice, and return the model."""
     c = model.config
-    if c.hybrid is not None:
-        model.kernels = choose_kernels(wanted, model.lm_head_weight.device, c.head_dim,
-                                       c.hybrid.features)
+    model.kernels = choose_kernels(wanted, model.lm_head_weight.device, c.head_dim,
+                                   c.hybrid.features if c.hybrid else 1)
     for block in model.model["layers"]:
         if isinstance(block.self_attn, WindowAttention):
             block.self_attn.kernels = model.kernels
