@@ -11,10 +11,11 @@ Why a mean of weights may work at all: experts that share their start stay in on
 loss, where the way from one to the other leads over no hill. Experts of different seeds do not,
 even if trained alike, so their mean is refused.
 
-The output has the layout of the first folder: its shards, headers and small files. So merging is
-arithmetic on byte ranges, disk to disk in small pieces, and needs the same little memory for any
-model. All is checked before a byte is written, the output appears complete or not at all, and its
-merge.json says what went in. Not here: training experts (distill.py), scoring (evaluate.py).
+The output is a copy of the first folder whose tensors are overwritten where they lie. So merging
+is arithmetic on byte ranges, disk to disk in small pieces, and needs little memory: linear the same
+for any model, TIES twice the largest tensor in fp32. Folders that do not match are refused before a
+byte is written, the output appears complete or not at all, and its merge.json says what went in.
+Not here: training experts (distill.py), scoring (evaluate.py).
 
 Run:
     python merge.py MATH CODE STEM CHAT --out DIR                            # uniform lambdas
@@ -25,7 +26,6 @@ Run:
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 from model import (TOKENIZER_FILES, ModelConfig, check_device, list_tensors, read_json, read_rows,
-                   run_command, sha256)
+                   run_command, sha256, write_json)
 
 PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,7 +54,8 @@ DENSITY = 0.2  # of the changes that TIES keeps; the setting its paper recommend
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor's bytes lie."""
+    """A tensor on disk: where its bytes lie, and how to read them."""
+    name: str
     path: Path
     offset: int  # of the tensor in the file
     nbytes: int
@@ -64,98 +65,84 @@ class Stored:
         """Yield the tensor in pieces of PIECE_BYTES, (elements,) each, in the stored dtype.
 
         Read, not mapped: pages of a mapped file would stay in memory. Equal tensors of several
-        folders have equal pieces, so `zip` walks through them together.
+        folders have equal pieces, so `zip` walks through them together. ValueError for values that
+        are not finite: one NaN of one expert would be in every copy of the merged model.
         """
         for start in range(0, self.nbytes, PIECE_BYTES):
             count = min(PIECE_BYTES, self.nbytes - start)
             data = np.fromfile(self.path, np.uint8, count, offset=self.offset + start)
-            yield torch.from_numpy(data).view(self.dtype)
+            piece = torch.from_numpy(data).view(self.dtype)
+            if not piece.isfinite().all():
+                raise ValueError(f"{self.path}: {self.name} has NaN or inf; distil it again")
+            yield piece
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Folder:
     """A folder to merge, opened and described."""
     path: Path
     tensors: dict  # name -> Stored
     facts: dict  # what must be equal in all folders: a name for the user -> value
     parent: str | None  # sha256 of the stage-I seed, by lineage.json
-    nbytes: int  # of all tensors
-    sha256: str | None = None  # of the weights, once `read_through`
+    sha256: str  # of its *.safetensors, in order of their names
 
 
 def open_folder(path):
-    """Headers and small files of a folder; ValueError or OSError naming the file that is wrong.
+    """Headers, small files and hash of a folder; ValueError or OSError naming what is wrong.
 
     Every setting of `ModelConfig` is a fact: a merge of students of other windows or feature widths
     is no mean of one function. So is the tokenizer: equal shapes, other words.
     """
     tensors, facts = {}, {}
-    for file in sorted({file for file, _ in list_tensors(path).values()}):  # checks their form
+    files = sorted({file for file, _ in list_tensors(path).values()})  # checks their form
+    for file in files:
         with open(file, "rb") as f:  # length of the header (8 bytes), header (JSON), data
             size = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            tensors[name] = Stored(file, 8 + size + start, stop - start, DTYPES[entry["dtype"]])
+            place = file, 8 + size + start, stop - start
+            tensors[name] = Stored(name, *place, DTYPES[entry["dtype"]])
             facts[f"tensor {name}"] = f"{entry['dtype']} {entry['shape']}"
     for name, value in dataclasses.asdict(ModelConfig.from_hf(path)).items():
         facts[f"config.json's {name}"] = value
-    tokenizer, lineage = path / "tokenizer.json", path / "lineage.json"
-    if tokenizer.exists():
-        facts["tokenizer.json"] = "sha256 " + sha256(tokenizer)
-    parent = read_json(lineage).get("seed_sha256") if lineage.exists() else None
-    return Folder(path, tensors, facts, parent, sum(t.nbytes for t in tensors.values()))
+    for file in (path / "tokenizer.json", path / "vocab.txt"):
+        facts[file.name] = f"sha256 {sha256(file)}" if file.exists() else "missing"
+    parent = read_json(path / "lineage.json", missing={}).get("seed_sha256")
+    return Folder(path, tensors, facts, parent, sha256(*files))
 
 
-def read_through(folder, bar):
-    """Set folder.sha256; return a sentence for each tensor with NaN or infinite values.
-
-    Hashed are name and bytes of each tensor in order of names, so shards make no difference.
-    """
-    digest, found = hashlib.sha256(), []
-    for name, tensor in sorted(folder.tensors.items()):
-        digest.update(name.encode())
-        bad = 0
-        for piece in tensor.pieces():
-            digest.update(piece.view(torch.uint8).numpy())
-            bad += int((~piece.isfinite()).sum())
-            bar.update(piece.nbytes)
-        if bad:
-            found.append(f"{tensor.path}: {bad} values of tensor {name} are NaN or infinite; "
-                         "distil this expert again")
-    folder.sha256 = digest.hexdigest()
-    return found
-
-
-def check_settings(paths, output, weights, method, seed, density):
-    """What is wrong with a call, before any folder is opened: a list of sentences.
+def check_settings(inputs, output, weights, method, seed, density):
+    """Refuse (ValueError) what is wrong with a call, before any folder is opened.
 
     An input inside of what is written would be deleted with it when the merge fails.
     """
-    ours = [path.resolve() for path in (output, beside(output, ".tmp"), beside(output, ".sweep"))]
-    right = {
-        f"{len(weights)} weights are given for {len(paths)} folders": len(weights) == len(paths),
-        f"the weights {weights} must sum to 1 and none may be negative":
-            all(w >= 0 for w in weights) and abs(sum(weights) - 1) <= 1e-6,
-        f"method {method!r} with seed model {seed}: give 'linear' and no seed, or 'ties' and the "
-        "stage-I folder that all experts started from": method == ("ties" if seed else "linear"),
-        f"density {density} must be above 0 and at most 1": 0 < density <= 1,
-        f"{output} exists and is not empty; name a new folder":
-            not output.exists() or output.is_dir() and not any(output.iterdir()),
-        **{f"the input {path} lies where {output} is written; name another output":
-           not any(path.resolve().is_relative_to(place) for place in ours)
-           for path in paths + [seed] * bool(seed)}}
-    return [sentence for sentence, holds in right.items() if not holds]
+    if not all(w >= 0 for w in weights) or not abs(sum(weights) - 1) <= 1e-6:  # NaN is refused too
+        raise ValueError(f"the weights {weights} must sum to 1 and none may be negative")
+    if len(weights) + bool(seed) != len(inputs):
+        raise ValueError(f"{len(weights)} weights are given for {len(inputs) - bool(seed)} folders")
+    if method != ("ties" if seed else "linear"):
+        raise ValueError(f"method {method!r}, seed model {seed}: give linear without, or ties with")
+    if not 0 < density <= 1:
+        raise ValueError(f"density {density} must be above 0 and at most 1")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not empty; name a new folder")
+    ours = {Path(f"{output}{suffix}").resolve() for suffix in (".tmp", ".sweep")}
+    for path in inputs:
+        if ours & {path.resolve(), *path.resolve().parents}:
+            raise ValueError(f"the input {path} lies where a merge into {output} writes; move it")
 
 
-def check_folders(experts, folders, output):
-    """What is wrong with opened folders (the experts, and with TIES the seed): sentences.
+def check(directories, output, weights, method, seed, density):
+    """Refuse what cannot be merged -> (expert Folders, seed Folder or None).
 
-    Reads all weights once, which costs as much time as the merge itself, and buys that a damaged
-    expert is found before its NaN has spread into every copy.
+    Nothing is written. Raises one ValueError that lists all that differs between the folders.
     """
-    first, *others = folders
+    inputs = [Path(path) for path in (*directories, seed) if path]
+    check_settings(inputs, output, weights, method, seed, density)
+    folders = [open_folder(path) for path in tqdm(inputs, desc="read", unit="folder", leave=False)]
+    experts, (first, *others) = folders[:len(weights)], folders
     found = [f"{other.path}: {key} is {other.facts.get(key, 'missing')}, in {first.path} "
              f"{first.facts.get(key, 'missing')}" for other in others
              for key in {**first.facts, **other.facts}
@@ -163,42 +150,11 @@ def check_folders(experts, folders, output):
     parents = {str(expert.path): expert.parent for expert in experts}
     if len(set(parents.values()) - {None}) > 1:
         found.append(f"the experts come from different stage-I seeds (lineage.json): {parents}")
-    if unknown := [path for path, parent in parents.items() if parent is None]:
-        print("not checked, for want of a lineage.json: the stage-I seed of " + ", ".join(unknown))
-    disk = next(p for p in output.resolve().parents if p.exists())
-    if first.nbytes > (free := shutil.disk_usage(disk).free):
-        found.append(f"{output} needs {first.nbytes:,} bytes, {disk} has {free:,}; make room")
-    with progress("check", sum(folder.nbytes for folder in folders)) as bar:
-        return found + [words for folder in folders for words in read_through(folder, bar)]
-
-
-def check(directories, output, weights, method, seed, density):
-    """Refuse what cannot be merged -> (expert Folders, seed Folder or None).
-
-    Nothing is written. Raises one ValueError that lists everything that is wrong.
-    """
-    paths, seed, folders = [Path(d) for d in directories], seed and Path(seed), []
-    found = check_settings(paths, output, weights, method, seed, density)
-    for path in paths + [seed] * bool(seed):
-        try:
-            folders.append(open_folder(path))
-        except (ValueError, OSError) as error:
-            found.append(str(error))
-    if folders:
-        found += check_folders([f for f in folders if f.path != seed], folders, output)
     if found:
         raise ValueError("nothing is merged: " + "; ".join(found))
-    return folders[:len(paths)], folders[-1] if seed else None
-
-
-def beside(output, suffix):
-    """The path next to `output` with a longer name."""
-    return output.with_name(output.name + suffix)
-
-
-def progress(name, nbytes):
-    """A progress bar over bytes."""
-    return tqdm(desc=name, total=nbytes, unit="B", unit_scale=True, leave=False)
+    if unknown := [path for path, parent in parents.items() if parent is None]:
+        print("not checked, for want of a lineage.json: the stage-I seed of " + ", ".join(unknown))
+    return experts, folders[-1] if seed else None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -222,11 +178,10 @@ def merged_pieces(experts, weights, seed, density):
             changes = [tensor.double() - base for tensor in tensors]
             yield (base + elect_and_average(changes, weights, thresholds)).to(seed.dtype)
     else:
-        for first, *others in zip(*(expert.pieces() for expert in experts)):
-            total = weights[0] * first.double()  # not 0 + ...: that would turn -0.0 into 0.0
-            for weight, tensor in zip(weights[1:], others):
-                total += weight * tensor.double()  # Eq. 14
-            yield total.to(first.dtype)
+        for pieces in zip(*(expert.pieces() for expert in experts)):
+            # Eq. 14. From -0.0 on: 0.0 + -0.0 is 0.0, and one expert alone must come out as it is.
+            total = sum((w * piece.double() for w, piece in zip(weights, pieces)), -0.0)
+            yield total.to(pieces[0].dtype)
 
 
 def elect_and_average(changes, weights, thresholds):
@@ -245,25 +200,15 @@ def elect_and_average(changes, weights, thresholds):
 
 
 def trim_threshold(expert, seed, density):
-    """The smallest of the `density` largest |expert - seed| of a tensor, fp32, without a sort.
+    """The smallest of the `density` largest |expert - seed| of a tensor, as float of an fp32.
 
-    The bits of non-negative fp32 numbers, read as integers, are in the order of the numbers. So a
-    histogram of the upper 16 bits finds those of the threshold, and another the lower 16.
     Paper: the largest of the whole model. Here: of each tensor, because tensors are streamed.
     """
-    keep = max(1, round(density * (expert.nbytes // expert.dtype.itemsize)))
-    known = 0  # the threshold's upper bits so far
-    for shift in (16, 0):
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for own, base in zip(expert.pieces(), seed.pieces()):
-            bits = (own.double() - base.double()).float().abs().view(torch.int32).long()
-            digits = torch.where(bits >> shift + 16 == known, bits >> shift & 0xFFFF, 1 << 16)
-            counts += torch.bincount(digits, minlength=(1 << 16) + 1)[:-1]  # the others come last
-        at_least = counts.flip(0).cumsum(0).flip(0)  # numbers with these bits or higher ones
-        digit = int((at_least >= keep).nonzero()[-1])
-        keep -= int(at_least[digit] - counts[digit])
-        known = known << 16 | digit
-    return torch.tensor(known, dtype=torch.int32).view(torch.float32)
+    changes = np.concatenate([(own.double() - base.double()).float().abs().numpy()
+                              for own, base in zip(expert.pieces(), seed.pieces())])
+    keep = max(1, round(density * len(changes)))
+    changes.partition(-keep)  # in place, and in linear time: no sort
+    return float(changes[-keep])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -278,13 +223,12 @@ def merge(directories, output, *, weights=None, method="linear", seed=None, dens
 
     weights: the lambdas, one a folder, >= 0 with sum 1; None: uniform. method "linear", or "ties"
     with the stage-I folder `seed` and the `density` in (0, 1] of changes kept. Each tensor keeps
-    its dtype. Raises one ValueError listing all that is wrong, before anything is written; when
-    writing fails nothing is left behind.
+    its dtype. Raises OSError or ValueError for a folder that cannot be read, one ValueError listing
+    all in which the folders differ, both before anything is written, and ValueError for weights
+    that are not finite; whatever fails, nothing is left behind.
     """
-    if not directories:
-        raise ValueError("there is no folder to merge")
     if weights is None:
-        weights = [1 / len(directories)] * len(directories)
+        weights = [1 / len(directories) for _ in directories]
     weights = [float(w) for w in weights]  # JSON knows no other numbers
     experts, seed = check(directories, Path(output), weights, method, seed, density)
     write(experts, seed, weights, density, Path(output))
@@ -295,7 +239,7 @@ def write(experts, seed, weights, density, output, **record):
 
     Into a folder beside it, renamed when all is there: readers see no half of a model.
     """
-    first, tmp = experts[0], beside(output, ".tmp")
+    first, tmp = experts[0], Path(f"{output}.tmp")
     record["inputs"] = [{"directory": str(e.path), "weight": w, "sha256": e.sha256}
                         for e, w in zip(experts, weights)]
     record["method"] = "ties" if seed else "linear"
@@ -306,65 +250,59 @@ def write(experts, seed, weights, density, output, **record):
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     try:
-        for name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES):
+        shards = {tensor.path.name for tensor in first.tensors.values()}
+        for name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES, *shards):
             if (first.path / name).exists():
-                shutil.copy(first.path / name, tmp)
-        with progress("merge", first.nbytes) as bar:
-            for name, tensor in sorted(first.tensors.items(), key=lambda item: item[1].offset):
-                shard = tmp / tensor.path.name
-                if not shard.exists():  # this is its first tensor: what comes before is the header
-                    with open(tensor.path, "rb") as source:
-                        shard.write_bytes(source.read(tensor.offset))
-                with open(shard, "ab") as target:
-                    for piece in merged_pieces([e.tensors[name] for e in experts], weights,
-                                               seed and seed.tensors[name], density):
-                        target.write(piece.view(torch.uint8).numpy())
-                        bar.update(piece.nbytes)
-        (tmp / "merge.json").write_text(json.dumps(record, indent=2) + "\n")
-        if output.exists():
-            output.rmdir()
-        os.replace(tmp, output)
+                shutil.copyfile(first.path / name, tmp / name)  # its bytes, not its rights
+        for name, tensor in tqdm(first.tensors.items(), desc="merge", unit="tensor", leave=False):
+            with open(tmp / tensor.path.name, "r+b") as file:
+                file.seek(tensor.offset)
+                for piece in merged_pieces([e.tensors[name] for e in experts], weights,
+                                           seed and seed.tensors[name], density):
+                    file.write(piece.view(torch.uint8).numpy())
+        write_json(tmp / "merge.json", record)
+        os.replace(tmp, output)  # which may exist, if it is empty
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
 
 
 def simplex_grid(count, step):
-    """Every tuple of `count` multiples of `step` that sums to 1; ValueError if there is none.
-
-    Stars and bars: `count` - 1 bars among n stars cut them into `count` groups, each as many
-    steps as it has stars.
-    """
+    """Every tuple of `count` multiples of `step` that sums to 1; ValueError if there is none."""
     n = round(1 / step) if 0 < step <= 1 else 0
     if not abs(n * step - 1) <= 1e-6:
         raise ValueError(f"--step {step}: 1 is not a multiple of it; give for example 0.25")
-    return [tuple((b - a - 1) / n for a, b in itertools.pairwise((-1, *bars, n + count - 1)))
-            for bars in itertools.combinations(range(n + count - 1), count - 1)]
+    steps = itertools.product(range(n + 1), repeat=count)
+    return [tuple(k / n for k in ks) for ks in steps if sum(ks) == n]
 
 
-def sweep(directories, output, score, *, search="grid", step=0.25, method="linear", seed=None,
+def sweep(directories, output, score, *, greedy=False, step=0.25, method="linear", seed=None,
           density=DENSITY, about=None):
     """Choose the lambdas by `score` (a callable: folder -> float, more is better), then merge.
 
-    search "grid": all multiples of `step`; of equal scores the most even lambdas win. "greedy":
-    from the best single expert on, add the next best while the uniform mean is no worse (greedy
-    soup, arXiv 2203.05482): 2 K - 1 scores for K experts. Scores go to OUT.sweep/results.jsonl as
-    they come and the same call goes on from there; `about` (JSON) is what else they depend on.
-    merge.json records them all. Returns the lambdas. Raises ValueError as `merge` does, and for a
-    score that is no number.
+    Tried are all multiples of `step`; of equal scores the most even lambdas win. greedy: from the
+    best single expert on, add the next best while the uniform mean is no worse (greedy soup, arXiv
+    2203.05482): 2 K - 1 scores for K experts.
+
+    Scores go to OUT.sweep/results.jsonl as they come, and the same call goes on from there. Each
+    line says what it is of: the experts' hashes, the settings, and `about` (JSON), which is what
+    else a score depends on; lines of anything else are no danger and may stay. merge.json records
+    all scores. Returns the lambdas. Raises ValueError as `merge` does, and for a score that is no
+    number.
     """
-    if search not in ("grid", "greedy"):
-        raise ValueError(f"search {search!r} is neither 'grid' nor 'greedy'")
     count, output = len(directories), Path(output)
     grid = simplex_grid(count, step)
     experts, seed = check(directories, output, grid[0], method, seed, density)
-    candidate = beside(output, ".sweep") / "candidate"
-    results = candidate.with_name("results.jsonl")
-    inputs = [folder.sha256 for folder in experts + [seed] * bool(seed)]
-    key = hashlib.sha256(json.dumps([inputs, method, density, about]).encode()).hexdigest()
-    scores = read_scores(results, key)
-    print(f"{len(grid) if search == 'grid' else 2 * count - 1} candidates, {len(scores)} have a "
-          f"score in {results}")
+    candidate, results = Path(f"{output}.sweep/candidate"), Path(f"{output}.sweep/results.jsonl")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.touch()
+    os.truncate(results, results.read_bytes().rfind(b"\n") + 1)  # a line that a stop has torn
+    hashes = [folder.sha256 for folder in (*experts, seed) if folder]
+    key = json.dumps([hashes, method, density, about])
+    scores = {tuple(row["weights"]): row["score"] for _, row in read_rows(results)
+              if row.get("of") == key}
+    print(f"{2 * count - 1 if greedy else len(grid)} candidates, {len(scores)} have a score in "
+          f"{results}")
 
     def measure(weights):
         if weights not in scores:
@@ -382,33 +320,18 @@ def sweep(directories, output, score, *, search="grid", step=0.25, method="linea
     def soup(members):
         return tuple((i in members) / len(members) for i in range(count))
 
-    if search == "grid":
-        best = max(grid, key=lambda weights: (measure(weights), -max(weights)))
-    else:
+    if greedy:
         first, *others = sorted(range(count), key=lambda i: -measure(soup([i])))
         members = [first]
-        for i in others:
-            if measure(soup([*members, i])) >= measure(soup(members)):
-                members.append(i)
+        for i in others:  # of equal scores `max` takes the first: one member more
+            members = max([*members, i], members, key=lambda some: measure(soup(some)))
         best = soup(members)
+    else:
+        best = max(grid, key=lambda weights: (measure(weights), -max(weights)))
     shutil.rmtree(candidate, ignore_errors=True)
-    write(experts, seed, best, density, output, search=search, about=about,
+    write(experts, seed, best, density, output, greedy=greedy, about=about,
           scores=[{"weights": w, "score": value} for w, value in scores.items()])
     return best
-
-
-def read_scores(path, key):
-    """{lambdas: score} of the lines of results.jsonl that are of this `key`.
-
-    The key is a hash of all that a score depends on, so lines of other models, settings or tasks
-    are no danger and may stay. A last line without its end was torn, and is cut off.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return {}
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    return {tuple(row["weights"]): row["score"] for _, row in read_rows(path)
-            if row.get("of") == key}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -430,7 +353,7 @@ def parse_arguments(argv):
     lambdas.add_argument("--weights", nargs="+", type=float, help="one a folder; none: uniform")
     lambdas.add_argument("--sweep", nargs="+", type=Path, metavar="TASKS",
                          help="the best by the mean score on these validation task files")
-    p.add_argument("--search", choices=("grid", "greedy"), default="grid", help="way of the sweep")
+    p.add_argument("--greedy", action="store_true", help="sweep over uniform means only")
     p.add_argument("--step", type=float, default=0.25, help="of the sweep's grid")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="on which the sweep scores")
@@ -444,8 +367,7 @@ def main(argv=None):
     """
     run = parse_arguments(argv)
     how = dict(method=run.method, seed=run.seed_model, density=run.density)
-    print(f"{run.method} merge into {run.out} of " + ", ".join(map(str, run.directories))
-          + f"; lambdas: {run.weights or ('by a sweep' if run.sweep else 'uniform')}")
+    print(run.method, "merge into", run.out, "of", *run.directories)
     if run.sweep:
         from evaluate import evaluate_tasks, read_tasks  # only a sweep scores
         check_device(run.device)
@@ -456,7 +378,7 @@ def main(argv=None):
             scores = evaluate_tasks(folder, run.sweep, device=run.device)
             return sum(scores.values()) / len(scores)
 
-        weights = sweep(run.directories, run.out, score, search=run.search, step=run.step,
+        weights = sweep(run.directories, run.out, score, greedy=run.greedy, step=run.step,
                         about=tasks, **how)
         print("chosen lambdas: " + " ".join(f"{w:.3f}" for w in weights))
     else:
