@@ -31,7 +31,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -43,7 +42,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +50,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (MIXERS, Cache, HybridAttention, ModelConfig, Transformer, generate,
-                   check_device, load_pretrained, load_with_tokenizer, read_rows,
-                   reverse_complement, run_command, sha256, stream, student_from_teacher,
-                   write_json)
+from model import (MIXERS, Cache, HybridAttention, ModelConfig, Transformer, check_device, generate,
+                   load_pretrained, load_with_tokenizer, read_rows, reverse_complement, run_command,
+                   sha256, stream, student_from_teacher, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -178,23 +176,22 @@ FIELDS = {  # type: {name: default, or where there is none the value's type}
     "strand": {"dna": str},
     "probe": {"dna": str, "labels": str},
     "molecule": {"sequences": list, "seed": int, "temperature": 1.0, "max_new_tokens": 128}}
-RULES = {  # name: (what holds for a row that has this field, what to expect where it does not)
-    "choices": (lambda row: len(row["choices"]) > 1 and all(map(str.strip, row["choices"])),
-                "two or more, and none is empty"),
-    "gold": (lambda row: row["gold"] in range(len(row["choices"])) if row["type"] == "choice"
-             else row["gold"].strip(), "an index of choices, or text that is not empty"),
-    "metric": (lambda row: row["metric"] in ("acc", "acc_norm"), "acc or acc_norm"),
-    "match": (lambda row: row["match"] in ("exact", "contains") or row["match"] == "number"
-              and _as_number(row["gold"]), "exact, contains, or number and a number in gold"),
-    "extract": (lambda row: re.compile(row["extract"]), "a regular expression"),
-    "max_new_tokens": (lambda row: row["max_new_tokens"] >= 1, "1 or more"),
-    "length": (lambda row: row["length"] >= 64, "64 or more"),
-    "depth": (lambda row: 0 <= row["depth"] <= 1, "a number from 0 to 1"),
-    "seed": (lambda row: 0 <= row["seed"] < 1 << 63, "a number from 0 to 2^63 - 1"),
-    "temperature": (lambda row: 0 <= row["temperature"] < math.inf, "0 or more"),
-    "sequences": (lambda row: row["sequences"] or row["type"] == "molecule", "one or more"),
-    "dna": (lambda row: reverse_complement(row["dna"]), "one base or more"),
-    "labels": (lambda row: len(row["labels"]) == len(row["dna"]), "one label a base")}
+RULES = {  # name: (what holds for this value in its row, what to expect where it does not)
+    "choices": (lambda v, row: len(v) > 1 and all(map(str.strip, v)), "two or more, none empty"),
+    "gold": (lambda v, row: v in range(len(row["choices"])) if row["type"] == "choice"
+             else v.strip(), "an index of choices, or text that is not empty"),
+    "metric": (lambda v, row: v in ("acc", "acc_norm"), "acc or acc_norm"),
+    "match": (lambda v, row: v in ("exact", "contains") or v == "number"
+              and _as_number(row["gold"]) is not None, "exact, contains, or number (in gold too)"),
+    "extract": (lambda v, row: re.compile(v), "a regular expression"),
+    "max_new_tokens": (lambda v, row: v >= 1, "1 or more"),
+    "length": (lambda v, row: v >= 64, "64 or more"),
+    "depth": (lambda v, row: 0 <= v <= 1, "a number from 0 to 1"),
+    "seed": (lambda v, row: 0 <= v < 1 << 63, "a number from 0 to 2^63 - 1"),
+    "temperature": (lambda v, row: 0 <= v < math.inf, "0 or more"),
+    "sequences": (lambda v, row: v or row["type"] == "molecule", "one or more"),
+    "dna": (lambda v, row: reverse_complement(v), "one base or more"),
+    "labels": (lambda v, row: len(v) == len(row["dna"]), "one label a base")}
 
 
 def read_task(path):
@@ -205,16 +202,21 @@ def read_task(path):
     """
     rows = {}
     for place, row in read_rows(path):
-        try:
-            row = _check_row(row)
-            if row["id"] in rows:
-                raise ValueError(f"the id {row['id']!r} occurs twice in this file")
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        rows[row["id"]] = {**row, "where": place}
+        row = {**_at(place, _check_row, row), "where": place}
+        if row["id"] in rows:
+            raise ValueError(f"{place}: the id {row['id']!r} occurs twice in this file")
+        rows[row["id"]] = row
     if not rows:
         raise ValueError(f"{path}: there is no row in this file")
     return list(rows.values())
+
+
+def _at(place, function, *args, **options):
+    """What the function returns; a ValueError, or one of a regular expression, names the place."""
+    try:
+        return function(*args, **options)
+    except (ValueError, re.error) as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _check_row(row):
@@ -225,36 +227,30 @@ def _check_row(row):
     if str(row.get("type")) not in FIELDS:
         raise ValueError("expected a type, one of " + ", ".join(FIELDS))
     fields = {"id": str, "type": str, **FIELDS[row["type"]]}
-    row = {**fields, **row}
-    for name, value in row.items():
+    for name, value in {**fields, **row}.items():
         if name not in fields:
             raise ValueError(f"{name!r} is no field of type {row['type']!r}")
-        if value is fields[name] and isinstance(value, type):
-            raise ValueError(f"the field {name!r} is missing")
         kind = fields[name] if isinstance(fields[name], type) else type(fields[name])
         if type(value) is not kind and (kind, type(value)) != (float, int):  # True is no int here
-            raise ValueError(f"{name} = {value!r} is no {kind.__name__}")
+            raise ValueError(f"{name}: expected a {kind.__name__}, found {row.get(name)!r}")
         if kind is list and not all(isinstance(v, str) and v for v in value):
             raise ValueError(f"{name} = {value!r}: expected strings, none of them empty")
+    row = {**fields, **row}
     for name, (holds, expected) in RULES.items():
-        try:
-            right = name not in row or holds(row)
-        except re.error:
-            right = False
-        if not right:
+        if name in row and not holds(row[name], row):
             raise ValueError(f"{name} = {row[name]!r:.60}: expected {expected}")
     return row
 
 
 def _as_number(text):
-    """The last number of a text, as a Decimal in a tuple; () if there is none.
+    """The last number of a text, a Fraction, since 1200 equals $1,200.00; None if there is none.
 
-    Decimals compare by value: 1200 equals 1,200.00. And model text must never go through `eval`.
+    What looks like a number need not be one: 1.2.3. And model text must never go through `eval`.
     """
-    found = re.findall(r"-?[$0-9.,]*[0-9]", text)
-    with contextlib.suppress(InvalidOperation):  # 1.2.3
-        return tuple(Decimal(re.sub(r"[$,]", "", number)) for number in found[-1:])
-    return ()
+    try:
+        return Fraction(re.sub(r"[$,]", "", re.findall(r"-?[$0-9.,]*[0-9]", text)[-1]))
+    except (IndexError, ValueError):
+        return None
 
 
 def is_right(row, text):
@@ -273,22 +269,21 @@ def is_right(row, text):
             "number": _as_number(text) == _as_number(gold)}[row["match"]]
 
 
-FILLER = (" The grass is green. The sky is blue. The sun is yellow. Here we go. There and back"
-          " again.")
+HAY = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
 def needle_prompt(row, tokenizer):
     """A "needle" row's text and the number hidden in it, both decided by its seed.
 
-    Whole fillers stand around the needle, as many as fit into `length` tokens with the question.
+    Whole copies of HAY stand around the needle, as many as fit into `length` tokens with the rest.
     """
     number = str(random.Random(row["seed"]).randint(10 ** 6, 10 ** 7 - 1))
     needle = f" The magic number is {number}."
     question = "\nQuestion: What is the magic number in the text?\nAnswer: The magic number is"
     room = row["length"] - len(tokenizer.encode(needle + question))
-    times = max(0, room // len(tokenizer.encode(FILLER, bos=False)))
+    times = max(0, room // len(tokenizer.encode(HAY, bos=False)))
     before = round(row["depth"] * times)
-    text = FILLER * before + needle + FILLER * (times - before)
+    text = HAY * before + needle + HAY * (times - before)
     return text.lstrip() + question, number
 
 
@@ -347,14 +342,8 @@ class Scorer:
         tokenizers glue a space to the next word. A pair longer than the model's context loses
         tokens at its left end. Raises ValueError if the continuation has no tokens or too many.
         """
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        if context:
-            ids, split = self.encode(context + continuation), len(self.encode(context))
-            left, right = ids[:split], ids[split:]
-        else:
-            left, right = self.prefix, self.tokenizer.encode(continuation, bos=False)
+        ids, split = self.encode(context + continuation), len(self.encode(context.rstrip()))
+        left, right = ids[:split] or self.prefix, ids[split:]
         if not left or not 1 <= len(right) <= self.max_tokens:
             raise ValueError(f"the continuation has {len(right)} tokens; expected 1 to "
                              f"{self.max_tokens} (what the model reads), behind one or more")
@@ -384,15 +373,15 @@ class Scorer:
                 long.setdefault(context, []).append(new)
         on_gpu = self.device.type != "cpu"
         for batch in _equal_lengths(short, len, lambda T: max(1, on_gpu * TOKENS // T)):
-            for inputs, logits in zip(batch, self.model(self._tensor(batch))):
+            for inputs, logits in zip(batch, self.model(torch.tensor(batch, device=self.device))):
                 for context, new in short[inputs]:
                     found[context, new] = self._read(logits[-len(new):], new)
         for context, continuations in long.items():
             cache = Cache(self.model, 1, len(context) + max(map(len, continuations)))
-            for piece in self._tensor([context[:-1]]).split(PREFILL, dim=1):
+            for piece in torch.tensor([context[:-1]], device=self.device).split(PREFILL, dim=1):
                 self.model.hidden(piece, cache=cache)
             for new in continuations:  # the context's last token predicts the first of these
-                inputs = self._tensor([context[-1:] + new[:-1]])
+                inputs = torch.tensor([context[-1:] + new[:-1]], device=self.device)
                 logits = self.model(inputs, cache=copy.deepcopy(cache))[0]
                 found[context, new] = self._read(logits, new)
         return [found[pair] for pair in pairs]
@@ -404,9 +393,8 @@ class Scorer:
         In pieces, since (T, V) in fp32 would be 0.5 GB for 1k tokens of a vocabulary of 128k.
         """
         if not self.prefix:
-            raise ValueError(f"{self.model.source}: name bos_token or eos_token_id in config.json, "
-                             "because one must stand before the first token")
-        new, found = self._tensor([*self.prefix, *ids]), []
+            raise ValueError(f"{self.model.source}: config.json names no BOS or EOS to begin with")
+        new, found = torch.tensor([*self.prefix, *ids], device=self.device), []
         cache = Cache(self.model, 1, len(new))
         for a in range(0, len(ids), PREFILL):
             h = self.model.hidden(new[None, a:min(a + PREFILL, len(ids))], cache=cache)[0]
@@ -414,12 +402,9 @@ class Scorer:
             found.append(logprobs.gather(1, new[a + 1:a + 1 + len(h), None])[:, 0].double())
         return torch.cat(found)
 
-    def _tensor(self, rows):
-        return torch.tensor(rows, device=self.device)
-
     def _read(self, logits, new):
         """logits (n, V) at which the n tokens of `new` were predicted -> (nats, greedy)."""
-        new = self._tensor(new)
+        new = torch.tensor(new, device=self.device)
         logprobs = logits.float().log_softmax(-1)
         total = float(logprobs.gather(1, new[:, None]).sum())
         if math.isnan(total):  # argmax would choose it
@@ -439,7 +424,8 @@ class Scorer:
                                     lambda T: ROWS):
             prompts, stops, most = zip(*(requests[i] for i in batch))
             new, texts = [[] for _ in batch], [None for _ in batch]
-            for tokens in stream(self.model, self._tensor(prompts), max_new_tokens=max(most)):
+            prompts = torch.tensor(prompts, device=self.device)
+            for tokens in stream(self.model, prompts, max_new_tokens=max(most)):
                 for b, token in enumerate(tokens.tolist()):
                     if texts[b] is None:
                         new[b] += [token] * (token not in eos)
@@ -460,8 +446,7 @@ class Scorer:
         ids = self.encode(text) or list(self.prefix)
         room = self.max_tokens - max_new_tokens
         if room < 1:
-            raise ValueError(f"max_new_tokens = {max_new_tokens} of {self.max_tokens} (what the "
-                             "model reads) leave no room for a prompt")
+            raise ValueError(f"max_new_tokens {max_new_tokens} of {self.max_tokens}: no prompt fits")
         return ids[-room:], max(0, len(ids) - room)
 
 
@@ -474,9 +459,8 @@ class Scorer:
 #
 # Three walls. The kernel's limits stop what eats memory, time or disk. An audit hook, which Python
 # calls before it opens a file or starts a process and which no program can take off again, stops
-# writing outside. And a session of its own lets one signal end all that the program has started.
-
-SECONDS = 10  # of a program, wall clock and CPU
+# writing outside, other processes and the network. And a session of its own lets one signal end
+# what got past them.
 
 # What the fresh interpreter runs first. The program cannot print the secret by accident, and
 # sys.exit(), os._exit(0) or a crash before the end of the tests never reaches the last line.
@@ -485,22 +469,19 @@ import os, resource, sys
 folder, secret = os.path.realpath(os.getcwd()), sys.argv.pop()
 limits = dict(AS=1 << 30, CPU=int(sys.argv.pop()), FSIZE=1 << 24, NPROC=64, CORE=0)
 for name, most in limits.items():
-    kind = getattr(resource, "RLIMIT_" + name)
-    hard = resource.getrlimit(kind)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(kind, (most, most))
-processes = {"os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.spawn", "os.system",
-             "subprocess.Popen", "os.kill", "os.killpg"}
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+never = ("os.fork", "os.exec", "os.kill", "os.posix_spawn", "os.spawn", "os.system",
+         "subprocess.Popen", "socket.bind", "socket.connect", "socket.getaddrinfo", "socket.send")
 changes = {"os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir",
            "os.symlink", "os.truncate", "shutil.rmtree"}
 writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def refuse(event, args):
-    if event in processes:
+    if event.startswith(never):
         raise PermissionError(event + " is not allowed here")
     if event in changes or event == "open" and isinstance(args[2], int) and args[2] & writes:
-        for path in args[:2] if event in ("os.rename", "os.link") else args[:1]:
-            path = "" if isinstance(path, int) else os.path.realpath(os.fsdecode(path))
-            if path and not (path + "/").startswith(folder + "/") and path != "/dev/null":
+        for path in args[:1] if event == "open" else args[:2]:
+            path = os.path.realpath(path) if isinstance(path, (str, bytes, os.PathLike)) else folder
+            if not (os.fsdecode(path) + "/").startswith((folder + "/", "/dev/null/")):
                 raise PermissionError(f"{event} outside of {folder}: {path}")
 sys.addaudithook(refuse)
 exec(compile(sys.stdin.read(), "program", "exec"), {"__name__": "__main__"})
@@ -508,39 +489,27 @@ os.write(1, secret.encode())
 """
 
 
-@functools.cache
-def _no_network():
-    """The command prefix that takes the network away, where the system allows it."""
-    command = ["unshare", "--map-root-user", "--net"]
-    try:
-        works = subprocess.run([*command, "true"], capture_output=True).returncode == 0
-    except OSError:
-        works = False
-    return command if works else []
-
-
-def run_program(program, *, seconds=SECONDS):
+def run_program(program, *, seconds=10):
     """Whether a Python program (source, str) runs to its end within `seconds`, in a process apart.
 
-    Fresh isolated interpreter in an empty folder of its own; no environment; limits on memory (1
-    GB), CPU time, file size (16 MB) and processes; no child processes, and no writing outside of
-    the folder; no network where `unshare` works. What is left of its session is killed.
+    seconds: of wall clock, and of CPU. Fresh isolated interpreter in an empty folder of its own; no
+    environment; limits on memory (1 GB), CPU time, file size (16 MB) and processes; no child
+    processes, no network, and no writing outside of the folder. What is left of its session is
+    killed.
     """
     secret = os.urandom(16).hex()
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-          tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as output):
-        source.write(program.encode("utf-8", "replace"))
-        source.seek(0)
-        # -I: no site packages, no environment, no current folder on the path. The program comes on
-        # stdin, since an argument may be no longer than 128 kB.
+          tempfile.TemporaryFile() as output):
+        # -I: no packages of the user, no PYTHON* variables, no current folder on the path. The
+        # program comes on stdin, since an argument may be no longer than 128 kB; what it prints
+        # goes to a file, whose size has a limit, which a pipe's flood has not.
         process = subprocess.Popen(
-            [*_no_network(), sys.executable, "-I", "-X", "utf8", "-c", _RUNNER, str(seconds),
-             secret], stdin=source, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
+            [sys.executable, "-I", "-X", "utf8", "-c", _RUNNER, str(seconds), secret],
+            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
             env={"TMPDIR": folder}, start_new_session=True)
         try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(program.encode("utf-8", "replace"), seconds)
         finally:
             with contextlib.suppress(ProcessLookupError):  # nobody is left
                 os.killpg(process.pid, signal.SIGKILL)
@@ -564,21 +533,18 @@ def score_choices(scorer, rows):
     equal lengths for a GPU's batches, few enough to lose little when the run is stopped.
     """
     for a in range(0, len(rows), 256):
-        block, pairs, lost = rows[a:a + 256], [], []
-        for row in block:
-            encoded = [_at(row, scorer.encode_pair, row["context"], c) for c in row["choices"]]
-            pairs += [pair for pair, _ in encoded]
-            lost.append(max(n for _, n in encoded))
-        totals = iter(total for total, _ in scorer.loglikelihoods(pairs))
-        for row, n in zip(block, lost):
-            own = list(itertools.islice(totals, len(row["choices"])))
+        block = [(row, [_at(row["where"], scorer.encode_pair, row["context"], choice)
+                        for choice in row["choices"]]) for row in rows[a:a + 256]]
+        found = iter(scorer.loglikelihoods([pair for _, pairs in block for pair, _ in pairs]))
+        for row, pairs in block:
+            own = [next(found)[0] for _ in pairs]
             per_character = [x / len(choice.removeprefix(" "))
                              for x, choice in zip(own, row["choices"])]
             # index(max(...)): the first of equals wins, as in the harness
             result = {name: float(x.index(max(x)) == row["gold"])
                       for name, x in (("acc", own), ("acc_norm", per_character))}
-            yield row, {"score": result[row["metric"]], **result, "lost_tokens": n,
-                        "chance": 1 / len(own), "logprobs": own}
+            yield row, {"score": result[row["metric"]], **result, "chance": 1 / len(own),
+                        "lost_tokens": max(lost for _, lost in pairs), "logprobs": own}
 
 
 def score_texts(scorer, rows):
@@ -593,7 +559,7 @@ def score_texts(scorer, rows):
             prompt, number = needle_prompt(row, scorer.tokenizer)
             row = {**row, "type": "generate", "prompt": prompt, "gold": number, "stop": [],
                    "extract": "", "match": "contains", "max_new_tokens": 16}
-        ids, n = _at(row, scorer.cut_prompt, row["prompt"], row["max_new_tokens"])
+        ids, n = _at(row["where"], scorer.cut_prompt, row["prompt"], row["max_new_tokens"])
         asked.append((row, n))
         requests.append((ids, row["stop"], row["max_new_tokens"]))
     for i, text in scorer.generate(requests):
@@ -610,14 +576,6 @@ def score_rows(scorer, rows):
                          (score_sequences, ("family", "strand", "molecule"))):
         if chosen := [row for row in rows if row["type"] in types]:
             yield from score(scorer, chosen)
-
-
-def _at(row, function, *args):
-    """function(*args); its ValueError names the row's file:line."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise ValueError(f"{row['where']}: {error}") from None
 
 
 def _model_hash(directory):
@@ -637,8 +595,7 @@ def _read_samples(path, model):
     A last line without its end is cut off: the run was killed while it wrote. Results of another
     model are left aside, which is said; those of a task file that was edited have another key.
     """
-    if not path.exists():
-        return {}
+    path.touch()
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     results = [result for _, result in read_rows(path)]
     own = {(r["file"], r["id"]): r for r in results if r.get("model") == model}
@@ -647,14 +604,14 @@ def _read_samples(path, model):
     return own
 
 
-def read_tasks(task_files, allow_code_execution=False):
-    """{name of the file without .jsonl: its rows}; refuses whatever would stop the scoring later.
+def read_tasks(task_files, allow_code_execution=False, limit=None):
+    """{name of the file without .jsonl: its first `limit` rows}; refuses what would stop scoring.
 
     That is, beside bad rows: files of one name, code without the flag or on a system that runs no
     program with limits, molecules without RDKit. Call it before hours of training, too. Raises
     ValueError or OSError.
     """
-    tasks = {Path(path).stem: read_task(path) for path in task_files}
+    tasks = {Path(path).stem: read_task(path)[:limit] for path in task_files}
     if len(tasks) < len(task_files):
         raise ValueError("--tasks: two files have the same name, which is the name of the task")
     first = {row["type"]: row["where"] for rows in tasks.values() for row in reversed(rows)}
@@ -677,31 +634,26 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
     file that results are added to as they come and read from first, so that a second call goes on
     after a stop. limit: of rows a task. Raises ValueError or OSError naming file, line or flag.
     """
-    tasks = {task: rows[:limit] for task, rows in read_tasks(
-        task_files, allow_code_execution).items()}
+    tasks = read_tasks(task_files, allow_code_execution, limit)
     files = {task: sha256(path) for task, path in zip(tasks, task_files)}
     model = _model_hash(directory) if samples else None
     done = _read_samples(Path(samples), model) if samples else {}
     todo = {task: _rows_left(rows, files[task], done) for task, rows in tasks.items()}
     scorer = Scorer(directory, device) if any(todo.values()) else None
-    with (open(samples or os.devnull, "a", encoding="utf-8") as log,
-          tqdm(total=sum(map(len, todo.values())), desc=Path(directory).name, unit="row",
-               dynamic_ncols=True, leave=False) as bar):
+    with open(samples or os.devnull, "a", encoding="utf-8", buffering=1) as log:  # line by line
         for task, rows in todo.items():
-            for row, result in score_rows(scorer, rows):
+            for row, result in tqdm(score_rows(scorer, rows), desc=task, total=len(rows),
+                                    leave=False):
                 result = {"model": model, "file": files[task], "id": row["id"], **result}
                 done[files[task], row["id"]] = result
                 log.write(json.dumps(result) + "\n")
-                log.flush()
-                bar.update()
     return {task: [done[files[task], row["id"]] for row in rows] for task, rows in tasks.items()}
 
 
 def _rows_left(rows, file, done):
-    """Rows without a result. A probe is fitted on its file's other rows: all are left, or none."""
-    left = {row["id"]: row["type"] for row in rows if (file, row["id"]) not in done}
-    again = {"probe"} & set(left.values())
-    return [row for row in rows if row["id"] in left or row["type"] in again]
+    """Rows without a result; all, if a probe is among them: it is fitted on its file's others."""
+    left = [row for row in rows if (file, row["id"]) not in done]
+    return rows if any(row["type"] == "probe" for row in left) else left
 
 
 def mean_scores(results, key="score"):
@@ -728,12 +680,9 @@ def family_nats(scorer, sequences):
 
     As in training: each has a separator behind it (not counted), at which positions restart.
     """
-    ids, spans = [], []
-    for member in map(scorer.tokenizer.encode_member, sequences):
-        spans.append(slice(len(ids), len(ids) + len(member) - 1))
-        ids += member
-    logprobs = scorer.token_logprobs(ids)
-    return [(-float(logprobs[span].sum()), span.stop - span.start) for span in spans]
+    members = [scorer.tokenizer.encode_member(sequence) for sequence in sequences]
+    parts = scorer.token_logprobs(sum(members, [])).split([len(member) for member in members])
+    return [(-float(part[:-1].sum()), len(part) - 1) for part in parts]
 
 
 def strand_scores(scorer, dna):
@@ -754,7 +703,7 @@ def base_embeddings(scorer, dna):
     """
     def embed(bases):
         ids = scorer.tokenizer.encode(bases, bos=False)
-        h = scorer.model.hidden(scorer._tensor([[*scorer.prefix, *ids]]))[0]
+        h = scorer.model.hidden(torch.tensor([[*scorer.prefix, *ids]], device=scorer.device))[0]
         return h[len(scorer.prefix):].float().cpu()
 
     return torch.cat((embed(dna), embed(reverse_complement(dna)).flip(0)), dim=1)
@@ -797,7 +746,7 @@ def sample_sequences(scorer, members, number, *, seed, temperature=1.0, max_new_
     tokenizer = scorer.tokenizer
     ends = {tokenizer.separator_id, *scorer.model.config.eos_ids}
     ids = sum(map(tokenizer.encode_member, members), [*scorer.prefix])
-    rows = generate(scorer.model, scorer._tensor([ids]).expand(number, -1), seed=seed,
+    rows = generate(scorer.model, torch.tensor([ids] * number, device=scorer.device), seed=seed,
                     max_new_tokens=max_new_tokens, temperature=temperature, stop=ends - {None})
     return [tokenizer.decode(itertools.takewhile(lambda i: i not in ends, row[len(ids):]))
             for row in rows.tolist()]
@@ -807,19 +756,20 @@ def molecule_shares(samples, known):
     """{"valid", "unique", "novel"}: of samples; of the valid; of the unique, not among `known`.
 
     Molecules are compared in canonical form, so two ways to write one count once. A share of
-    nothing (no molecule is valid) is None.
+    nothing (no molecule is valid) is NaN.
     """
     valid = [text for text in canonical_smiles(samples) if text]
     unique = set(valid)
-    return {"valid": len(valid) / len(samples), "unique": len(unique) / len(valid) if valid else
-            None, "novel": len(unique - set(canonical_smiles(known))) / len(unique)
-            if valid else None}
+    novel = unique - set(canonical_smiles(known))
+    return {name: len(part) / len(whole) if whole else math.nan for name, part, whole in (
+        ("valid", valid, samples), ("unique", unique, valid), ("novel", novel, unique))}
 
 
 def score_sequences(scorer, rows):
     """Yield (row, result) of "family", "strand" and "molecule" rows."""
     for row in rows:
-        yield row, {"chance": 0.0, "lost_tokens": 0, **_at(row, _score_sequence, scorer, row)}
+        result = _at(row["where"], _score_sequence, scorer, row)
+        yield row, {**result, "chance": 0.0, "lost_tokens": 0}
 
 
 def _score_sequence(scorer, row):
@@ -828,9 +778,8 @@ def _score_sequence(scorer, row):
             members = [math.exp(nats / n) for nats, n in family_nats(scorer, row["sequences"])]
             return {"score": 1 / members[-1], "perplexity": members}
         case "strand":
-            scores, T = strand_scores(scorer, row["dna"]), len(row["dna"])
-            return {"score": math.exp(sum(scores) / (2 * T)),
-                    "strand_gap": abs(scores[0] - scores[1]) / T}
+            total = sum(strand_scores(scorer, row["dna"]))
+            return {"score": math.exp(total / (2 * len(row["dna"])))}
         case "molecule":
             text, = sample_sequences(scorer, row["sequences"], 1, **{
                 key: row[key] for key in ("seed", "temperature", "max_new_tokens")})
@@ -842,7 +791,7 @@ def score_probes(scorer, rows):
     probe that was fitted on the other.
 
     Whole rows change sides, since neighbouring bases share most of what they see. chance: the most
-    common label; forward_only: the same without the other strand.
+    common label.
     """
     features = [base_embeddings(scorer, row["dna"]) for row in rows]
     alphabet = sorted(set("".join(row["labels"] for row in rows)))
@@ -854,12 +803,11 @@ def score_probes(scorer, rows):
     chance = torch.cat(labels).bincount().max().item() / sum(map(len, labels))
     for parity in (0, 1):
         x, y = torch.cat(features[1 - parity::2]), torch.cat(labels[1 - parity::2])
-        tests, D = features[parity::2], x.shape[1]
-        both, forward = (ridge_probe(x[:, :n], y, torch.cat(tests)[:, :n]).split(
-            [len(t) for t in tests]) for n in (D, D // 2))
-        for row, own, a, b in zip(rows[parity::2], labels[parity::2], both, forward):
-            yield row, {"score": (a == own).double().mean().item(), "chance": chance,
-                        "lost_tokens": 0, "forward_only": (b == own).double().mean().item()}
+        tests, own = features[parity::2], labels[parity::2]
+        found = ridge_probe(x, y, torch.cat(tests)).split([len(test) for test in tests])
+        for row, right, answer in zip(rows[parity::2], own, found):
+            yield row, {"score": (answer == right).double().mean().item(), "chance": chance,
+                        "lost_tokens": 0}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -875,25 +823,13 @@ def read_column(path, name, kind):
     ValueError naming file:line where a row does not, and for a file without rows: what is made of
     nothing, a mean or a map, must not be shown.
     """
-    found = []
-    for place, row in read_rows(path):
-        value = row.get(name)
+    found = {place: row.get(name) for place, row in read_rows(path)}
+    for place, value in found.items():
         if type(value) is not kind or not all(isinstance(part, str) for part in value):
             raise ValueError(f'{place}: expected "{name}", a {kind.__name__} of text')
-        found.append(value)
     if not found:
         raise ValueError(f"{path}: there is no row in this file")
-    return found
-
-
-def read_texts(path):
-    """The texts of a .jsonl file (the "text" of each row), or the one of a .txt file."""
-    if path.suffix == ".jsonl":
-        return read_column(path, "text", str)
-    try:
-        return [path.read_text(encoding="utf-8-sig")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error}); convert the file") from None
+    return list(found.values())
 
 
 @torch.inference_mode()
@@ -972,8 +908,7 @@ def lm_eval_model(scorer):
                 until, new = options.get("until") or [], options.get("max_gen_toks", 256)
                 asked.append((scorer.cut_prompt(text, new)[0],
                               [until] if isinstance(until, str) else until, new))
-            found = dict(scorer.generate(asked))
-            return [found[i] for i in range(len(asked))]
+            return [text for _, text in sorted(scorer.generate(asked))]
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
             if add_generation_prompt:
@@ -991,17 +926,6 @@ def lm_eval_model(scorer):
 # made of it without scoring again; the outputs themselves lie in the samples files.
 
 
-def mean_details(results):
-    """What results tell beside their scores: {task: {name: list of means over the task's rows}}.
-
-    A list, because perplexity has an entry a member; rows of several lengths: up to the shortest.
-    """
-    return {task: {name: [sum(values) / len(rows) for values in zip(*(
-                       row[name] if isinstance(row[name], list) else [row[name]] for row in rows))]
-                   for name in ("perplexity", "strand_gap", "forward_only")
-                   if all(name in row for row in rows)} for task, rows in results.items()}
-
-
 def compare(teacher, students):
     """The paper's statistics of students against their teacher, as a dict for JSON.
 
@@ -1015,13 +939,13 @@ def compare(teacher, students):
         return {task: r if math.isfinite(r) else None for task, r in ratios.items()}
 
     a_t, chance = mean_scores(teacher), mean_scores(teacher, "chance")
-    report = {"teacher": a_t, "chance": chance, "details": mean_details(teacher), "students": {},
+    report = {"teacher": a_t, "chance": chance, "students": {},
               "rows": {task: len(rows) for task, rows in teacher.items()},
               "contexts_cut": sum(r["lost_tokens"] > 0 for rows in teacher.values() for r in rows)}
     for name, results in students.items():
         a_s = mean_scores(results)
         report["students"][name] = {
-            "scores": a_s, "details": mean_details(results), "recovery": finite(recovery(a_s, a_t)),
+            "scores": a_s, "recovery": finite(recovery(a_s, a_t)),
             "recovery_above_chance": finite(recovery(a_s, a_t, chance)),
             "win_and_tie": win_and_tie(a_s, a_t, 0.0),
             "critical_tolerance": critical_tolerance(a_s, a_t),
@@ -1030,25 +954,17 @@ def compare(teacher, students):
 
 
 def show_report(report):
-    """One table a student: a line a task, the details of sequences, then C_0 and alpha*.
+    """One table a student: a line a task, then C_0 and alpha*.
 
     The intervals stand beside both, since with few rows the two numbers are mostly luck.
     """
-    def cells(*values):
-        return "".join(f"{'-' if value is None else f'{value:.3f}':>10}" for value in values)
-
     for student, s in report["students"].items():
         width = max(4, *map(len, report["rows"]))
-        print(f"\n{student}\n{'task':{width}}  rows   teacher   student  recovery  above chance")
+        columns = report["teacher"], s["scores"], s["recovery"], s["recovery_above_chance"]
+        print(f"\n{student}\n{'task':{width}}  rows   teacher   student  recovery (above chance)")
         for task, rows in report["rows"].items():
-            print(f"{task:{width}}{rows:6}" + cells(
-                report["teacher"][task], s["scores"][task], s["recovery"][task])
-                + "    " + cells(s["recovery_above_chance"][task]))
-        for task, details in s["details"].items():
-            for name, values in details.items():
-                teacher = report["details"][task][name]
-                print(f"{task}, {name}: " + " ".join(f"{v:.3f}" for v in values)
-                      + "   teacher: " + " ".join(f"{v:.3f}" for v in teacher))
+            shown = ("-" if column[task] is None else f"{column[task]:.3f}" for column in columns)
+            print(f"{task:{width}}{rows:6}" + "".join(f"{text:>10}" for text in shown))
         rate, tolerance = (s["intervals"][key] for key in ("win_and_tie", "critical_tolerance"))
         print(f"C_0    = {s['win_and_tie']:.3f}   95 % of draws: {rate[0]:.3f} to {rate[1]:.3f}   "
               f"lossless: {'yes' if s['win_and_tie'] >= 0.5 else 'no'}, in "
@@ -1112,56 +1028,49 @@ def draw_gates(medians, path):
 # Times of one model alone say little, since machines differ and are shared. So both models take
 # turns in each cell of the grid, and the ratio is what to read.
 
-QUANTITIES = {  # key of a measurement: title, how many of its units are one of the key's
-    "prefill_tokens_per_s": ("prefill throughput (tokens/s)", 1),
-    "first_token_s": ("time to first token (ms)", 1e3),
-    "step_s": ("decode latency (ms a token)", 1e3),
-    "decode_tokens_per_s": ("decode throughput (tokens/s)", 1),
-    "cache_bytes": ("cache (MB)", 1e-6),
-    "peak_bytes": ("peak memory above the weights (MB)", 1e-6)}  # on GPUs only
 PASSES = 4  # over a cell, the first to warm up
+QUANTITIES = ("prefill_tokens_per_s", "first_token_ms", "decode_step_ms", "decode_tokens_per_s",
+              "cache_MB", "peak_MB")  # the last on GPUs only
 
 
-def time_once(model, tokens, new_tokens):
-    """Read tokens (B, T), continue them greedily by 1 + new_tokens: a dict with QUANTITIES' keys.
+def time_once(model, batch, context, new_tokens):
+    """Read random tokens (batch, context), continue them greedily by 1 + new_tokens: QUANTITIES.
 
     Timed is `stream`, which is what users run. The peak is what came on top of the memory that was
-    allocated before; it is known on a GPU only.
+    allocated before; it is known on a GPU only, and missing in the dict of a CPU.
     """
-    (B, T), device = tokens.shape, tokens.device
+    device = model.lm_head_weight.device
+    tokens = torch.randint(model.config.vocab_size, (batch, context), device=device)
     if on_gpu := device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     times = [time.perf_counter()]
-    cache = Cache(model, B, T + new_tokens)
+    cache = Cache(model, batch, context + new_tokens)
     for ids in stream(model, tokens, max_new_tokens=1 + new_tokens, stop=(), cache=cache):
         ids.tolist()  # waits for the device, as printing the token would
         times.append(time.perf_counter())
     first, *steps = np.diff(times).tolist()
-    found = {"prefill_tokens_per_s": B * T / first, "first_token_s": first,
-             "step_s": np.median(steps), "decode_tokens_per_s": B / np.median(steps),
-             "cache_bytes": sum(x.nbytes for x in cache.tensors())}
+    step = float(np.median(steps))
+    values = [batch * context / first, 1e3 * first, 1e3 * step, batch / step,
+              1e-6 * sum(x.nbytes for x in cache.tensors())]
     if on_gpu:
-        found["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-    return found
+        values.append(1e-6 * (torch.cuda.max_memory_allocated(device) - before))
+    return dict(zip(QUANTITIES, values))
 
 
 def measure_cell(models, batch, context, new_tokens, seconds):
     """Time models in turns on one cell of the grid: {name: medians of what `time_once` returns}.
 
-    models: name -> Transformer. Up to PASSES turns, none begun after `seconds`; the first warms
-    up, and counts only if it stays alone ("warm_passes" is then 0, and the table says so). {} for a
-    model that ran out of memory.
+    models: name -> Transformer. The first turn warms up and does not count; of the PASSES - 1 that
+    do, none but the first begins after `seconds`. {} for a model that ran out of memory.
     """
     passes, started = {name: [] for name in models}, time.perf_counter()
     for turn in range(PASSES):
-        if turn and time.perf_counter() - started > seconds:
+        if turn > 1 and time.perf_counter() - started > seconds:
             break
         for name in list(passes):
-            device = models[name].lm_head_weight.device
-            tokens = torch.randint(models[name].config.vocab_size, (batch, context), device=device)
             try:
-                passes[name].append(time_once(models[name], tokens, new_tokens))
+                passes[name].append(time_once(models[name], batch, context, new_tokens))
             except (MemoryError, RuntimeError) as error:
                 if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
                         or "can't allocate memory" in str(error)):  # what a CPU says
@@ -1169,25 +1078,19 @@ def measure_cell(models, batch, context, new_tokens, seconds):
                 del passes[name]
     found = dict.fromkeys(models, {})
     for name, (first, *later) in passes.items():
-        kept = later or [first]
-        found[name] = {key: float(np.median([p[key] for p in kept])) for key in first}
-        found[name]["warm_passes"] = len(later)
+        found[name] = {key: float(np.median([p[key] for p in later])) for key in first}
     return found
 
 
-def show_speed(cells):
-    """A table: a line a cell and quantity, with the student's share of the teacher's."""
-    print(f"\nbatch   context  {'':34}{'teacher':>12}{'student':>12}{'student/teacher':>18}")
-    for cell in cells:
-        for key, (title, factor) in QUANTITIES.items():
-            values = [cell[name].get(key, 0) * factor for name in ("teacher", "student")]
-            if key != "peak_bytes" or any(values):
-                shown = "".join(f"{v:12,.{2 if v < 100 else 0}f}" if v else "         OOM"
-                                for v in values)
-                ratio = f"{values[1] / values[0]:18.2g}" if all(values) else ""
-                cold = any(cell[name].get("warm_passes") == 0 for name in ("teacher", "student"))
-                print(f"{cell['batch']:5}{cell['context']:10,}  {title:34}{shown}{ratio}"
-                      + "  (one pass, cold)" * cold)
+def show_speed(cell):
+    """A cell's table: a line a quantity, with the student's share of the teacher's."""
+    print(f"\nbatch {cell['batch']}, context {cell['context']:,}")
+    print(f"{'':20}{'teacher':>14}{'student':>14}{'student/teacher':>18}")
+    for key in QUANTITIES:
+        values = [cell[name].get(key) for name in ("teacher", "student")]
+        shown = "".join(f"{v:14,.{2 if v < 100 else 0}f}" if v else f"{'OOM':>14}" for v in values)
+        if any(values) or key != "peak_MB":
+            print(f"{key:20}{shown}" + (f"{values[1] / values[0]:18.2g}" if all(values) else ""))
 
 
 def draw_speed(cells, path):
@@ -1196,17 +1099,17 @@ def draw_speed(cells, path):
     What to look for: a teacher's cache and step grow with the context, a student's stay level.
     """
     def draw(figure, panels):
-        for axes, (key, (title, factor)) in zip(panels.flat, QUANTITIES.items()):
-            axes.set(title=title, xlabel="context (tokens)", xscale="log")
+        for axes, key in zip(panels.flat, QUANTITIES):
+            axes.set(title=key, xlabel="context (tokens)", xscale="log")
+            batches = dict.fromkeys(cell["batch"] for cell in cells)
             for name, batch in itertools.product(("teacher", "student"), batches):
-                points = sorted((cell["context"], factor * cell[name][key]) for cell in cells
-                                if cell["batch"] == batch and cell[name].get(key))
+                points = sorted((cell["context"], cell[name][key]) for cell in cells
+                                if cell["batch"] == batch and key in cell[name])
                 axes.plot(*zip(*points), marker="o", label=f"{name}, batch {batch}")
             axes.set_ylim(bottom=0)
             axes.set_visible(bool(axes.lines))  # no empty panel for what a CPU does not tell
         panels.flat[0].legend()
 
-    batches = sorted({cell["batch"] for cell in cells})
     save_picture(path, draw, rows=2, columns=3)
 
 
@@ -1227,15 +1130,11 @@ def open_speed_models(run):
             teacher = Transformer(config).to(dtype or torch.bfloat16)
     else:
         teacher = load_pretrained(run.teacher, device=run.device, dtype=dtype)
-    if teacher.config.hybrid:
-        raise ValueError(f"--teacher {run.teacher} is a student; name its teacher's folder")
-    if not run.student:
-        return {"teacher": teacher, "student": student_from_teacher(teacher, window=run.window)}
-    student = load_pretrained(run.student, device=run.device, dtype=dtype)
+    student = (load_pretrained(run.student, device=run.device, dtype=dtype) if run.student
+               else _at(run.teacher, student_from_teacher, teacher, window=run.window))
     if not student.config.hybrid or teacher.config != dataclasses.replace(
             student.config, hybrid=None, eos_ids=teacher.config.eos_ids):
-        raise ValueError(f"--student {run.student} is no student of this teacher, by their "
-                         "config.json; leave the flag out to measure an untrained student")
+        raise ValueError(f"--teacher {run.teacher}, --student {run.student}: not of one model")
     return {"teacher": teacher, "student": student}
 
 
@@ -1269,7 +1168,8 @@ def run_gates(run):
 
     The data is read before the model: its errors come in a second, a model of 16 GB in a minute.
     """
-    texts = read_texts(run.data)
+    texts = (read_column(run.data, "text", str) if run.data.suffix == ".jsonl"
+             else [_at(run.data, run.data.read_text, "utf-8-sig")])
     medians = gate_map(Scorer(run.student, run.device), texts, tokens=run.context, rows=run.rows)
     show_gates(medians)
     if run.picture:
@@ -1289,11 +1189,9 @@ def run_molecules(run):
     for i, family in enumerate(tqdm(families[:run.rows], desc="molecules", leave=False)):
         samples += sample_sequences(scorer, family[:run.shots], run.number, seed=run.seed + i,
                                     temperature=run.temperature)
-    for text in samples[::run.number][:4]:
-        print(f"  {text}   {'valid' if canonical_smiles([text])[0] else 'invalid'}")
-    shares = molecule_shares(samples, known)
+    print(*samples[::run.number][:4], sep="\n")
     print(f"{len(samples)} samples: " + "  ".join(
-        f"{name} {'-' if share is None else f'{share:.3f}'}" for name, share in shares.items()))
+        f"{name} {share:.3f}" for name, share in molecule_shares(samples, known).items()))
 
 
 def run_lm_eval(run):
@@ -1323,22 +1221,16 @@ def run_speed(run):
     about["device"] = (torch.cuda.get_device_name(run.device) if run.device.startswith("cuda")
                        else f"{os.uname().machine}, {torch.get_num_threads()} threads")
     print(*(f"{name}: {text}" for name, text in about.items()), sep="\n")
-    print(f"In each cell both models read a random prompt and decode, in turns, up to {PASSES} "
-          f"times,\nthe first to warm up; no turn begins after {run.seconds:g} s. Peak memory is "
-          "known on GPUs only.")
+    print(f"In each cell both models take turns: one to warm up, and 1 to {PASSES - 1} that count")
     run.out.mkdir(parents=True, exist_ok=True)
-    grid, cells = list(itertools.product(run.batches, run.contexts)), []
-    try:
-        for batch, context in tqdm(grid, desc="speed", unit="cell", dynamic_ncols=True):
-            cells.append({"batch": batch, "context": context, **measure_cell(
-                models, batch, context, run.new_tokens, run.seconds)})
-            write_json(run.out / "speed.json", {**about, "cells": cells})
-    except KeyboardInterrupt:
-        print(f"stopped: {len(cells)} of {len(grid)} cells are measured")
-    if cells:
-        show_speed(cells)
-        print(f"\nreport: {run.out / 'speed.json'}")
-        draw_speed(cells, run.out / "speed.png")
+    cells = []
+    for batch, context in itertools.product(run.batches, run.contexts):
+        cells.append({"batch": batch, "context": context, **measure_cell(
+            models, batch, context, run.new_tokens, run.seconds)})
+        write_json(run.out / "speed.json", {**about, "cells": cells})
+        show_speed(cells[-1])
+    print(f"\nreport: {run.out / 'speed.json'}")
+    draw_speed(cells, run.out / "speed.png")
 
 
 def at_least(least, kind=int):
@@ -1404,15 +1296,14 @@ def parse_arguments(argv):
     add("--allow-code-execution", action="store_true", help="run what the model writes")
 
     add = command("speed", run_speed, "prefill, first token, decoding and memory")
-    add("--teacher", default=Path(__file__).resolve().parent / "tests/teacher", **folder,
-        help="its folder")
+    add("--teacher", default=Path(__file__).parent / "tests/teacher", help="its folder", **folder)
     add("--student", help="None: an untrained one of the teacher, which is as fast", **folder)
     add("--random-layers", type=at_least(1), metavar="N", help="in the shape of its config.json")
     add("--window", type=at_least(1), default=512, help="W of an untrained student")
     add("--contexts", type=at_least(1), nargs="+", default=[1024, 4096, 16384], help="4k is 4096")
     add("--batches", type=at_least(1), nargs="+", default=[1, 8], help="rows together")
     add("--new-tokens", type=at_least(1), default=64, help="decoded in every pass")
-    add("--seconds", type=at_least(0, float), default=20.0, help="of a cell; no pass begins later")
+    add("--seconds", type=at_least(0, float), default=20.0, help="of a cell, about")
     add("--out", help="speed.json and speed.png", **folder, **need)
     return p.parse_args(argv)
 
