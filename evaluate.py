@@ -923,7 +923,8 @@ def lm_eval_model(scorer):
 # 9. Report
 # ----------------------------------------------------------------------------------------------
 # report.json holds all that the terminal shows and the pictures draw, so that other figures can be
-# made of it without scoring again; the outputs themselves lie in the samples files.
+# made of it without scoring again. The samples files hold what each row gave: outputs,
+# log-probabilities, the perplexity of every member of a family.
 
 
 def compare(teacher, students):
@@ -1030,7 +1031,7 @@ def draw_gates(medians, path):
 
 PASSES = 4  # over a cell, the first to warm up
 QUANTITIES = ("prefill_tokens_per_s", "first_token_ms", "decode_step_ms", "decode_tokens_per_s",
-              "cache_MB", "peak_MB")  # the last on GPUs only
+              "cache_MB", "peak_MB")  # the last above the weights, on GPUs only
 
 
 def time_once(model, batch, context, new_tokens):
@@ -1134,7 +1135,7 @@ def open_speed_models(run):
                else _at(run.teacher, student_from_teacher, teacher, window=run.window))
     if not student.config.hybrid or teacher.config != dataclasses.replace(
             student.config, hybrid=None, eos_ids=teacher.config.eos_ids):
-        raise ValueError(f"--teacher {run.teacher}, --student {run.student}: not of one model")
+        raise ValueError(f"--student {run.student} is no student of {run.teacher}; leave it out")
     return {"teacher": teacher, "student": student}
 
 

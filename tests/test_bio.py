@@ -517,9 +517,9 @@ def test_after_a_little_stage_one_the_state_carries_a_family(tmp_path):
     student = student_from_teacher(teacher, window=8, sinks=4)
     trainable = select_trainable(student, "new")
     optimizer = make_optimizer(trainable)
-    for step in range(25):
+    for step in range(16):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 25, 5, 3e-2, 3e-5)
+            group["lr"] = learning_rate(step, 16, 4, 3e-2, 3e-5)
         tokens, ids, _ = collate([mixture.row(step)], "cpu")
         alignment_losses(student, tokens, ids, 1.0)
         optimizer.step()
@@ -530,7 +530,7 @@ def test_after_a_little_stage_one_the_state_carries_a_family(tmp_path):
                         ("window", student_from_teacher(teacher, window=8, sinks=4, mixer="swa"))):
         save_pretrained(model, tmp_path / name)
         scorer = Scorer(tmp_path / name)
-        nats = np.array([family_nats(scorer, row["sequences"]) for row in rows[:8]])
+        nats = np.array([family_nats(scorer, row["sequences"]) for row in rows[:6]])
         found[name] = np.exp(nats[:, -1, 0].sum() / nats[:, -1, 1].sum())
-    # measured: 17.0 and 5.0; the teacher 3.1
+    # measured: 16.8 and 5.5; the teacher 3.1
     assert found["window"] > 14 and found["student"] < 0.6 * found["window"]

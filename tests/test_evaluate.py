@@ -579,9 +579,9 @@ def test_speed_refuses_what_it_cannot_measure(tmp_path, student_dir, capsys):
             speed(out, *flags)
         assert status.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
     for flags, words in ((["--teacher", str(student_dir)], "student: .* this model is a student"),
-                         (["--student", str(TEACHER)], "--student .*: not of one model"),
+                         (["--student", str(TEACHER)], "--student .* is no student of"),
                          (["--teacher", str(ROOT / "tests/bio_teacher"), "--student",
-                           str(student_dir)], "not of one model"),
+                           str(student_dir)], "is no student of"),
                          (["--device", "mps"], "--device mps: .* take --device cpu")):
         with pytest.raises(ValueError, match=words):
             speed(out, *flags)
