@@ -98,7 +98,6 @@ class Hybrid:
     sinks: int = 4  # first tokens of the document that every later token sees
     mixer: str = "hybrid"  # a key of MIXERS
     features: int = 1  # width of the mLSTM's keys as a multiple of D (`FeatureMap`); paper: 1
-    folded: bool = False  # output gate folded into one map of x (`fold_output_gate`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,15 +168,18 @@ class ModelConfig:
         return dataclasses.replace(config, eos_ids=eos)
 
 
-# What a family's config.json means where it is silent, if that is not what Llama's would mean. A
-# published config.json often leaves out what its family's class in transformers has as default, so
-# these are read off there. A key whose value is null is not silent: "sliding_window": null is
-# Mistral's full attention.
+# What a config.json means where it is silent: first Llama's defaults, then those in which a family
+# differs. A published config.json often leaves out what its family's class in transformers has as
+# default, so these are read off there. A key whose value is null is not silent: "sliding_window":
+# null is Mistral's full attention.
 FAMILIES = {
-    "llama": {},
+    "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+              "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048,
+              "max_window_layers": 28, "no_rope_layer_interval": 4},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"sliding_window": 4096}, "qwen3": {"sliding_window": 4096, "head_dim": 128},
+    "qwen2": {"sliding_window": 4096},
+    "qwen3": {"sliding_window": 4096, "head_dim": 128},
     "olmo2": {"rms_norm_eps": 1e-5},
     "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
     "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
@@ -196,59 +198,58 @@ def _parse_config(c, path):
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
                          + ", ".join(FAMILIES))
-    c = {**FAMILIES[family], **c}
-    layers, heads = c["num_hidden_layers"], c["num_attention_heads"]
-    c["num_key_value_heads"] = c.get("num_key_value_heads") or heads
+    c = {**FAMILIES["llama"], **FAMILIES[family], **c}
+    c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
     _check_config(c, path)
     # SmolLM3 leaves every fourth layer without positions (NoPE, arXiv 2501.18795). In its list of
     # no_rope_layers 1 means RoPE, whatever the name says.
-    rotated = c.get("no_rope_layers")
-    if family == "smollm3" and not rotated:
-        rotated = [(i + 1) % c.get("no_rope_layer_interval", 4) for i in range(layers)]
-    nope = tuple(i for i in range(layers) if family == "smollm3" and not rotated[i])
+    layers = range(c["num_hidden_layers"] if family == "smollm3" else 0)
+    rotated = c.get("no_rope_layers") or [(i + 1) % c["no_rope_layer_interval"] for i in layers]
+    nope = tuple(i for i in layers if not rotated[i])
     rope, sliding_rope = _parse_ropes(c, path)
-    attention_bias = c.get("attention_bias", False)
+    hybrid = dict(c.get("hybrid") or {})
+    if hybrid.pop("folded", False):  # earlier versions could; False says that this one is not
+        raise ValueError(f"{path}: a student with a folded output gate is no longer read: save it "
+                         "anew from the student it was folded from")
     return ModelConfig(
         family=family, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"], num_layers=layers, num_heads=heads,
-        num_kv_heads=c["num_key_value_heads"],
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
+        intermediate_size=c["intermediate_size"], num_layers=c["num_hidden_layers"],
+        num_heads=c["num_attention_heads"], num_kv_heads=c["num_key_value_heads"],
+        head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+        norm_eps=c["rms_norm_eps"], tied=c["tie_word_embeddings"],
         # Qwen2 always has biases on q, k, v and none on o, and no key that says so.
-        qkv_bias=family == "qwen2" or attention_bias, o_bias=attention_bias and family != "qwen2",
-        mlp_bias=family in ("llama", "smollm3", "granite") and c.get("mlp_bias", False),
+        qkv_bias=family == "qwen2" or c["attention_bias"],
+        o_bias=family != "qwen2" and c["attention_bias"],
+        mlp_bias=family in ("llama", "smollm3", "granite") and c["mlp_bias"],
         rope=rope, sliding_rope=sliding_rope, nope_layers=nope,
-        layer_windows=_parse_windows(c, nope, path),
-        max_positions=c.get("max_position_embeddings", 2048),
+        layer_windows=_parse_windows(c, nope, path), max_positions=c["max_position_embeddings"],
         eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
-        hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None,
+        hybrid=Hybrid(**hybrid) if "hybrid" in c else None,
         **{name: c[name] for name in FAMILIES["granite"] if family == "granite"})
 
 
 def _check_config(c, path):
-    """Refuse what is not implemented, and sizes that cannot be.
-
-    The limits lie well above any model's: a damaged file should not ask for a terabyte.
-    """
+    """Refuse what is not implemented, and sizes that cannot be."""
     if c.get("quantization_config"):
-        raise ValueError(f"{path}: a checkpoint quantised by "
-                         f"{c['quantization_config'].get('quant_method')}, and only plain floats "
-                         "are read: fetch the original, or dequantise and save it")
-    if c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
-    for name, most in (("num_hidden_layers", 1024), ("num_attention_heads", 4096),
-                       ("num_key_value_heads", 4096), ("hidden_size", 1 << 17),
-                       ("intermediate_size", 1 << 20), ("vocab_size", 1 << 24)):
-        if not (isinstance(c[name], int) and 1 <= c[name] <= most):
-            raise ValueError(f"{path}: {name} = {c[name]!r} is not an integer from 1 to {most}")
-    separator, heads = c.get("separator_id"), c["num_attention_heads"]
-    if separator is not None and not (isinstance(separator, int) and 0 <= separator):
-        raise ValueError(f"{path}: separator_id {separator!r} is no token id")
-    if heads % c["num_key_value_heads"]:
-        raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
-                         f"num_key_value_heads {c['num_key_value_heads']}")
-    if (c.get("head_dim") or c["hidden_size"] / heads) % 2:
-        raise ValueError(f"{path}: head_dim, or hidden_size over {heads} heads, is not even")
+        raise ValueError(f"{path}: quantised by {c['quantization_config'].get('quant_method')}, and "
+                         "only plain floats are read: fetch the original, or dequantise it")
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
+                 "intermediate_size", "vocab_size"):
+        if not (isinstance(c[name], int) and 1 <= c[name] <= 1 << 24):
+            raise ValueError(f"{path}: {name} = {c[name]!r} is not an integer from 1 to 2^24")
+    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    separator, act = c.get("separator_id"), c["hidden_act"]
+    for words, wrong in {
+        f"hidden_act {act!r} is not supported, only 'silu'": act != "silu",
+        f"separator_id {separator!r} is no token id":
+            separator is not None and not (isinstance(separator, int) and separator >= 0),
+        f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}":
+            heads % kv_heads,
+        f"head_dim, or hidden_size over {heads} heads, is not even":
+            (c.get("head_dim") or c["hidden_size"] / heads) % 2,
+    }.items():
+        if wrong:
+            raise ValueError(f"{path}: {words}")
 
 
 def _parse_windows(c, nope, path):
@@ -260,7 +261,7 @@ def _parse_windows(c, nope, path):
     family, layers, window = c["model_type"], range(c["num_hidden_layers"]), c.get("sliding_window")
     if family in ("qwen2", "qwen3", "smollm3") and not c.get("use_sliding_window"):
         window = None  # their files name a width that is not in use
-    late = layers[c.get("max_window_layers", 28):]
+    late = layers[c["max_window_layers"]:]
     sliding = {"mistral": layers, "ministral": layers, "qwen2": late, "qwen3": late,
                "olmo3": [i for i in layers if (i + 1) % 4], "smollm3": nope}.get(family, ())
     kinds = c.get("layer_types")
@@ -307,7 +308,7 @@ def _parse_rope(r, c, path):
     if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
         given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
     # Without the key the stretched length itself is meant, as transformers reads it.
-    original = r.get(key) or c.get(key) or c.get("max_position_embeddings", 2048)
+    original = r.get(key) or c.get(key) or c["max_position_embeddings"]
     return Rope(theta, kind, factor, original, **given)
 
 
@@ -324,8 +325,7 @@ def sha256(*paths):
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as f:
-            while piece := f.read(1 << 20):
-                digest.update(piece)
+            hashlib.file_digest(f, lambda: digest)  # goes on with this one
     return digest.hexdigest()
 
 
@@ -334,14 +334,14 @@ def read_json(path, missing=None):
 
     Raises FileNotFoundError, or ValueError, each with the remedy.
     """
+    if missing is not None and not Path(path).exists():
+        return missing
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"it holds {str(value)[:40]!r}")
         return value
     except FileNotFoundError:
-        if missing is not None:
-            return missing
         raise FileNotFoundError(f"{path} is missing: copy it from where the folder came") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError among them
         raise ValueError(f"{path} is no JSON object ({error}); copy the file again") from None
@@ -357,17 +357,17 @@ def write_json(path, value):
     os.replace(tmp, path)
 
 
-class Place:
+class Place(NamedTuple):
     """A line of a file for messages, as file:line; its number is counted only if it is printed."""
 
-    def __init__(self, path, offset):
-        self.path, self.offset = path, offset  # offset: of the line's first byte
+    path: Path
+    offset: int  # of the line's first byte
 
     def __str__(self):
-        line, left = 1, self.offset
+        line = 1
         with open(self.path, "rb") as file:
-            while left > 0 and (piece := file.read(min(left, 1 << 20))):
-                line, left = line + piece.count(b"\n"), left - len(piece)
+            while file.tell() < self.offset and file.readline():
+                line += 1
         return f"{self.path}:{line}"
 
 
@@ -801,24 +801,23 @@ def choose_kernels(wanted, device, head_dim, features):
     """kernels="auto" | "torch" | "triton" -> "torch" (this file) or "triton" (kernels.py).
 
     "auto" takes Triton on a CUDA device where kernels.py and its package are there, and says why
-    if the kernels do not have the heads' width. A wish for "triton" is never dropped in silence:
-    ValueError says what it lacks. (Triton's interpreter, TRITON_INTERPRET=1, is for tests.)
+    if it does not. A wish for "triton" is never dropped in silence: ValueError says what it lacks.
+    (Triton's interpreter, TRITON_INTERPRET=1, is for tests.)
     """
     if wanted not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels {wanted!r} is unknown; known: auto, torch, triton")
-    if wanted == "torch":
-        return "torch"
     cuda = torch.device(device).type == "cuda"
-    if not (cuda or wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if wanted == "torch" or wanted == "auto" and not cuda:
+        return "torch"
+    try:
+        missing = _kernels().refusal(head_dim, features)
+    except ImportError as error:
+        missing = f"they need kernels.py and the triton package ({error})"
+    if not cuda and os.environ.get("TRITON_INTERPRET") != "1":
         missing = f"they need a CUDA device, not {device}"
-    else:
-        try:
-            missing = _kernels().refusal(head_dim, features)
-        except ImportError as error:
-            missing = f"they need kernels.py and the triton package ({error})"
     if missing and wanted == "triton":
         raise ValueError(f"kernels='triton': {missing}; use kernels='torch'")
-    if missing and cuda:
+    if missing:
         print(f"kernels   plain PyTorch: {missing}")
     return "torch" if missing else "triton"
 
@@ -860,13 +859,13 @@ class OutputGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_heads, 3, config.head_dim))
         self.bias = nn.Parameter(torch.empty(config.num_heads))
 
-    def forward(self, x, raw):
+    def forward(self, raw):
         """raw: projections q (B, T, H D), k and v (B, T, K D) -> logits (B, H, T) fp32."""
-        (H, _, D), logits = self.weight.shape, self.bias.float()
-        with torch.autocast(x.device.type, enabled=False):
+        (H, _, D), logits, device = self.weight.shape, self.bias.float(), self.bias.device
+        with torch.autocast(device.type, enabled=False):
             for flat, w in zip(raw, self.weight.float().unbind(1)):
                 heads = flat.shape[-1] // D  # H or K: a group's heads share k and v
-                own = torch.eye(heads, device=x.device).repeat_interleave(H // heads, dim=0)
+                own = torch.eye(heads, device=device).repeat_interleave(H // heads, dim=0)
                 w = (own[..., None] * w[:, None]).flatten(1)  # (H, heads D), 0 for other heads
                 logits = logits + F.linear(flat.float(), w)  # one large product beats H small ones
         return logits.transpose(1, 2)
@@ -875,17 +874,25 @@ class OutputGate(nn.Module):
 class Gate(nn.Linear):
     """A linear map of x with one output per head, computed in fp32 whatever the weights' dtype."""
 
-    def forward(self, x, raw=None):
-        """x (B, T, hidden) -> (B, H, T) fp32. (raw: so that a folded OutputGate can be a Gate.)"""
+    def forward(self, x):
+        """x (B, T, hidden) -> (B, H, T) fp32."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float(), self.bias.float()).transpose(1, 2)
 
 
-class WindowAttention(Attention):
-    """"swa", the control: window and sinks alone. No new parameters."""
+class StudentAttention(Attention):
+    """What a student's mixers share. `heads` is the teacher's, so are all projections."""
 
     kernels = "torch"  # what computes sequences: see `choose_kernels`. Steps are always torch
-    state_heads = 0  # how many heads have an mLSTM state. Here none
+    short_window = sinks = 0  # tokens that the window branch remembers: a mixer without one, none
+    state_heads = 0  # heads with an mLSTM state: a mixer without one, none
+
+    def new_cache(self, batch, max_length, like):
+        return HybridCache(batch, self, like)
+
+
+class WindowAttention(StudentAttention):
+    """"swa", the control: window and sinks alone. No new parameters."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
@@ -906,12 +913,8 @@ class WindowAttention(Attention):
     def mix(self, heads, *, document_ids=None, cache=None):
         return self.window_branch(heads, document_ids, cache)
 
-    def new_cache(self, batch, max_length, like):
-        return HybridCache(batch, self.config, self.state_heads, self.short_window, self.sinks,
-                           like)
 
-
-class LinearAttention(WindowAttention):
+class LinearAttention(StudentAttention):
     """"linear": the recurrence with feature maps and no gates, S_t = S_{t-1} + phi(k) (x) v."""
 
     def __init__(self, config, layer):
@@ -958,20 +961,18 @@ class MLSTMAttention(LinearAttention):
         return self.input_gate(x), F.logsigmoid(self.forget_gate(x))  # i = exp, f = sigmoid
 
 
-class HybridAttention(MLSTMAttention):
+class HybridAttention(MLSTMAttention, WindowAttention):
     """"hybrid": mLSTM and window + sinks, mixed per token and head. The paper's mixer.
 
     With `sinks=0` it is the ablation "mlstm+swa".
     """
 
     def __init__(self, config, layer):
-        super().__init__(config, layer)
-        folded = config.hybrid.folded
-        self.output_gate = Gate(config.hidden_size, config.num_heads) if folded else (
-            OutputGate(config))
+        super().__init__(config, layer)  # both parents'
+        self.output_gate = OutputGate(config)
 
     def mix(self, heads, *, document_ids=None, cache=None):
-        o = torch.sigmoid(self.output_gate(heads.x, heads.raw))  # (B, H, T)
+        o = torch.sigmoid(self.output_gate(heads.raw))  # (B, H, T)
         mlstm = self.recurrent_branch(heads, document_ids, cache)
         swa = self.window_branch(heads, document_ids, cache)
         if self.kernels == "triton" and o.shape[2] > 1:
@@ -1011,34 +1012,6 @@ def initialise_mixer(attention):
         attention.forget_gate.bias.copy_(torch.logit(keep))
     if hasattr(attention, "output_gate"):
         attention.output_gate.bias.fill_(-2.0)  # o = 0.12: mostly window
-
-
-@torch.no_grad()
-def fold_output_gate(model):
-    """Replace every output gate by one linear map of x, in place; exact up to rounding (Fig. 2).
-
-    The gate reads linear functions of x, so its weights multiply into theirs: (H, 3, D) -> (H,
-    hidden). Products in float64, rounded once. Raises ValueError if there is no gate to fold.
-    """
-    c = model.config
-    if c.hybrid is None or c.hybrid.folded or MIXERS[c.hybrid.mixer] is not HybridAttention:
-        raise ValueError("fold_output_gate needs a student with an unfolded output gate")
-    model.config = dataclasses.replace(c, hybrid=dataclasses.replace(c.hybrid, folded=True))
-    for block in model.model["layers"]:
-        a = block.self_attn
-        a.config = model.config
-        weight, bias = 0.0, a.output_gate.bias.double()
-        for linear, w in zip((a.q_proj, a.k_proj, a.v_proj), a.output_gate.weight.unbind(1)):
-            per_head = linear.weight.double().unflatten(0, (-1, c.head_dim))  # (H or K, D, hidden)
-            w = w.double().view(len(per_head), -1, c.head_dim)  # (K, G, D)
-            weight = weight + torch.einsum("kgd,kdx->kgx", w, per_head).flatten(0, 1)
-            if linear.bias is not None:
-                b = linear.bias.double().unflatten(0, (-1, c.head_dim))
-                bias = bias + torch.einsum("kgd,kd->kg", w, b).flatten()
-        old = a.output_gate.weight
-        a.output_gate = Gate(c.hidden_size, c.num_heads, device=old.device, dtype=old.dtype)
-        a.output_gate.weight.copy_(weight)
-        a.output_gate.bias.copy_(bias)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1129,16 +1102,11 @@ class Transformer(nn.Module):
         In the residual stream's `dtype`; Olmo rotates in fp32.
         """
         c = self.config
-
-        def tables(rope):
-            return [table if c.is_olmo else table.to(dtype)
-                    for table in rope_tables(rope, positions, c.head_dim)]
-
-        full = tables(c.rope)
-        sliding = full if c.sliding_rope == c.rope else tables(c.sliding_rope)
-        nope = tables(NOPE) if c.nope_layers else None
-        return [nope if i in c.nope_layers else full if window is None else sliding
-                for i, window in enumerate(c.layer_windows)]
+        ropes = [NOPE if i in c.nope_layers else c.rope if window is None else c.sliding_rope
+                 for i, window in enumerate(c.layer_windows)]
+        tables = {rope: [table if c.is_olmo else table.to(dtype)
+                         for table in rope_tables(rope, positions, c.head_dim)] for rope in {*ropes}}
+        return [tables[rope] for rope in ropes]
 
     def positions(self, tokens, *, document_ids=None, cache=None):
         """The positions RoPE rotates tokens (B, T) by when none are given: (B or 1, T) int64.
@@ -1159,7 +1127,9 @@ class Transformer(nn.Module):
 
     def embed(self, tokens):
         """tokens (B, T) -> (B, T, hidden): what enters the first layer."""
-        x = self.model["embed_tokens"](tokens) * self.config.embedding_multiplier
+        x = self.model["embed_tokens"](tokens)
+        if self.config.family == "granite":
+            x = x * self.config.embedding_multiplier
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
@@ -1183,7 +1153,8 @@ class Transformer(nn.Module):
             x = block(x, tables, document_ids=document_ids, cache=layer_cache)
         if cache is not None:
             cache.position.copy_(positions[:, -1:] + 1)
-        return self.model["norm"](x) / self.config.logits_scaling
+        x = self.model["norm"](x)
+        return x / self.config.logits_scaling if self.config.family == "granite" else x
 
     def forward(self, tokens, *, document_ids=None, positions=None, cache=None, head=F.linear):
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype.
@@ -1219,7 +1190,7 @@ def _set_kernels(model, wanted):
     model.kernels = choose_kernels(wanted, model.lm_head_weight.device, c.head_dim,
                                    c.hybrid.features if c.hybrid else 1)
     for block in model.model["layers"]:
-        if isinstance(block.self_attn, WindowAttention):
+        if isinstance(block.self_attn, StudentAttention):
             block.self_attn.kernels = model.kernels
     return model
 
@@ -1269,17 +1240,30 @@ def assign(model, name, parameter):
 
 
 class KVCache:
-    """A teacher layer's keys and values: fixed buffers (B, K, max_length, D), `length` filled."""
+    """A teacher layer's keys and values: fixed buffers (B, K, slots, D), `length` tokens so far."""
 
-    def __init__(self, batch, config, max_length, like):
-        self.k = like.new_zeros(batch, config.num_kv_heads, max_length, config.head_dim)
+    state = ()  # see `HybridCache`
+
+    def __init__(self, batch, config, slots, like):
+        self.k = like.new_zeros(batch, config.num_kv_heads, slots, config.head_dim)
         self.v = torch.zeros_like(self.k)
         self.length = torch.zeros((), dtype=torch.long, device=like.device)
+
+    def step(self, q, k, v, slot, visible):
+        """One token, in shapes that never change: into `slot` (1,), then a look at all visible."""
+        for buffer, x in ((self.k, k), (self.v, v)):
+            buffer.index_copy_(2, slot, x.to(buffer.dtype))
+        self.length += 1
+        return _grouped_attention(q, self.k, self.v, visible[None, None])
 
     def attention(self, q, k, v, *, window):
         """`softmax_attention` of T new tokens over all so far; takes the new ones in."""
         if q.shape[2] == 1 and (q.is_cuda or torch.compiler.is_compiling()):
-            return self.step(q, k, v, window)
+            s = torch.arange(self.k.shape[2], device=q.device)
+            visible = s <= self.length
+            if window is not None:
+                visible = visible & (s > self.length - window)
+            return self.step(q, k, v, self.length.view(1), visible)
         a = int(self.length)
         b = a + k.shape[2]
         if b > self.k.shape[2]:
@@ -1288,55 +1272,34 @@ class KVCache:
         self.length.fill_(b)
         return softmax_attention(q, self.k[:, :, :b], self.v[:, :, :b], window=window)
 
-    def step(self, q, k, v, window):
-        """One token, in shapes that never change: reads the whole buffer under a mask."""
-        for buffer, x in ((self.k, k), (self.v, v)):
-            buffer.index_copy_(2, self.length.view(1), x.to(buffer.dtype))
-        s = torch.arange(self.k.shape[2], device=q.device)
-        visible = s <= self.length
-        if window is not None:
-            visible = visible & (s > self.length - window)
-        self.length += 1
-        return _grouped_attention(q, self.k, self.v, visible[None, None])
 
-
-class HybridCache:
+class HybridCache(KVCache):
     """A student layer's memory, constant in the length of the text.
 
     k, v (B, K, sinks + W, D) rotated: token t < sinks has slot t; later ones share a ring, slot
     sinks + (t - sinks) % W. state: the mLSTM's (S, z, m). Keys keep the rotation of their true
-    position, so the order of slots does not matter to a softmax.
+    position, so the order of slots does not matter to a softmax. What a mixer lacks, window or
+    state, has size 0.
     """
 
-    def __init__(self, batch, config, state_heads, window, sinks, like):
-        c = config
-        self.k = like.new_zeros(batch, c.num_kv_heads, sinks + window, c.head_dim)
-        self.v = torch.zeros_like(self.k)
-        self.length = torch.zeros((), dtype=torch.long, device=like.device)
-        self.window, self.sinks = window, sinks
-        self.state = empty_state(batch, state_heads, c.hybrid.features * c.head_dim, c.head_dim,
-                                 like.device)
+    def __init__(self, batch, mixer, like):
+        c, self.window, self.sinks = mixer.config, mixer.short_window, mixer.sinks
+        super().__init__(batch, c, self.sinks + self.window, like)
+        self.state = empty_state(batch, mixer.state_heads, c.hybrid.features * c.head_dim,
+                                 c.head_dim, like.device)
 
     def slots(self, positions):
         return torch.where(positions < self.sinks, positions,
                            self.sinks + (positions - self.sinks) % self.window)
-
-    def step(self, q, k, v):
-        """Window + sinks for one token: written first, it finds all it may see in the buffers."""
-        slot = self.slots(self.length).view(1)
-        for buffer, x in ((self.k, k), (self.v, v)):
-            buffer.index_copy_(2, slot, x.to(buffer.dtype))
-        filled = torch.arange(self.k.shape[2], device=q.device) <= self.length
-        self.length += 1
-        return _grouped_attention(q, self.k, self.v, filled[None, None])
 
     def window_attention(self, q, k, v, attend):
         """Window + sinks for T new tokens after `length` old ones; takes the new ones in.
 
         attend: `window_attention` or the kernel of the same meaning.
         """
-        if q.shape[2] == 1:
-            return self.step(q, k, v)
+        if q.shape[2] == 1:  # written first, it finds all it may see in the buffers
+            filled = torch.arange(self.k.shape[2], device=q.device) <= self.length
+            return self.step(q, k, v, self.slots(self.length).view(1), filled)
         # Put the remembered tokens in front, in order. Sinks that left the window are really
         # further away than they stand here, but a sink is visible from any distance.
         old, sinks, W = int(self.length), self.sinks, self.window
@@ -1372,7 +1335,7 @@ class Cache:
     def tensors(self):
         """All buffers."""
         for layer in self.layers:
-            yield from (layer.k, layer.v, layer.length, *getattr(layer, "state", ()))
+            yield from (layer.k, layer.v, layer.length, *layer.state)
         yield self.position
 
 
