@@ -231,8 +231,8 @@ def _parse_config(c, path):
 def _check_config(c, path):
     """Refuse what is not implemented, and sizes that cannot be."""
     if c.get("quantization_config"):
-        raise ValueError(f"{path}: quantised by {c['quantization_config'].get('quant_method')}, and "
-                         "only plain floats are read: fetch the original, or dequantise it")
+        raise ValueError(f"{path}: quantised by {c['quantization_config'].get('quant_method')}; only "
+                         "plain floats are read: fetch the original, or dequantise and save it")
     for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
                  "intermediate_size", "vocab_size"):
         if not (isinstance(c[name], int) and 1 <= c[name] <= 1 << 24):
@@ -407,6 +407,12 @@ def read_rows(path, start=0, stop=None):
 #
 # Rounding is part of a teacher: families multiply and round in different orders, and a bf16 model
 # that rounds in another place is a slightly other model.
+#
+# Three things in this section are easily overlooked. Heads are grouped: K key/value heads serve H
+# query heads, because a cache of keys and values is what decoding reads and so what it costs.
+# Rows are packed: training fills a row of T tokens with several documents, and `document_ids` says
+# which token is whose; a token never looks into another document. And a teacher may have windows of
+# its own, some layers (Olmo 3, Mistral) or none (Llama): `layer_windows`.
 
 
 class RMSNorm(nn.Module):
@@ -423,6 +429,12 @@ class RMSNorm(nn.Module):
         if self.round_last:  # Olmo: multiply in fp32, round once
             return (self.weight * normed).to(x.dtype)
         return self.weight.to(x.dtype) * normed.to(x.dtype)  # Llama, Qwen, Mistral: round first
+
+
+# RoPE turns each pair of features (x1, x2) of q and k by an angle: position times the pair's own
+# frequency. Turning both by the same angle changes no dot product, so q_t.k_s depends on t - s only.
+# Fast pairs tell neighbours apart, slow ones far places. A teacher that was stretched to a longer
+# context has slower angles than it was first trained with, and `kind` says for which pairs.
 
 
 def rope_frequencies(rope, head_dim):
@@ -451,7 +463,8 @@ def rope_frequencies(rope, head_dim):
 def rope_tables(rope, positions, head_dim):
     """cos and +-sin of every position's angles: positions (B, T) -> two (B, 1, T, D) fp32.
 
-    The halves of D are the pairs (x1, x2), and sin is negative in the first: see `rotate`.
+    Feature j and feature j + D / 2 are a pair (Hugging Face's order; the RoFormer paper pairs
+    neighbours). sin is negative in the first half, so that `rotate` needs one roll and no sign.
     """
     f = rope_frequencies(rope, head_dim).to(positions.device)
     angle = positions[:, None, :, None].float() * torch.cat((-f, f))
@@ -535,7 +548,9 @@ class Heads(NamedTuple):
 class Attention(nn.Module):
     """The teacher's attention block: project, normalise and rotate, mix over time, project back.
 
-    Subclasses override `mix` and nothing else. Parameter names are Hugging Face's.
+    A student's mixers override `mix`, add parameters that it needs, and change nothing else: what
+    is projected, normalised and rotated here is the same to the bit in teacher and student.
+    Parameter names are Hugging Face's.
     """
 
     def __init__(self, config, layer):
@@ -584,19 +599,30 @@ class Attention(nn.Module):
 # ----------------------------------------------------------------------------------------------
 # 3. The mLSTM: definition, then the chunkwise form that trains, then one step
 # ----------------------------------------------------------------------------------------------
-# A linear attention that can forget. Every token writes the outer product of its key and value
-# into a matrix S; a query reads a weighted mean of all values back, as in softmax attention, where
-# the weight of token s for query t is
+# Softmax attention gives query t the mean of all values v_s, weighted by exp(q_t . k_s). The
+# exponential ties each query to each key, so all keys must be kept. Now let the weight be a plain
+# product of features, phi(q_t) . phi(k_s). Then the query can be taken out of the sum:
 #
-#     (phi(q_t) . phi(k_s)) * i_s * f_{s+1} ... f_t         normalised to sum 1: that is q . z
+#     sum_s (phi(q_t) . phi(k_s)) v_s  =  phi(q_t) S_t        S_t = sum_s phi(k_s) (x) v_s
+#
+# All that was read is now in one matrix S, F x E numbers a head whatever T is, and in z, the sum of
+# phi(k_s), which gives the sum of weights to divide by: phi(q_t) . z_t. A new token adds its own
+# outer product. That is linear attention. Its weakness is that S only ever grows: F features hold
+# about F different keys apart, and after thousands of tokens everything is a blur. So the mLSTM
+# adds two gates, scalars per head and token: f fades what S held, i says how strongly a token is
+# written. The weight of token s for query t becomes
+#
+#     (phi(q_t) . phi(k_s)) * i_s * f_{s+1} ... f_t         normalised to sum 1
 #
 # phi makes positive features (section 5), so the sum that normalises is positive and the plain
-# ratio is safe. The gates say how strongly a token is written and how fast it fades.
+# ratio is safe. What follows is one function in three forms: `mlstm_recurrent` defines it,
+# `mlstm_chunkwise` trains with it, `mlstm_step` generates with it.
 #
 # One numerical idea carries all three forms. The input gate is an exponential, so S and z would
 # overflow: they are kept divided by e^m, where m is the largest exponent so far. The factor is the
-# same above and below the fraction and cancels: no clamp of the denominator, no epsilon, no
-# 1/sqrt(D). (xLSTM's max(|q z|, e^-m) belongs to the version with a norm layer behind it.)
+# same above and below the fraction and cancels: an input gate of e^90, which fp32 cannot hold, is
+# harmless, and what it drowns was worth nothing beside it. No clamp of the denominator, no epsilon,
+# no 1/sqrt(D). (xLSTM's max(|q z|, e^-m) belongs to the version with a norm layer behind it.)
 # Everything here runs in fp32: bf16 gates alone would cost up to 1 % of the output.
 
 EMPTY = -1e30  # log of nothing: m of an empty state. Finite, because -inf - -inf is NaN
@@ -628,6 +654,8 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
     h = []
     for t in range(T):
         i, f, k_t, v_t, q_t = log_i[:, :, t], log_f[:, :, t], k[:, :, t], v[:, :, t], q[:, :, t]
+        # The state's exponent is m + f once it has faded, the new token's is i. The larger one is
+        # the new m; keep and write are the two gates in its unit, and the larger of them is 1.
         m_new = torch.maximum(m + f, i)
         keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()[..., None]
         S = keep[..., None] * S + (write * k_t)[..., None] * v_t[..., None, :]  # Eq. 8
@@ -667,6 +695,16 @@ def mlstm_step(q, k, v, log_i, log_f, state):
 #     h_t = (sum_s W_ts (q_t.k_s) v_s + carry_t q_t S) / (the same with 1 for v_s, z for S)
 #     keep = e^(m + b_L - m')    write_s = e^(c_s + b_L - m')          m' = b_L + max(m, c_1 .. c_L)
 #     S' = keep S + sum_s write_s k_s (x) v_s
+#
+# As a table, for L = 3, of what each query weighs; the left column stands for all of the past:
+#
+#              S, z       k_1, v_1        k_2, v_2        k_3, v_3
+#     q_1      carry_1    W_11 q_1.k_1    -               -
+#     q_2      carry_2    W_21 q_2.k_1    W_22 q_2.k_2    -
+#     q_3      carry_3    W_31 q_3.k_1    W_32 q_3.k_2    W_33 q_3.k_3
+#
+# A token costs about L (F + E) products inside its chunk, and F E each to read and to write S. Small
+# chunks save the first and large ones serial steps; near L = 64 neither weighs much.
 #
 # No exponent is above 0. The gates' part has no products of widths in it, only numbers a head and
 # token, so it is done for all chunks at once, in float64: b reaches thousands where forget gates
@@ -744,7 +782,18 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
 # The other reader is the teacher's own attention, exact but short-sighted: most of what a token
 # needs stands within a few hundred tokens. Sinks are the first tokens of a document. Softmax must
 # put its weight somewhere, and a teacher has learnt to leave on them what it needs nowhere else
-# (StreamingLLM, arXiv 2309.17453). A window past them would spread that weight over words.
+# (StreamingLLM, arXiv 2309.17453). A window past them would spread that weight over words. What
+# tokens 0 to 7 see with W = 3 and two sinks:
+#
+#     t     0 1 2 3 4 5 6 7
+#     3     x x x x                  tokens 1 to 3, and sink 0
+#     4     x x x x x
+#     5     x x . x x x              the first token that is lost: 2
+#     6     x x . . x x x
+#     7     x x . . . x x x          never more than W + sinks, so the cache is a ring of W slots
+#
+# It costs T (W + sinks) products instead of T^2, if nothing is computed where the table has dots.
+# That is all the function below is about: the rule itself is the two lines `see_sink`, `see_band`.
 
 
 def window_attention(q, k, v, *, window, sinks, document_ids=None):
@@ -787,9 +836,23 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
 # ----------------------------------------------------------------------------------------------
 # 5. The hybrid mixer, built up as the paper's ablation (Fig. 15) takes it apart
 # ----------------------------------------------------------------------------------------------
-# Four classes, each the one before and one idea more: windows alone, a recurrence without gates,
-# the mLSTM's gates, and the two readers mixed. The order of quality is linear < mlstm < hybrid;
-# windows alone read well and remember nothing.
+# The teacher's attention is cut open between its rotation and its output projection, and three small
+# things are put in: phi, the gates i and f, the gate o. Everything else in the picture is copied.
+#
+#     x --+-- q, k, v --+-- rotated -----------------> window + sinks -- swa ----+
+#         |             |                                                        |
+#         |             +-- rotated and not -- phi --> mLSTM --------- mlstm ----+-- o mlstm
+#         |             |                                |                       |   + (1 - o) swa
+#         |             +-- [q; k; v] -- o --------------|-----------------------+        |
+#         +-- i, f --------------------------------------+                             o_proj
+#
+# Why two readers: the window is exact where most of the weight lies, and the mLSTM need only carry
+# what has left it. Why a gate and no sum: both outputs are means of values, and a mixture of two
+# means is a third, of the size that o_proj was trained on. Sinks, window and mLSTM read the same v.
+#
+# The classes below build this up, an idea each: windows alone, a recurrence without gates, the
+# mLSTM's gates, and the two readers mixed. The order of quality is linear < mlstm < hybrid; windows
+# alone read well and remember nothing.
 #
 # New parameters per layer, beside all that is copied: two feature maps, an input and a forget gate
 # that read the block's input, and an output gate that reads the head's own q, k, v. They are all
@@ -830,6 +893,9 @@ def _kernels():
 class FeatureMap(nn.Module):
     """phi(x) = softmax(x W) over the FEATURES, one W per head (Hedgehog, arXiv 2402.04347).
 
+    Positive, so that a sum of weights can be divided by, and spiky, so that a query can single a
+    key out as softmax attention does; 1 + elu, the usual choice, is flat and reads a blur.
+
     Paper: D features of the rotated x. Here F = `features` * D, and from 2 on the first half reads
     the rotated x and the second half the unrotated one, because memory is a matter of width: S
     holds about as many distinct keys as they have features, and keys that carry their position
@@ -852,7 +918,11 @@ class FeatureMap(nn.Module):
 
 
 class OutputGate(nn.Module):
-    """Logit of o_t per head from that head's [q; k; v], before norm and rotation (Eq. 11)."""
+    """Logit of o_t per head from that head's [q; k; v], before norm and rotation (Eq. 11).
+
+    Its own projections tell a head what it looks for and what stands here, so 3 D numbers a head
+    are enough. Without norm and rotation they are linear in x: one more linear map of the input.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -872,7 +942,11 @@ class OutputGate(nn.Module):
 
 
 class Gate(nn.Linear):
-    """A linear map of x with one output per head, computed in fp32 whatever the weights' dtype."""
+    """A linear map of x with one output per head, computed in fp32 whatever the weights' dtype.
+
+    A forget gate of 0.999 has a preactivation of 7, which bf16 would round by up to 0.016: the head
+    would forget 1.6 % faster or slower, and what is multiplied thousands of times shows that.
+    """
 
     def forward(self, x):
         """x (B, T, hidden) -> (B, H, T) fp32."""
@@ -897,6 +971,7 @@ class WindowAttention(StudentAttention):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         hybrid, own = config.hybrid, self.window
+        # `window` is the teacher's, `short_window` the student's.
         # A teacher layer that never looked further than W is kept as it was, without sinks; one
         # with a longer window of its own (Olmo 3's sliding layers: 4096) is shortened as others.
         exact = own is not None and own <= hybrid.window
@@ -994,7 +1069,10 @@ def is_new(name):
 def initialise_mixer(attention):
     """Start values of the new parameters: the student begins near window-only attention.
 
-    Our choice, by measurement on the shipped teacher (README, "How the student starts").
+    Stage I then need only find what the window lacks. Feature maps start as (rotated) copies of q
+    and k, so that near means similar from the first step; input gates write all tokens alike;
+    forget gates differ by head, because a head that forgets at once learns nothing of the distant
+    past. Our choice, by measurement on the shipped teacher (README, "How the student starts").
     """
     for name, p in attention.named_parameters():
         if "feature_map" in name:
@@ -1104,9 +1182,9 @@ class Transformer(nn.Module):
         c = self.config
         ropes = [NOPE if i in c.nope_layers else c.rope if window is None else c.sliding_rope
                  for i, window in enumerate(c.layer_windows)]
-        tables = {rope: [table if c.is_olmo else table.to(dtype)
-                         for table in rope_tables(rope, positions, c.head_dim)] for rope in {*ropes}}
-        return [tables[rope] for rope in ropes]
+        made = {rope: [table if c.is_olmo else table.to(dtype)
+                       for table in rope_tables(rope, positions, c.head_dim)] for rope in {*ropes}}
+        return [made[rope] for rope in ropes]
 
     def positions(self, tokens, *, document_ids=None, cache=None):
         """The positions RoPE rotates tokens (B, T) by when none are given: (B or 1, T) int64.
@@ -1147,10 +1225,10 @@ class Transformer(nn.Module):
             raise ValueError(f"positions {tuple(positions.shape)} must be (B or 1, T) as tokens "
                              f"{tuple(tokens.shape)}")
         x = self.embed(tokens)
-        layers = zip(self.model["layers"], self.rope_tables(positions, x.dtype))
-        for i, (block, tables) in enumerate(layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            x = block(x, tables, document_ids=document_ids, cache=layer_cache)
+        layers, tables = self.model["layers"], self.rope_tables(positions, x.dtype)
+        caches = [None] * len(layers) if cache is None else cache.layers
+        for block, layer_tables, layer_cache in zip(layers, tables, caches):
+            x = block(x, layer_tables, document_ids=document_ids, cache=layer_cache)
         if cache is not None:
             cache.position.copy_(positions[:, -1:] + 1)
         x = self.model["norm"](x)
@@ -1186,12 +1264,11 @@ def student_config(config, window, sinks, mixer, features):
 
 def _set_kernels(model, wanted):
     """Store `choose_kernels` on every mixer that has a choice, and return the model."""
-    c = model.config
-    model.kernels = choose_kernels(wanted, model.lm_head_weight.device, c.head_dim,
-                                   c.hybrid.features if c.hybrid else 1)
-    for block in model.model["layers"]:
-        if isinstance(block.self_attn, StudentAttention):
-            block.self_attn.kernels = model.kernels
+    features = model.config.hybrid.features if model.config.hybrid else 1
+    kernels = choose_kernels(wanted, model.lm_head_weight.device, model.config.head_dim, features)
+    for module in model.modules():
+        if isinstance(module, (Transformer, StudentAttention)):
+            module.kernels = kernels
     return model
 
 
@@ -1349,11 +1426,10 @@ def decode_step(model, tokens, cache):
 
 def _compiled_step(cache, device):
     """`decode_step` compiled; on a GPU as a CUDA graph, which needs buffers known to stay put."""
-    if device.type != "cuda":
-        return torch.compile(decode_step, fullgraph=True)
-    for x in cache.tensors():
+    cuda = device.type == "cuda"
+    for x in cache.tensors() if cuda else ():
         torch._dynamo.mark_static_address(x)
-    return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead")
+    return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if cuda else None)
 
 
 @torch.no_grad()
@@ -1447,8 +1523,8 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     is stored, and a student's new parameters as each is itself. kernels: a student's, see
     `choose_kernels`. prepare(model): called while the model has no memory yet, to shard it; then
     only this process's rows are read. Loading is strict: every missing, unexpected or misshapen
-    tensor is named in one ValueError. Raises FileNotFoundError for missing files, ValueError for
-    bad ones, a device that this torch lacks, and kernels that cannot run.
+    tensor is named in one ValueError. Raises FileNotFoundError where there is no config.json or no
+    weights, ValueError for bad files, a device that this torch lacks, and kernels that cannot run.
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
@@ -1456,19 +1532,28 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     check_device(device)
     with torch.device("meta"):
         model = Transformer(config)
-    # A tied model has no lm_head among its parameters; some of their files ship a copy.
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    # Files may hold two things more: tables of RoPE's angles, which are computed here, and a tied
+    # model's lm_head, a copy of its embedding.
     copied = config.tied and "lm_head.weight" in stored
-    _check_names(directory, expected, {
-        name: shape for name, (_, shape) in stored.items() if not (
-            copied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"))})
+    found = {name: shape for name, (_, shape) in stored.items() if not (
+        name.endswith("rotary_emb.inv_freq") or copied and name == "lm_head.weight")}
+    # A tensor too many is as bad as one too few: a bias that nobody adds changes every logit.
+    wrong = [f"{name} is {found.get(name, 'missing')}, by config.json {shapes.get(name, 'absent')}"
+             for name in sorted(shapes.keys() | found.keys())
+             if shapes.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit: " + "; ".join(wrong))
 
-    def read(name, a, b):
-        return _read_rows(stored[name][0], name, a, b)
+    def read(name, start, stop):
+        # The file is opened anew for every piece: one long-lived mapping would keep all pages read
+        # so far in memory and double an 8B load's peak (measured on 2 GB: 4.0 GB against 2.2).
+        with _open_shard(stored[name][0]) as f:
+            return f.get_slice(name)[start:stop]
 
     # Files may mix dtypes. All of a teacher gets one, that of its embedding; only a student's gates
     # and features stay as they were trained, in fp32.
-    for name, shape in expected.items():
+    for name, shape in shapes.items():
         wanted = dtype(name) if callable(dtype) else dtype
         like = name if is_new(name) else "model.embed_tokens.weight"
         wanted = wanted or read(like, 0, 1).dtype
@@ -1485,25 +1570,10 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
             # transformers unties a copy with other values and warns; here the folder must decide.
             if copied and name == "model.embed_tokens.weight" and not torch.equal(
                     piece, read("lm_head.weight", first + a, first + b)):
-                raise ValueError(f"{directory}: lm_head.weight is not {name}, though config.json "
-                                 "ties them: set tie_word_embeddings to false there to use both, "
-                                 "as transformers does, or drop lm_head.weight")
+                raise ValueError(f"{directory}: lm_head.weight is not {name}, as config.json says: "
+                                 "set tie_word_embeddings to false there, or drop lm_head.weight")
     model.source = directory
     return _set_kernels(model, kernels)
-
-
-def _check_names(directory, expected, found):
-    """Compare the model's shapes by name with the files'; all differences in one ValueError.
-
-    A tensor too many is as bad as one too few: a bias that nobody adds changes every logit.
-    """
-    wrong = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    wrong += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
-    wrong += [f"{name} has shape {found[name]}, config.json says {expected[name]}"
-              for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]]
-    if wrong:
-        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit config.json: "
-                         + "; ".join(wrong))
 
 
 def local_rows(p):
@@ -1521,9 +1591,9 @@ def local_rows(p):
 def list_tensors(directory):
     """The folder's tensors: name -> (path of its file, shape). Reads headers only.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one, for tensors that are
-    no plain floats (a quantised checkpoint), and for an index beside a whole model.safetensors,
-    whose weights may be others.
+    Raises FileNotFoundError where there are no weights, ValueError for a missing or damaged shard,
+    for tensors that are no plain floats (a quantised checkpoint), and for an index beside a whole
+    model.safetensors, whose weights may be others.
     """
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.exists() and index.exists():
@@ -1535,20 +1605,18 @@ def list_tensors(directory):
     # The index lists name -> shard. A shard is asked for by a plain name: a path could lead out of
     # the folder.
     weight_map = read_json(index).get("weight_map") if index.exists() else {}
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: there is no weight_map object; copy the file again")
+    if not isinstance(weight_map, dict) or not all(
+            re.fullmatch(r"[^/\\]+\.safetensors", str(file)) for file in weight_map.values()):
+        raise ValueError(f"{index}: a shard in weight_map is not a plain *.safetensors name")
     tensors = {}
     for file in sorted(set(weight_map.values())) or [whole.name]:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: shard name {file!r} is not a plain *.safetensors name")
         with _open_shard(directory / file) as f:
             for name in f.keys():
                 tensor = f.get_slice(name)
                 tensors[name] = (directory / file, tuple(tensor.get_shape()))
                 if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{directory / file}: {name} is {tensor.get_dtype()}, as in "
-                                     "a quantised checkpoint, and only plain floats are read: "
-                                     "fetch the original, or dequantise and save it")
+                    raise ValueError(f"{directory / file}: {name} is {tensor.get_dtype()}, as in a "
+                                     "quantised checkpoint; only plain floats are read")
     for name, file in weight_map.items():
         if name not in tensors or tensors[name][0].name != file:
             raise ValueError(f"{directory / file}: tensor {name} of {index.name} is missing")
@@ -1556,20 +1624,11 @@ def list_tensors(directory):
 
 
 def _open_shard(path):
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is named in the folder's index and missing; copy it again")
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy it again"
-                         ) from None
-
-
-def _read_rows(path, name, start, stop):
-    # The file is opened anew for every piece: one long-lived mapping would keep all pages read so
-    # far in memory and double the peak of an 8B load (measured on 2 GB: 4.0 GB against 2.2).
-    with _open_shard(path) as f:
-        return f.get_slice(name)[start:stop]
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is truncated, no safetensors file, or missing; copy it again "
+                         f"({error})") from None
 
 
 # What makes a folder complete beside its weights: copied along, never written anew.
@@ -1604,10 +1663,24 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
             shutil.copy(path, tmp)
     for name, value in {"config.json": config, **dict(extra)}.items():
         write_json(tmp / name, value)
-    _write_tensors(dict(model.named_parameters()), tmp, max_shard_bytes)
-    if directory.exists():
-        directory.rmdir()
-    os.replace(tmp, directory)
+    # Shards in the model's order: a loader that reads layer by layer goes through them once. Index
+    # and shards are named as transformers names them, so that other programs find them.
+    shards, size = [{}], 0
+    for name, p in model.named_parameters():
+        if size + p.nbytes > max_shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = p
+        size += p.nbytes
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):  # one at a time leaves the accelerator
+        save_tensors(shard, tmp / file)
+    if len(shards) > 1:
+        write_json(tmp / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
+            "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}})
+    os.replace(tmp, directory)  # also if it exists: it is empty
 
 
 def save_tensors(tensors, path):
@@ -1626,29 +1699,6 @@ def save_tensors(tensors, path):
     path.chmod(mode)
     with open(path, "rb") as file:  # a checkpoint that only the cache knows is none
         os.fsync(file.fileno())
-
-
-def _write_tensors(tensors, folder, max_shard_bytes):
-    """Tensors by name -> model.safetensors, or numbered shards and their index.
-
-    In the model's order, so that a loader which reads layer by layer walks through the files once.
-    """
-    shards, size = [{}], 0
-    for name, p in tensors.items():
-        if size + p.nbytes > max_shard_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = p
-        size += p.nbytes
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    # Index and shards are named as transformers names them, so that other programs find them.
-    for file, shard in zip(files, shards):  # one shard at a time leaves the accelerator
-        save_tensors(shard, folder / file)
-    if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {
-            "metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
-            "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1704,8 +1754,7 @@ def _piece_pattern(pre_tokenizer):
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             return regex
     raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported, only byte-level "
-                     "BPE as in Llama 3, Qwen, Olmo, GPT-2 and SmolLM2; SentencePiece (none, or "
-                     "Metaspace), as in Llama 2 and Mistral, is not")
+                     "BPE; SentencePiece (Metaspace, or none), as in Llama 2, is not")
 
 
 def _last_merge(token, priority):
@@ -1798,20 +1847,16 @@ class Tokenizer:
         self.path = str(folder / ("vocab.txt" if kind in _SEQUENCES else "tokenizer.json"))
         if kind != "bytes" and not os.path.exists(self.path):
             raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
-                                    "(tokenizer.model, SentencePiece, is not supported; bytes, "
-                                    "k-mers and SMILES: see README, \"Sequences\")")
-        if kind in _SEQUENCES:
-            pattern, ranks, normalised = *self._read_sequences(kind), ()
-        else:
-            spec = read_json(self.path)
-            try:
-                normalised = [t["content"] for t in spec["added_tokens"] if t["normalized"]]
-                pattern, ranks = self._read_bpe(spec)
-            except ValueError as error:
-                raise ValueError(f"{self.path}: {error}") from None
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch "
-                                 "the folder again") from None
+                                    "(SentencePiece's tokenizer.model is not supported)")
+        spec = {} if kind in _SEQUENCES else read_json(self.path)
+        try:
+            pattern, ranks, normalised = (
+                self._read_sequences(kind) if kind in _SEQUENCES else self._read_bpe(spec))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch the "
+                             "folder again") from None
         self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
                                       special_tokens={})
         if not self._pieces:  # sequences check each piece instead
@@ -1821,7 +1866,7 @@ class Tokenizer:
         # `tokenizers` first cuts the tokens that are "normalized": false out of the raw text, then
         # the others, in normalised spelling, out of what is left once that is normalised too.
         respelt = {self._normalise(token): self.added[token] for token in normalised}
-        self._cuts = _one_of(self.added.keys() - set(normalised)), _one_of(respelt)
+        self._cuts = _one_of(self.added.keys() - normalised), _one_of(respelt)
         self._id_of = {**respelt, **self.added}
         self._stops = _one_of(t for t, i in self.added.items() if i in self.special).pattern
 
@@ -1834,7 +1879,9 @@ class Tokenizer:
                 raise ValueError(f"{self.path}: pattern {pattern!r} does not match {char!r}")
 
     def _read_sequences(self, kind):
-        """Set up a tokenizer of sequences -> (pattern, tiktoken's table: here a rank is an id).
+        """Set up a tokenizer of sequences -> (pattern, table, normalised), as `_read_bpe`.
+
+        In tiktoken's table a rank is an id here.
 
         Nothing is merged: tiktoken looks a whole piece up before it tries to build it, and every
         piece is in the table or refused (`_encode_text`). What vocab.txt lists beside pieces, such
@@ -1859,10 +1906,12 @@ class Tokenizer:
         self._id_of_rank = {i: i for i in self._bytes}
         self.bos_id = self.added.get(marks[0])
         self.adds_bos = self.bos_id is not None
-        return pattern, table
+        return pattern, table, set()
 
     def _read_bpe(self, spec):
-        """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table).
+        """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table, normalised).
+
+        normalised: the added tokens to be looked for in normalised text.
 
         An added token may take the white space around it along (lstrip, rstrip), or be one only
         between other words (single_word); the byte-level families ask for neither.
@@ -1886,7 +1935,8 @@ class Tokenizer:
             raise ValueError(f"not supported: {'; '.join(refused)}")
         self._bytes = {i: bytes(_BYTE_OF[c] for c in token)
                        for token, i in model["vocab"].items() if token not in self.added}
-        return _piece_pattern(spec["pre_tokenizer"]), ranks
+        normalised = {token["content"] for token in added if token["normalized"]}
+        return _piece_pattern(spec["pre_tokenizer"]), ranks, normalised
 
     def _read_bos(self, post_processor):
         """Which token is BOS, and whether encode puts it in front."""
@@ -1896,10 +1946,10 @@ class Tokenizer:
                 case {"type": "TemplateProcessing",
                       "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
                     self.adds_bos, [self.bos_id] = True, step["special_tokens"][name]["ids"]
-                # These add nothing; ByteLevel moves offsets, which nobody asks for here.
-                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]} | {
-                        "type": "ByteLevel"}:
-                    pass
+                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+                    pass  # adds nothing
+                case {"type": "ByteLevel"}:
+                    pass  # moves offsets, which nobody asks for here
                 case _:
                     raise ValueError(f"post_processor {json.dumps(step)} is not supported")
 
@@ -1928,9 +1978,8 @@ class Tokenizer:
         for piece in self._pieces.finditer(text) if self._pieces else ():
             if piece[0].encode() not in self._ranks:  # tiktoken would panic
                 raise ValueError(f"{self.path} has no token {piece[0]!r} (character "
-                                 f"{piece.start()} of a text of {len(text)}): clean the text; "
-                                 "k-mers also need a length that k divides, unless the single "
-                                 "letters are tokens")
+                                 f"{piece.start()} of {len(text)}): clean the text; k-mers: cut it "
+                                 "to a multiple of k")
         # Where to cut, for tiktoken's sake: at the ends of runs of exactly the longest length.
         cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
                 if len(run[0]) == _LONGEST_SPACE]
@@ -1965,7 +2014,7 @@ class Tokenizer:
         """
         if self.separator_id is None:
             raise ValueError("sequences of a family need a separator: add \"separator_id\", a "
-                             f"token's id, to config.json in {os.path.dirname(self.path)}")
+                             f"token's id, to {Path(self.path).with_name('config.json')}")
         ids = self.encode(text, bos=False, specials=False)
         # A separator inside would make two members of one, and restart positions at it.
         if self.separator_id in ids:
@@ -2045,8 +2094,8 @@ class Tokenizer:
         wanted = [i for i in turns if _is_learnt(messages[i])]
         found = [i for i in wanted if spans[i]]
         if wanted and not found:
-            raise ValueError(f"none of the assistant's {len(wanted)} turns can be found as it "
-                             "was generated: the chat template rewrites or omits them")
+            raise ValueError(f"none of the assistant's {len(wanted)} turns can be found as it was "
+                             "generated: the chat template rewrites or omits them")
         parts, done = [], 0
         for i in found:
             start, end = spans[i]
@@ -2075,12 +2124,9 @@ class Tokenizer:
         now than it did when the turn was generated, and no token of it stands behind the context
         that it will have in use.
         """
-        def render(end, generation_prompt=False, marks=("", "")):
-            return self.render_chat(messages[:end], tools=tools,
-                                    generation_prompt=generation_prompt, marks=marks)
-
+        render = functools.partial(self.render_chat, tools=tools, generation_prompt=False)
         if any("endgeneration" in template for template in self.chat_templates.values()):
-            pieces = re.split("|".join(_MARKS), render(None, marks=_MARKS))  # outside, inside, ...
+            pieces = re.split("|".join(_MARKS), render(messages, marks=_MARKS))  # outside, inside, ...
             if "".join(pieces) != text or len(pieces) // 2 != len(turns):
                 raise ValueError(f"the chat template has {len(pieces) // 2} generation blocks for "
                                  f"{len(turns)} assistant turns: which is whose is not known")
@@ -2089,13 +2135,13 @@ class Tokenizer:
         spans = {}
         for i in turns:
             if i:
-                prompt = render(i, generation_prompt=True)
+                prompt = render(messages[:i], generation_prompt=True)
             else:  # nothing to render before it: the header, found by what it adds to the end
-                longer = render(None, generation_prompt=True)
+                longer = render(messages, generation_prompt=True)
                 # (Should a template add nothing, no turn of it starts where generation does.)
                 header = longer[len(os.path.commonprefix((text, longer))):]
                 prompt = header in text and text[:text.find(header) + len(header)]
-            end = self._end_of_turn(text, prompt, render(i + 1))
+            end = self._end_of_turn(text, prompt, render(messages[:i + 1]))
             located = prompt and text.startswith(prompt) and end > len(prompt)
             spans[i] = (len(prompt), end) if located else None
         return spans
@@ -2161,9 +2207,8 @@ def _compile_template(source):
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # no HTML escapes
-    sandbox.globals["raise_exception"] = raise_exception
-    # Llama 3.2 writes the day it is, so that the same row has other tokens tomorrow.
-    sandbox.globals["strftime_now"] = time.strftime
+    # strftime_now: Llama 3.2 writes the day it is, so that the same row has other tokens tomorrow.
+    sandbox.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
     return sandbox.from_string(source)
 
 
@@ -2178,8 +2223,8 @@ def _read_chat_templates(folder, config):
         return {"default": file.read_text(encoding="utf-8")}
     templates = config.get("chat_template") or read_json(
         folder / "chat_template.json", {}).get("chat_template") or []
-    templates = templates if isinstance(templates, list) else [
-        {"name": "default", "template": templates}]
+    if isinstance(templates, str):
+        return {"default": templates}
     if not all(isinstance(t, dict) and isinstance(t.get("template"), str) for t in templates):
         raise ValueError(f"{folder}: chat_template is neither a text nor a list of objects with a "
                          "name and a template; copy tokenizer_config.json again")
