@@ -69,7 +69,10 @@ from torch.utils.checkpoint import checkpoint
 #
 # A student's folder describes itself in the same way: it has the teacher's config.json, and in it
 # one more object, "hybrid". So one loader serves both, and other programs that read the file find
-# the keys they know.
+# the keys they know:
+#
+#     {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, ...,
+#      "hybrid": {"window": 512, "sinks": 4, "mixer": "hybrid", "features": 4}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +233,9 @@ def _parse_config(c, path):
 
 def _check_config(c, path):
     """Refuse what is not implemented, and sizes that cannot be."""
-    if c.get("quantization_config"):
-        raise ValueError(f"{path}: quantised by {c['quantization_config'].get('quant_method')}; only "
-                         "plain floats are read: fetch the original, or dequantise and save it")
+    if quantised := c.get("quantization_config"):
+        raise ValueError(f"{path}: quantised by {quantised.get('quant_method')}, and only plain "
+                         "floats are read: fetch the original, or dequantise and save it")
     for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
                  "intermediate_size", "vocab_size"):
         if not (isinstance(c[name], int) and 1 <= c[name] <= 1 << 24):
@@ -315,6 +318,10 @@ def _parse_rope(r, c, path):
 def _as_tuple(value):
     """eos_token_id may be absent, null, one id or a list of ids."""
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+# Below: the small files that all commands share, read and written in one way. A fault in one of
+# them should name the file and the line, and a run that is killed should leave none half written.
 
 
 def sha256(*paths):
@@ -432,9 +439,9 @@ class RMSNorm(nn.Module):
 
 
 # RoPE turns each pair of features (x1, x2) of q and k by an angle: position times the pair's own
-# frequency. Turning both by the same angle changes no dot product, so q_t.k_s depends on t - s only.
-# Fast pairs tell neighbours apart, slow ones far places. A teacher that was stretched to a longer
-# context has slower angles than it was first trained with, and `kind` says for which pairs.
+# frequency. Turning both by the same angle changes no dot product, so q_t.k_s depends on t - s
+# only. Fast pairs tell neighbours apart, slow ones far places. A teacher that was stretched to a
+# longer context has slower angles than it was first trained with; `kind` says for which pairs.
 
 
 def rope_frequencies(rope, head_dim):
@@ -510,6 +517,10 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
     q (B, H, T, D); k, v (B, K, N, D) with N >= T: queries are the last T of N positions (N > T
     when a cache holds the first). window: keys visible, itself included; None for all.
     document_ids (B, N) or None. Returns (B, H, T, D). Scale 1/sqrt(D).
+
+    The plain case needs no mask, and torch has a kernel for it that never forms (T, T) weights. The
+    others do need one, and with it torch may form them, so queries go in blocks: each sees the keys
+    from its first query's window on up to its own last, under a mask of that size.
     """
     T, N = q.shape[2], k.shape[2]
     if T == N and document_ids is None and (window is None or window >= N):
@@ -703,8 +714,8 @@ def mlstm_step(q, k, v, log_i, log_f, state):
 #     q_2      carry_2    W_21 q_2.k_1    W_22 q_2.k_2    -
 #     q_3      carry_3    W_31 q_3.k_1    W_32 q_3.k_2    W_33 q_3.k_3
 #
-# A token costs about L (F + E) products inside its chunk, and F E each to read and to write S. Small
-# chunks save the first and large ones serial steps; near L = 64 neither weighs much.
+# A token costs about L (F + E) products inside its chunk, and F E each to read and to write S.
+# Small chunks save the first and large ones serial steps; near L = 64 neither weighs much.
 #
 # No exponent is above 0. The gates' part has no products of widths in it, only numbers a head and
 # token, so it is done for all chunks at once, in float64: b reaches thousands where forget gates
@@ -836,8 +847,8 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
 # ----------------------------------------------------------------------------------------------
 # 5. The hybrid mixer, built up as the paper's ablation (Fig. 15) takes it apart
 # ----------------------------------------------------------------------------------------------
-# The teacher's attention is cut open between its rotation and its output projection, and three small
-# things are put in: phi, the gates i and f, the gate o. Everything else in the picture is copied.
+# The teacher's attention is cut open between its rotation and its output projection, and three
+# small things are put in: phi, the gates i and f, the gate o. All else in the picture is copied.
 #
 #     x --+-- q, k, v --+-- rotated -----------------> window + sinks -- swa ----+
 #         |             |                                                        |
@@ -955,7 +966,11 @@ class Gate(nn.Linear):
 
 
 class StudentAttention(Attention):
-    """What a student's mixers share. `heads` is the teacher's, so are all projections."""
+    """What a student's mixers share: who computes, and how much memory they ask of a cache.
+
+    A mixer that is a reader has a branch of that name, and `mix` says what becomes of its output.
+    In training documents are told apart by ids; in generation a cache holds one document a row.
+    """
 
     kernels = "torch"  # what computes sequences: see `choose_kernels`. Steps are always torch
     short_window = sinks = 0  # tokens that the window branch remembers: a mixer without one, none
@@ -1098,6 +1113,16 @@ def initialise_mixer(attention):
 # One class for teacher and student: `config.hybrid` says which mixer its blocks have, and what both
 # have bears the same names. So a student is made by handing the teacher's tensors over, one loader
 # reads both, and every difference between the two models is in section 5.
+#
+# Training needs a little more than logits of tokens, and asks for it by name: `embed`, `positions`,
+# `rope_tables` and a block's `attention_input` and `after_attention` are the steps of the forward
+# pass, so that stage I can walk the layers itself, with the teacher's mixer and the student's side
+# by side on one input; `forward(head=...)` lets a loss see the hidden states and the matrix that
+# would make logits of them: 128k words x 4096 tokens in fp32 are 2 GB, and a loss needs a slice.
+
+
+# The block of every family here: x += attention(norm(x)), then x += mlp(norm(x)). What differs is
+# where the norms stand and how branches are scaled.
 
 
 class MLP(nn.Module):
@@ -1312,7 +1337,17 @@ def assign(model, name, parameter):
 # sinks and one matrix a head: 270 MB for 32 layers with 4 features in fp32, at any length.
 #
 # Two forms compute the same: a sequence (prefill, of any length after any length) and a step of one
-# token. Buffers and lengths are tensors that are only ever written in place, so that one compiled
+# token. A sequence leaves the cache as steps would have left it, so the two may follow each other
+# in any order, and the text a model continues does not depend on how it was cut into pieces.
+#
+# The window is a ring: a new token overwrites the one that has just left. Two sinks and W = 3:
+#
+#     slot             0 1   2 3 4
+#     after token 4    0 1   2 3 4        five tokens, five slots
+#     after token 5    0 1   5 3 4        2 has left the window of 5, which is 3 4 5
+#     after token 7    0 1   5 6 7
+#
+# Buffers and lengths are tensors that are only ever written in place, so that one compiled
 # step, or one CUDA graph, serves every position.
 
 
@@ -1416,6 +1451,11 @@ class Cache:
         yield self.position
 
 
+# A step of a small model is a few hundred tiny operations, and launching them takes longer than
+# they do. Compiled, they are few; as a CUDA graph, one launch. Both want the same shapes at the
+# same addresses every time, which is why caches are written in place and never grow.
+
+
 def decode_step(model, tokens, cache):
     """One token a row: tokens (B,) int64 -> logits of the next (B, V) fp32; the cache takes it in.
 
@@ -1481,7 +1521,11 @@ def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=
 
 
 def _sample(logits, temperature, top_p, random):
-    """logits (B, V) -> one id a row (B,)."""
+    """logits (B, V) -> one id a row (B,).
+
+    The many unlikely tokens together have a few per cent, and one of them now and then derails a
+    text: top_p keeps the likeliest that together reach it, and draws among these.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     p, ids = (logits / temperature).softmax(-1).sort(descending=True)
@@ -1498,6 +1542,12 @@ def _sample(logits, temperature, top_p, random):
 #
 # Two things keep an 8B model at its own size in memory: it is built on the meta device, where a
 # tensor has a shape and no memory, and files are read a few rows at a time.
+#
+#     DIR/config.json                          the architecture (section 1)
+#     DIR/model.safetensors                    all weights, or
+#     DIR/model-00001-of-00002.safetensors     a part of them, and for all parts
+#     DIR/model.safetensors.index.json         which tensor is in which
+#     DIR/tokenizer.json, ...                  section 9; copied along as they are
 #
 # safetensors is a header of names, types and offsets before raw numbers. Pickles (.bin, .pt) are
 # never read: opening one can run any code. Numbers that are no floats are never read either: int8
@@ -1730,6 +1780,15 @@ _SMOLLM2 = _GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{
 # tiktoken's regex engine overflows on a million white-space characters in a row, with a panic
 # that `except Exception` does not catch. Such runs are cut; no other text needs a cut.
 _LONGEST_SPACE = 400_000
+
+
+# Byte-level BPE begins with a piece's bytes and has a list of merges, in the order in which they
+# were learnt. It joins the pair of neighbours that stands first in the list, again and again:
+#
+#     merges: l o, lo w, e r        "lower"    l o w e r    lo w e r    low e r    low er
+#
+# tiktoken does that fast (in Rust), but knows no merges, only tokens with ranks, and joins what
+# makes the token of lowest rank. `_bpe_ranks` finds ranks for which the two are one and the same.
 
 
 def _steps(node, key):
@@ -2036,9 +2095,10 @@ class Tokenizer:
             yield decoder.decode(self._bytes.get(int(i), b""))
         yield decoder.decode(b"", final=True)
 
-    # A chat template is a program in Jinja that the folder brings. It is run as transformers runs
-    # it, and never recognised: ChatML alone is published with some ten different texts, which
-    # differ in the mark in front, the default system prompt, the end of the last turn.
+    # A chat template is a program in Jinja that the folder brings. It writes a list of messages as
+    # one text, with the marks of whose turn it is that the model was trained with. It is run as
+    # transformers runs it, and never recognised: ChatML alone is published with some ten different
+    # texts, which differ in the mark in front, the default system prompt, the end of the last turn.
 
     def render_chat(self, messages, *, tools=None, generation_prompt=True, marks=("", "")):
         """A conversation as the folder's chat template writes it (transformers' text, to a byte).
@@ -2126,7 +2186,8 @@ class Tokenizer:
         """
         render = functools.partial(self.render_chat, tools=tools, generation_prompt=False)
         if any("endgeneration" in template for template in self.chat_templates.values()):
-            pieces = re.split("|".join(_MARKS), render(messages, marks=_MARKS))  # outside, inside, ...
+            # The text outside, inside, outside ... of the blocks, in turns.
+            pieces = re.split("|".join(_MARKS), render(messages, marks=_MARKS))
             if "".join(pieces) != text or len(pieces) // 2 != len(turns):
                 raise ValueError(f"the chat template has {len(pieces) // 2} generation blocks for "
                                  f"{len(turns)} assistant turns: which is whose is not known")
