@@ -794,10 +794,10 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
 # needs stands within a few hundred tokens. Sinks are the first tokens of a document. Softmax must
 # put its weight somewhere, and a teacher has learnt to leave on them what it needs nowhere else
 # (StreamingLLM, arXiv 2309.17453). A window past them would spread that weight over words. What
-# tokens 0 to 7 see with W = 3 and two sinks:
+# tokens 3 to 7 see with W = 3 and two sinks:
 #
 #     t     0 1 2 3 4 5 6 7
-#     3     x x x x                  tokens 1 to 3, and sink 0
+#     3     x x x x                  its window, 1 to 3, and sink 0
 #     4     x x x x x
 #     5     x x . x x x              the first token that is lost: 2
 #     6     x x . . x x x
@@ -869,36 +869,6 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
 # that read the block's input, and an output gate that reads the head's own q, k, v. They are all
 # that stage I trains: 1 % of an 8B student. Each starts where the student is nearly its teacher's
 # window, since a student that starts far away first unlearns what was copied (`initialise_mixer`).
-
-
-def choose_kernels(wanted, device, head_dim, features):
-    """kernels="auto" | "torch" | "triton" -> "torch" (this file) or "triton" (kernels.py).
-
-    "auto" takes Triton on a CUDA device where kernels.py and its package are there, and says why
-    if it does not. A wish for "triton" is never dropped in silence: ValueError says what it lacks.
-    (Triton's interpreter, TRITON_INTERPRET=1, is for tests.)
-    """
-    if wanted not in ("auto", "torch", "triton"):
-        raise ValueError(f"kernels {wanted!r} is unknown; known: auto, torch, triton")
-    cuda = torch.device(device).type == "cuda"
-    if wanted == "torch" or wanted == "auto" and not cuda:
-        return "torch"
-    try:
-        missing = _kernels().refusal(head_dim, features)
-    except ImportError as error:
-        missing = f"they need kernels.py and the triton package ({error})"
-    if not cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        missing = f"they need a CUDA device, not {device}"
-    if missing and wanted == "triton":
-        raise ValueError(f"kernels='triton': {missing}; use kernels='torch'")
-    if missing:
-        print(f"kernels   plain PyTorch: {missing}")
-    return "torch" if missing else "triton"
-
-
-def _kernels():
-    import kernels  # late: it needs triton, and only a GPU needs it
-    return kernels
 
 
 class FeatureMap(nn.Module):
@@ -1287,8 +1257,38 @@ def student_config(config, window, sinks, mixer, features):
     return dataclasses.replace(config, hybrid=hybrid)
 
 
+def choose_kernels(wanted, device, head_dim, features):
+    """kernels="auto" | "torch" | "triton" -> "torch" (this file) or "triton" (kernels.py).
+
+    "auto" takes Triton on a CUDA device where kernels.py and its package are there, and says why
+    if it does not. A wish for "triton" is never dropped in silence: ValueError says what it lacks.
+    (Triton's interpreter, TRITON_INTERPRET=1, is for tests.)
+    """
+    if wanted not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels {wanted!r} is unknown; known: auto, torch, triton")
+    cuda = torch.device(device).type == "cuda"
+    if wanted == "torch" or wanted == "auto" and not cuda:
+        return "torch"
+    try:
+        missing = _kernels().refusal(head_dim, features)
+    except ImportError as error:
+        missing = f"they need kernels.py and the triton package ({error})"
+    if not cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        missing = f"they need a CUDA device, not {device}"
+    if missing and wanted == "triton":
+        raise ValueError(f"kernels='triton': {missing}; use kernels='torch'")
+    if missing:
+        print(f"kernels   plain PyTorch: {missing}")
+    return "torch" if missing else "triton"
+
+
+def _kernels():
+    import kernels  # late: it needs triton, and only a GPU needs it
+    return kernels
+
+
 def _set_kernels(model, wanted):
-    """Store `choose_kernels` on every mixer that has a choice, and return the model."""
+    """Store `choose_kernels` on the model and every mixer that has a choice; return the model."""
     features = model.config.hybrid.features if model.config.hybrid else 1
     kernels = choose_kernels(wanted, model.lm_head_weight.device, model.config.head_dim, features)
     for module in model.modules():
@@ -1657,7 +1657,8 @@ def list_tensors(directory):
     weight_map = read_json(index).get("weight_map") if index.exists() else {}
     if not isinstance(weight_map, dict) or not all(
             re.fullmatch(r"[^/\\]+\.safetensors", str(file)) for file in weight_map.values()):
-        raise ValueError(f"{index}: a shard in weight_map is not a plain *.safetensors name")
+        raise ValueError(f"{index}: weight_map is no object, or a shard in it is not a plain "
+                         "*.safetensors name; copy the file again")
     tensors = {}
     for file in sorted(set(weight_map.values())) or [whole.name]:
         with _open_shard(directory / file) as f:
