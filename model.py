@@ -431,6 +431,7 @@ class RMSNorm(nn.Module):
         self.eps, self.round_last = eps, round_last
 
     def forward(self, x):
+        """x (..., width) -> the same shape and dtype."""
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.round_last:  # Olmo: multiply in fp32, round once
@@ -600,10 +601,12 @@ class Attention(nn.Module):
         return softmax_attention(q, k, v, window=self.window, document_ids=document_ids)
 
     def forward(self, x, tables, *, document_ids=None, cache=None):
+        """x (B, T, hidden), normed, and its RoPE tables -> (B, T, hidden)."""
         h = self.mix(self.heads(x, tables), document_ids=document_ids, cache=cache)
         return self.o_proj(h.transpose(1, 2).flatten(2))
 
     def new_cache(self, batch, max_length, like):
+        """What this layer remembers of `batch` texts, in the dtype and on the device of `like`."""
         return KVCache(batch, self.config, max_length, like)
 
 
@@ -680,7 +683,9 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
 def mlstm_step(q, k, v, log_i, log_f, state):
     """The same for the one token (T = 1) of a decoding step. Returns h (B, H, 1, E) in v's dtype.
 
-    state is updated in place, so that its memory never moves: no gradients.
+    state is updated in place, so that its memory never moves: no gradients. Reading and writing S
+    is nearly all that a step costs, so S passes through memory as seldom as plain operations
+    allow; the definition's line would write three more tensors of its size.
     """
     (S, z, m), dtype = state, v.dtype
     q, k, v, i, f = (x.squeeze(2).to(S.dtype) for x in (q, k, v, log_i, log_f))
@@ -695,7 +700,7 @@ def mlstm_step(q, k, v, log_i, log_f, state):
     return ((q[:, :, None] @ S) / den[..., None]).to(dtype)
 
 
-# The loop above does O(1) work a token in T serial steps: far too many to train with. Now let a
+# The definition does little work a token, in T serial steps: far too many to train with. Now let a
 # chunk of L tokens be one step. What a query gets from tokens of its own chunk is an attention with
 # a small (L, L) matrix of weights; what it gets from all before comes from the state at the
 # chunk's start. Both are matrix products. With b_t the sum of log_f from the chunk's start up to
@@ -947,6 +952,7 @@ class StudentAttention(Attention):
     state_heads = 0  # heads with an mLSTM state: a mixer without one, none
 
     def new_cache(self, batch, max_length, like):
+        """As `Attention.new_cache`; max_length does not matter."""
         return HybridCache(batch, self, like)
 
 
@@ -963,6 +969,7 @@ class WindowAttention(StudentAttention):
         self.short_window, self.sinks = (own, 0) if exact else (hybrid.window, hybrid.sinks)
 
     def window_branch(self, heads, document_ids, cache):
+        """`Heads` -> (B, H, T, D): exact softmax over the window and the sinks."""
         _, _, _, _, q, k, v = heads
         attend = _kernels().window_attention if self.kernels == "triton" else window_attention
         if cache is not None:
@@ -971,6 +978,7 @@ class WindowAttention(StudentAttention):
                       document_ids=document_ids)
 
     def mix(self, heads, *, document_ids=None, cache=None):
+        """The window and nothing else."""
         return self.window_branch(heads, document_ids, cache)
 
 
@@ -990,6 +998,7 @@ class LinearAttention(StudentAttention):
         return zeros, zeros  # both gates are 1
 
     def recurrent_branch(self, heads, document_ids, cache):
+        """`Heads` -> (B, H, T, D): what the state gives. A fork with another state starts here."""
         x, _, q_plain, k_plain, q, k, v = heads
         step = cache is not None and q.shape[2] == 1
         kernels = "torch" if step else self.kernels
@@ -1006,6 +1015,7 @@ class LinearAttention(StudentAttention):
         return h
 
     def mix(self, heads, *, document_ids=None, cache=None):
+        """The state and nothing else."""
         return self.recurrent_branch(heads, document_ids, cache)
 
 
@@ -1018,6 +1028,7 @@ class MLSTMAttention(LinearAttention):
         self.forget_gate = Gate(config.hidden_size, config.num_heads)
 
     def log_gates(self, x):
+        """An exponential input gate, a sigmoid forget gate. Both may differ by head and token."""
         return self.input_gate(x), F.logsigmoid(self.forget_gate(x))  # i = exp, f = sigmoid
 
 
@@ -1032,6 +1043,7 @@ class HybridAttention(MLSTMAttention, WindowAttention):
         self.output_gate = OutputGate(config)
 
     def mix(self, heads, *, document_ids=None, cache=None):
+        """`Heads` -> (B, H, T, D). The two branches know nothing of each other."""
         o = torch.sigmoid(self.output_gate(heads.raw))  # (B, H, T)
         mlstm = self.recurrent_branch(heads, document_ids, cache)
         swa = self.window_branch(heads, document_ids, cache)
@@ -1106,6 +1118,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x):
+        """x (B, T, hidden) -> (B, T, hidden)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -1128,10 +1141,14 @@ class Block(nn.Module):
         self.recompute = False  # in training: keep only the block's input, run it twice
 
     def attention_input(self, x):
+        """Residual stream x (B, T, hidden) -> what the mixer reads."""
         return x if self.is_olmo else self.input_layernorm(x)
 
     def after_attention(self, x, y):
-        """Residual stream x and attention output y -> the residual stream after this block."""
+        """Residual stream x and attention output y -> the residual stream after this block.
+
+        `scale` is 1 in all families but Granite.
+        """
         if self.is_olmo:
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(x))
@@ -1139,10 +1156,12 @@ class Block(nn.Module):
         return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.scale)
 
     def run(self, x, tables, document_ids, cache):
+        """The block itself; arguments as `forward`."""
         y = self.self_attn(self.attention_input(x), tables, document_ids=document_ids, cache=cache)
         return self.after_attention(x, y)
 
     def forward(self, x, tables, *, document_ids=None, cache=None):
+        """Residual stream x (B, T, hidden) -> the same behind this block. cache: this layer's."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.run, x, tables, document_ids, cache, use_reentrant=False,
                               preserve_rng_state=False)
@@ -1269,11 +1288,12 @@ def choose_kernels(wanted, device, head_dim, features):
     cuda = torch.device(device).type == "cuda"
     if wanted == "torch" or wanted == "auto" and not cuda:
         return "torch"
-    try:
-        missing = _kernels().refusal(head_dim, features)
-    except ImportError as error:
-        missing = f"they need kernels.py and the triton package ({error})"
-    if not cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        try:
+            missing = _kernels().refusal(head_dim, features)
+        except ImportError as error:
+            missing = f"they need kernels.py and the triton package ({error})"
+    else:
         missing = f"they need a CUDA device, not {device}"
     if missing and wanted == "triton":
         raise ValueError(f"kernels='triton': {missing}; use kernels='torch'")
@@ -1369,7 +1389,12 @@ class KVCache:
         return _grouped_attention(q, self.k, self.v, visible[None, None])
 
     def attention(self, q, k, v, *, window):
-        """`softmax_attention` of T new tokens over all so far; takes the new ones in."""
+        """`softmax_attention` of T new tokens over all so far; takes the new ones in.
+
+        One token on a GPU reads the whole buffer under a mask, filled or not: there a shape that
+        changes with every token would cost a launch of everything, or a new compilation. A CPU
+        reads what is filled, which is less. The weights of what is not there are 0 in both.
+        """
         if q.shape[2] == 1 and (q.is_cuda or torch.compiler.is_compiling()):
             s = torch.arange(self.k.shape[2], device=q.device)
             visible = s <= self.length
@@ -1401,6 +1426,7 @@ class HybridCache(KVCache):
                                  c.head_dim, like.device)
 
     def slots(self, positions):
+        """Positions (N,) or () int64 -> where in the buffers they stand."""
         return torch.where(positions < self.sinks, positions,
                            self.sinks + (positions - self.sinks) % self.window)
 
@@ -1421,6 +1447,8 @@ class HybridCache(KVCache):
             (self.k[:, :, slots], k), (self.v[:, :, slots], v)))
         q = F.pad(q, (0, 0, len(slots), 0))  # remembered tokens ask nothing: rows dropped below
         h = attend(q, k_all, v_all, window=W, sinks=sinks)[:, :, len(slots):]
+        # Two tokens that share a slot may both be among the new ones, and which of two writes to one
+        # place wins is not defined. So those that another new one would overwrite are left out.
         # Of many tokens the first ones of the text and the last W stay.
         end = old + k.shape[2]
         positions = torch.arange(old, end, device=k.device)
@@ -1495,7 +1523,9 @@ def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=No
     random.manual_seed(seed) if seed is not None else random.seed()
     cache = Cache(model, B, T + max_new_tokens) if cache is None else cache
     step = _compiled_step(cache, tokens.device) if compile else decode_step
-    for a in range(0, T - 1, 2048):  # prefill in pieces: memory does not grow with the prompt
+    # Prefill in pieces, so that memory does not grow with the prompt. The prompt's last token is not
+    # among them: it is the first step's, which gives the first logits that anyone needs.
+    for a in range(0, T - 1, 2048):
         model.hidden(tokens[:, a:min(a + 2048, T - 1)], cache=cache)
     new, done = tokens[:, -1].contiguous(), torch.zeros(B, dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
