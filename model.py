@@ -1705,6 +1705,7 @@ def list_tensors(directory):
 
 
 def _open_shard(path):
+    """A file opened by its header. ValueError names it if it is torn or missing."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, FileNotFoundError) as error:
@@ -2047,6 +2048,7 @@ class Tokenizer:
     # Python's and tokenizers' Unicode versions differ in some hundred rare marks.
 
     def _normalise(self, text):
+        """Text in the spelling that the regex and the merges are applied to."""
         return unicodedata.normalize("NFC", text) if self._nfc else text
 
     def _cut(self, text, cut, specials):
