@@ -69,7 +69,10 @@ from torch.utils.checkpoint import checkpoint
 #
 # A student's folder describes itself in the same way: it has the teacher's config.json, and in it
 # one more object, "hybrid". So one loader serves both, and other programs that read the file find
-# the keys they know.
+# the keys they know:
+#
+#     {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, ...,
+#      "hybrid": {"window": 512, "sinks": 4, "mixer": "hybrid", "features": 4}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,6 @@ class Hybrid:
     sinks: int = 4  # first tokens of the document that every later token sees
     mixer: str = "hybrid"  # a key of MIXERS
     features: int = 1  # width of the mLSTM's keys as a multiple of D (`FeatureMap`); paper: 1
-    folded: bool = False  # output gate folded into one map of x (`fold_output_gate`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,15 +171,18 @@ class ModelConfig:
         return dataclasses.replace(config, eos_ids=eos)
 
 
-# What a family's config.json means where it is silent, if that is not what Llama's would mean. A
-# published config.json often leaves out what its family's class in transformers has as default, so
-# these are read off there. A key whose value is null is not silent: "sliding_window": null is
-# Mistral's full attention.
+# What a config.json means where it is silent: first Llama's defaults, then those in which a family
+# differs. A published config.json often leaves out what its family's class in transformers has as
+# default, so these are read off there. A key whose value is null is not silent: "sliding_window":
+# null is Mistral's full attention.
 FAMILIES = {
-    "llama": {},
+    "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+              "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048,
+              "max_window_layers": 28, "no_rope_layer_interval": 4},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"sliding_window": 4096}, "qwen3": {"sliding_window": 4096, "head_dim": 128},
+    "qwen2": {"sliding_window": 4096},
+    "qwen3": {"sliding_window": 4096, "head_dim": 128},
     "olmo2": {"rms_norm_eps": 1e-5},
     "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
     "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
@@ -196,59 +201,58 @@ def _parse_config(c, path):
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
                          + ", ".join(FAMILIES))
-    c = {**FAMILIES[family], **c}
-    layers, heads = c["num_hidden_layers"], c["num_attention_heads"]
-    c["num_key_value_heads"] = c.get("num_key_value_heads") or heads
+    c = {**FAMILIES["llama"], **FAMILIES[family], **c}
+    c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
     _check_config(c, path)
     # SmolLM3 leaves every fourth layer without positions (NoPE, arXiv 2501.18795). In its list of
     # no_rope_layers 1 means RoPE, whatever the name says.
-    rotated = c.get("no_rope_layers")
-    if family == "smollm3" and not rotated:
-        rotated = [(i + 1) % c.get("no_rope_layer_interval", 4) for i in range(layers)]
-    nope = tuple(i for i in range(layers) if family == "smollm3" and not rotated[i])
+    layers = range(c["num_hidden_layers"] if family == "smollm3" else 0)
+    rotated = c.get("no_rope_layers") or [(i + 1) % c["no_rope_layer_interval"] for i in layers]
+    nope = tuple(i for i in layers if not rotated[i])
     rope, sliding_rope = _parse_ropes(c, path)
-    attention_bias = c.get("attention_bias", False)
+    hybrid = dict(c.get("hybrid") or {})
+    if hybrid.pop("folded", False):  # earlier versions could; False says that this one is not
+        raise ValueError(f"{path}: a student with a folded output gate is no longer read: save it "
+                         "anew from the student it was folded from")
     return ModelConfig(
         family=family, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"], num_layers=layers, num_heads=heads,
-        num_kv_heads=c["num_key_value_heads"],
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        norm_eps=c.get("rms_norm_eps", 1e-6), tied=c.get("tie_word_embeddings", False),
+        intermediate_size=c["intermediate_size"], num_layers=c["num_hidden_layers"],
+        num_heads=c["num_attention_heads"], num_kv_heads=c["num_key_value_heads"],
+        head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+        norm_eps=c["rms_norm_eps"], tied=c["tie_word_embeddings"],
         # Qwen2 always has biases on q, k, v and none on o, and no key that says so.
-        qkv_bias=family == "qwen2" or attention_bias, o_bias=attention_bias and family != "qwen2",
-        mlp_bias=family in ("llama", "smollm3", "granite") and c.get("mlp_bias", False),
+        qkv_bias=family == "qwen2" or c["attention_bias"],
+        o_bias=family != "qwen2" and c["attention_bias"],
+        mlp_bias=family in ("llama", "smollm3", "granite") and c["mlp_bias"],
         rope=rope, sliding_rope=sliding_rope, nope_layers=nope,
-        layer_windows=_parse_windows(c, nope, path),
-        max_positions=c.get("max_position_embeddings", 2048),
+        layer_windows=_parse_windows(c, nope, path), max_positions=c["max_position_embeddings"],
         eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
-        hybrid=Hybrid(**c["hybrid"]) if "hybrid" in c else None,
+        hybrid=Hybrid(**hybrid) if "hybrid" in c else None,
         **{name: c[name] for name in FAMILIES["granite"] if family == "granite"})
 
 
 def _check_config(c, path):
-    """Refuse what is not implemented, and sizes that cannot be.
-
-    The limits lie well above any model's: a damaged file should not ask for a terabyte.
-    """
-    if c.get("quantization_config"):
-        raise ValueError(f"{path}: a checkpoint quantised by "
-                         f"{c['quantization_config'].get('quant_method')}, and only plain floats "
-                         "are read: fetch the original, or dequantise and save it")
-    if c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
-    for name, most in (("num_hidden_layers", 1024), ("num_attention_heads", 4096),
-                       ("num_key_value_heads", 4096), ("hidden_size", 1 << 17),
-                       ("intermediate_size", 1 << 20), ("vocab_size", 1 << 24)):
-        if not (isinstance(c[name], int) and 1 <= c[name] <= most):
-            raise ValueError(f"{path}: {name} = {c[name]!r} is not an integer from 1 to {most}")
-    separator, heads = c.get("separator_id"), c["num_attention_heads"]
-    if separator is not None and not (isinstance(separator, int) and 0 <= separator):
-        raise ValueError(f"{path}: separator_id {separator!r} is no token id")
-    if heads % c["num_key_value_heads"]:
-        raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
-                         f"num_key_value_heads {c['num_key_value_heads']}")
-    if (c.get("head_dim") or c["hidden_size"] / heads) % 2:
-        raise ValueError(f"{path}: head_dim, or hidden_size over {heads} heads, is not even")
+    """Refuse what is not implemented, and sizes that cannot be."""
+    if quantised := c.get("quantization_config"):
+        raise ValueError(f"{path}: quantised by {quantised.get('quant_method')}, and only plain "
+                         "floats are read: fetch the original, or dequantise and save it")
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
+                 "intermediate_size", "vocab_size"):
+        if not (isinstance(c[name], int) and 1 <= c[name] <= 1 << 24):
+            raise ValueError(f"{path}: {name} = {c[name]!r} is not an integer from 1 to 2^24")
+    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    separator, act = c.get("separator_id"), c["hidden_act"]
+    for words, wrong in {
+        f"hidden_act {act!r} is not supported, only 'silu'": act != "silu",
+        f"separator_id {separator!r} is no token id":
+            separator is not None and not (isinstance(separator, int) and separator >= 0),
+        f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}":
+            heads % kv_heads,
+        f"head_dim, or hidden_size over {heads} heads, is not even":
+            (c.get("head_dim") or c["hidden_size"] / heads) % 2,
+    }.items():
+        if wrong:
+            raise ValueError(f"{path}: {words}")
 
 
 def _parse_windows(c, nope, path):
@@ -260,7 +264,7 @@ def _parse_windows(c, nope, path):
     family, layers, window = c["model_type"], range(c["num_hidden_layers"]), c.get("sliding_window")
     if family in ("qwen2", "qwen3", "smollm3") and not c.get("use_sliding_window"):
         window = None  # their files name a width that is not in use
-    late = layers[c.get("max_window_layers", 28):]
+    late = layers[c["max_window_layers"]:]
     sliding = {"mistral": layers, "ministral": layers, "qwen2": late, "qwen3": late,
                "olmo3": [i for i in layers if (i + 1) % 4], "smollm3": nope}.get(family, ())
     kinds = c.get("layer_types")
@@ -307,13 +311,17 @@ def _parse_rope(r, c, path):
     if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
         given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
     # Without the key the stretched length itself is meant, as transformers reads it.
-    original = r.get(key) or c.get(key) or c.get("max_position_embeddings", 2048)
+    original = r.get(key) or c.get(key) or c["max_position_embeddings"]
     return Rope(theta, kind, factor, original, **given)
 
 
 def _as_tuple(value):
     """eos_token_id may be absent, null, one id or a list of ids."""
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+# Below: the small files that all commands share, read and written in one way. A fault in one of
+# them should name the file and the line, and a run that is killed should leave none half written.
 
 
 def sha256(*paths):
@@ -324,8 +332,7 @@ def sha256(*paths):
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as f:
-            while piece := f.read(1 << 20):
-                digest.update(piece)
+            hashlib.file_digest(f, lambda: digest)  # goes on with this one
     return digest.hexdigest()
 
 
@@ -334,14 +341,14 @@ def read_json(path, missing=None):
 
     Raises FileNotFoundError, or ValueError, each with the remedy.
     """
+    if missing is not None and not Path(path).exists():
+        return missing
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"it holds {str(value)[:40]!r}")
         return value
     except FileNotFoundError:
-        if missing is not None:
-            return missing
         raise FileNotFoundError(f"{path} is missing: copy it from where the folder came") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError among them
         raise ValueError(f"{path} is no JSON object ({error}); copy the file again") from None
@@ -357,17 +364,17 @@ def write_json(path, value):
     os.replace(tmp, path)
 
 
-class Place:
+class Place(NamedTuple):
     """A line of a file for messages, as file:line; its number is counted only if it is printed."""
 
-    def __init__(self, path, offset):
-        self.path, self.offset = path, offset  # offset: of the line's first byte
+    path: Path
+    offset: int  # of the line's first byte
 
     def __str__(self):
-        line, left = 1, self.offset
+        line = 1
         with open(self.path, "rb") as file:
-            while left > 0 and (piece := file.read(min(left, 1 << 20))):
-                line, left = line + piece.count(b"\n"), left - len(piece)
+            while file.tell() < self.offset and file.readline():
+                line += 1
         return f"{self.path}:{line}"
 
 
@@ -407,6 +414,12 @@ def read_rows(path, start=0, stop=None):
 #
 # Rounding is part of a teacher: families multiply and round in different orders, and a bf16 model
 # that rounds in another place is a slightly other model.
+#
+# Three things in this section are easily overlooked. Heads are grouped: K key/value heads serve H
+# query heads, because a cache of keys and values is what decoding reads and so what it costs.
+# Rows are packed: training fills a row of T tokens with several documents, and `document_ids` says
+# which token is whose; a token never looks into another document. And a teacher may have windows of
+# its own, some layers (Olmo 3, Mistral) or none (Llama): `layer_windows`.
 
 
 class RMSNorm(nn.Module):
@@ -418,11 +431,18 @@ class RMSNorm(nn.Module):
         self.eps, self.round_last = eps, round_last
 
     def forward(self, x):
+        """x (..., width) -> the same shape and dtype."""
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.round_last:  # Olmo: multiply in fp32, round once
             return (self.weight * normed).to(x.dtype)
         return self.weight.to(x.dtype) * normed.to(x.dtype)  # Llama, Qwen, Mistral: round first
+
+
+# RoPE turns each pair of features (x1, x2) of q and k by an angle: position times the pair's own
+# frequency. Turning both by the same angle changes no dot product, so q_t.k_s depends on t - s
+# only. Fast pairs tell neighbours apart, slow ones far places. A teacher that was stretched to a
+# longer context has slower angles than it was first trained with; `kind` says for which pairs.
 
 
 def rope_frequencies(rope, head_dim):
@@ -451,7 +471,8 @@ def rope_frequencies(rope, head_dim):
 def rope_tables(rope, positions, head_dim):
     """cos and +-sin of every position's angles: positions (B, T) -> two (B, 1, T, D) fp32.
 
-    The halves of D are the pairs (x1, x2), and sin is negative in the first: see `rotate`.
+    Feature j and feature j + D / 2 are a pair (Hugging Face's order; the RoFormer paper pairs
+    neighbours). sin is negative in the first half, so that `rotate` needs one roll and no sign.
     """
     f = rope_frequencies(rope, head_dim).to(positions.device)
     angle = positions[:, None, :, None].float() * torch.cat((-f, f))
@@ -497,6 +518,10 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
     q (B, H, T, D); k, v (B, K, N, D) with N >= T: queries are the last T of N positions (N > T
     when a cache holds the first). window: keys visible, itself included; None for all.
     document_ids (B, N) or None. Returns (B, H, T, D). Scale 1/sqrt(D).
+
+    The plain case needs no mask, and torch has a kernel for it that never forms (T, T) weights. The
+    others do need one, and with it torch may form them, so queries go in blocks: each sees the keys
+    from its first query's window on up to its own last, under a mask of that size.
     """
     T, N = q.shape[2], k.shape[2]
     if T == N and document_ids is None and (window is None or window >= N):
@@ -535,7 +560,9 @@ class Heads(NamedTuple):
 class Attention(nn.Module):
     """The teacher's attention block: project, normalise and rotate, mix over time, project back.
 
-    Subclasses override `mix` and nothing else. Parameter names are Hugging Face's.
+    A student's mixers override `mix`, add parameters that it needs, and change nothing else: what
+    is projected, normalised and rotated here is the same to the bit in teacher and student.
+    Parameter names are Hugging Face's.
     """
 
     def __init__(self, config, layer):
@@ -574,29 +601,42 @@ class Attention(nn.Module):
         return softmax_attention(q, k, v, window=self.window, document_ids=document_ids)
 
     def forward(self, x, tables, *, document_ids=None, cache=None):
+        """x (B, T, hidden), normed, and its RoPE tables -> (B, T, hidden)."""
         h = self.mix(self.heads(x, tables), document_ids=document_ids, cache=cache)
         return self.o_proj(h.transpose(1, 2).flatten(2))
 
     def new_cache(self, batch, max_length, like):
+        """What this layer remembers of `batch` texts, in the dtype and on the device of `like`."""
         return KVCache(batch, self.config, max_length, like)
 
 
 # ----------------------------------------------------------------------------------------------
 # 3. The mLSTM: definition, then the chunkwise form that trains, then one step
 # ----------------------------------------------------------------------------------------------
-# A linear attention that can forget. Every token writes the outer product of its key and value
-# into a matrix S; a query reads a weighted mean of all values back, as in softmax attention, where
-# the weight of token s for query t is
+# Softmax attention gives query t the mean of all values v_s, weighted by exp(q_t . k_s). The
+# exponential ties each query to each key, so all keys must be kept. Now let the weight be a plain
+# product of features, phi(q_t) . phi(k_s). Then the query can be taken out of the sum:
 #
-#     (phi(q_t) . phi(k_s)) * i_s * f_{s+1} ... f_t         normalised to sum 1: that is q . z
+#     sum_s (phi(q_t) . phi(k_s)) v_s  =  phi(q_t) S_t        S_t = sum_s phi(k_s) (x) v_s
+#
+# All that was read is now in one matrix S, F x E numbers a head whatever T is, and in z, the sum of
+# phi(k_s), which gives the sum of weights to divide by: phi(q_t) . z_t. A new token adds its own
+# outer product. That is linear attention. Its weakness is that S only ever grows: F features hold
+# about F different keys apart, and after thousands of tokens everything is a blur. So the mLSTM
+# adds two gates, scalars per head and token: f fades what S held, i says how strongly a token is
+# written. The weight of token s for query t becomes
+#
+#     (phi(q_t) . phi(k_s)) * i_s * f_{s+1} ... f_t         normalised to sum 1
 #
 # phi makes positive features (section 5), so the sum that normalises is positive and the plain
-# ratio is safe. The gates say how strongly a token is written and how fast it fades.
+# ratio is safe. What follows is one function in three forms: `mlstm_recurrent` defines it,
+# `mlstm_chunkwise` trains with it, `mlstm_step` generates with it.
 #
 # One numerical idea carries all three forms. The input gate is an exponential, so S and z would
 # overflow: they are kept divided by e^m, where m is the largest exponent so far. The factor is the
-# same above and below the fraction and cancels: no clamp of the denominator, no epsilon, no
-# 1/sqrt(D). (xLSTM's max(|q z|, e^-m) belongs to the version with a norm layer behind it.)
+# same above and below the fraction and cancels: an input gate of e^90, which fp32 cannot hold, is
+# harmless, and what it drowns was worth nothing beside it. No clamp of the denominator, no epsilon,
+# no 1/sqrt(D). (xLSTM's max(|q z|, e^-m) belongs to the version with a norm layer behind it.)
 # Everything here runs in fp32: bf16 gates alone would cost up to 1 % of the output.
 
 EMPTY = -1e30  # log of nothing: m of an empty state. Finite, because -inf - -inf is NaN
@@ -628,6 +668,8 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
     h = []
     for t in range(T):
         i, f, k_t, v_t, q_t = log_i[:, :, t], log_f[:, :, t], k[:, :, t], v[:, :, t], q[:, :, t]
+        # The state's exponent is m + f once it has faded, the new token's is i. The larger one is
+        # the new m; keep and write are the two gates in its unit, and the larger of them is 1.
         m_new = torch.maximum(m + f, i)
         keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()[..., None]
         S = keep[..., None] * S + (write * k_t)[..., None] * v_t[..., None, :]  # Eq. 8
@@ -641,7 +683,9 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
 def mlstm_step(q, k, v, log_i, log_f, state):
     """The same for the one token (T = 1) of a decoding step. Returns h (B, H, 1, E) in v's dtype.
 
-    state is updated in place, so that its memory never moves: no gradients.
+    state is updated in place, so that its memory never moves: no gradients. Reading and writing S
+    is nearly all that a step costs, so S passes through memory as seldom as plain operations
+    allow; the definition's line would write three more tensors of its size.
     """
     (S, z, m), dtype = state, v.dtype
     q, k, v, i, f = (x.squeeze(2).to(S.dtype) for x in (q, k, v, log_i, log_f))
@@ -656,7 +700,7 @@ def mlstm_step(q, k, v, log_i, log_f, state):
     return ((q[:, :, None] @ S) / den[..., None]).to(dtype)
 
 
-# The loop above does O(1) work a token in T serial steps: far too many to train with. Now let a
+# The definition does little work a token, in T serial steps: far too many to train with. Now let a
 # chunk of L tokens be one step. What a query gets from tokens of its own chunk is an attention with
 # a small (L, L) matrix of weights; what it gets from all before comes from the state at the
 # chunk's start. Both are matrix products. With b_t the sum of log_f from the chunk's start up to
@@ -667,6 +711,16 @@ def mlstm_step(q, k, v, log_i, log_f, state):
 #     h_t = (sum_s W_ts (q_t.k_s) v_s + carry_t q_t S) / (the same with 1 for v_s, z for S)
 #     keep = e^(m + b_L - m')    write_s = e^(c_s + b_L - m')          m' = b_L + max(m, c_1 .. c_L)
 #     S' = keep S + sum_s write_s k_s (x) v_s
+#
+# As a table, for L = 3, of what each query weighs; the left column stands for all of the past:
+#
+#              S, z       k_1, v_1        k_2, v_2        k_3, v_3
+#     q_1      carry_1    W_11 q_1.k_1    -               -
+#     q_2      carry_2    W_21 q_2.k_1    W_22 q_2.k_2    -
+#     q_3      carry_3    W_31 q_3.k_1    W_32 q_3.k_2    W_33 q_3.k_3
+#
+# A token costs about L (F + E) products inside its chunk, and F E each to read and to write S.
+# Small chunks save the first and large ones serial steps; near L = 64 neither weighs much.
 #
 # No exponent is above 0. The gates' part has no products of widths in it, only numbers a head and
 # token, so it is done for all chunks at once, in float64: b reaches thousands where forget gates
@@ -744,7 +798,18 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
 # The other reader is the teacher's own attention, exact but short-sighted: most of what a token
 # needs stands within a few hundred tokens. Sinks are the first tokens of a document. Softmax must
 # put its weight somewhere, and a teacher has learnt to leave on them what it needs nowhere else
-# (StreamingLLM, arXiv 2309.17453). A window past them would spread that weight over words.
+# (StreamingLLM, arXiv 2309.17453). A window past them would spread that weight over words. What
+# tokens 3 to 7 see with W = 3 and two sinks:
+#
+#     t     0 1 2 3 4 5 6 7
+#     3     x x x x                  its window, 1 to 3, and sink 0
+#     4     x x x x x
+#     5     x x . x x x              the first token that is lost: 2
+#     6     x x . . x x x
+#     7     x x . . . x x x          never more than W + sinks, so the cache is a ring of W slots
+#
+# It costs T (W + sinks) products instead of T^2, if nothing is computed where the table has dots.
+# That is all the function below is about: the rule itself is the two lines `see_sink`, `see_band`.
 
 
 def window_attention(q, k, v, *, window, sinks, document_ids=None):
@@ -787,9 +852,23 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
 # ----------------------------------------------------------------------------------------------
 # 5. The hybrid mixer, built up as the paper's ablation (Fig. 15) takes it apart
 # ----------------------------------------------------------------------------------------------
-# Four classes, each the one before and one idea more: windows alone, a recurrence without gates,
-# the mLSTM's gates, and the two readers mixed. The order of quality is linear < mlstm < hybrid;
-# windows alone read well and remember nothing.
+# The teacher's attention is cut open between its rotation and its output projection, and three
+# small things are put in: phi, the gates i and f, the gate o. All else in the picture is copied.
+#
+#     x --+-- q, k, v --+-- rotated -----------------> window + sinks -- swa ----+
+#         |             |                                                        |
+#         |             +-- rotated and not -- phi --> mLSTM --------- mlstm ----+-- o mlstm
+#         |             |                                |                       |   + (1 - o) swa
+#         |             +-- [q; k; v] -- o --------------|-----------------------+        |
+#         +-- i, f --------------------------------------+                             o_proj
+#
+# Why two readers: the window is exact where most of the weight lies, and the mLSTM need only carry
+# what has left it. Why a gate and no sum: both outputs are means of values, and a mixture of two
+# means is a third, of the size that o_proj was trained on. Sinks, window and mLSTM read the same v.
+#
+# The classes below build this up, an idea each: windows alone, a recurrence without gates, the
+# mLSTM's gates, and the two readers mixed. The order of quality is linear < mlstm < hybrid; windows
+# alone read well and remember nothing.
 #
 # New parameters per layer, beside all that is copied: two feature maps, an input and a forget gate
 # that read the block's input, and an output gate that reads the head's own q, k, v. They are all
@@ -797,39 +876,11 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
 # window, since a student that starts far away first unlearns what was copied (`initialise_mixer`).
 
 
-def choose_kernels(wanted, device, head_dim, features):
-    """kernels="auto" | "torch" | "triton" -> "torch" (this file) or "triton" (kernels.py).
-
-    "auto" takes Triton on a CUDA device where kernels.py and its package are there, and says why
-    if the kernels do not have the heads' width. A wish for "triton" is never dropped in silence:
-    ValueError says what it lacks. (Triton's interpreter, TRITON_INTERPRET=1, is for tests.)
-    """
-    if wanted not in ("auto", "torch", "triton"):
-        raise ValueError(f"kernels {wanted!r} is unknown; known: auto, torch, triton")
-    if wanted == "torch":
-        return "torch"
-    cuda = torch.device(device).type == "cuda"
-    if not (cuda or wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
-        missing = f"they need a CUDA device, not {device}"
-    else:
-        try:
-            missing = _kernels().refusal(head_dim, features)
-        except ImportError as error:
-            missing = f"they need kernels.py and the triton package ({error})"
-    if missing and wanted == "triton":
-        raise ValueError(f"kernels='triton': {missing}; use kernels='torch'")
-    if missing and cuda:
-        print(f"kernels   plain PyTorch: {missing}")
-    return "torch" if missing else "triton"
-
-
-def _kernels():
-    import kernels  # late: it needs triton, and only a GPU needs it
-    return kernels
-
-
 class FeatureMap(nn.Module):
     """phi(x) = softmax(x W) over the FEATURES, one W per head (Hedgehog, arXiv 2402.04347).
+
+    Positive, so that a sum of weights can be divided by, and spiky, so that a query can single a
+    key out as softmax attention does; 1 + elu, the usual choice, is flat and reads a blur.
 
     Paper: D features of the rotated x. Here F = `features` * D, and from 2 on the first half reads
     the rotated x and the second half the unrotated one, because memory is a matter of width: S
@@ -853,49 +904,72 @@ class FeatureMap(nn.Module):
 
 
 class OutputGate(nn.Module):
-    """Logit of o_t per head from that head's [q; k; v], before norm and rotation (Eq. 11)."""
+    """Logit of o_t per head from that head's [q; k; v], before norm and rotation (Eq. 11).
+
+    Its own projections tell a head what it looks for and what stands here, so 3 D numbers a head
+    are enough. Without norm and rotation they are linear in x: one more linear map of the input.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_heads, 3, config.head_dim))
         self.bias = nn.Parameter(torch.empty(config.num_heads))
 
-    def forward(self, x, raw):
+    def forward(self, raw):
         """raw: projections q (B, T, H D), k and v (B, T, K D) -> logits (B, H, T) fp32."""
-        (H, _, D), logits = self.weight.shape, self.bias.float()
-        with torch.autocast(x.device.type, enabled=False):
+        (H, _, D), logits, device = self.weight.shape, self.bias.float(), self.bias.device
+        with torch.autocast(device.type, enabled=False):
             for flat, w in zip(raw, self.weight.float().unbind(1)):
                 heads = flat.shape[-1] // D  # H or K: a group's heads share k and v
-                own = torch.eye(heads, device=x.device).repeat_interleave(H // heads, dim=0)
+                own = torch.eye(heads, device=device).repeat_interleave(H // heads, dim=0)
                 w = (own[..., None] * w[:, None]).flatten(1)  # (H, heads D), 0 for other heads
                 logits = logits + F.linear(flat.float(), w)  # one large product beats H small ones
         return logits.transpose(1, 2)
 
 
 class Gate(nn.Linear):
-    """A linear map of x with one output per head, computed in fp32 whatever the weights' dtype."""
+    """A linear map of x with one output per head, computed in fp32 whatever the weights' dtype.
 
-    def forward(self, x, raw=None):
-        """x (B, T, hidden) -> (B, H, T) fp32. (raw: so that a folded OutputGate can be a Gate.)"""
+    A forget gate of 0.999 has a preactivation of 7, which bf16 would round by up to 0.016: the head
+    would forget 1.6 % faster or slower, and what is multiplied thousands of times shows that.
+    """
+
+    def forward(self, x):
+        """x (B, T, hidden) -> (B, H, T) fp32."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.float(), self.weight.float(), self.bias.float()).transpose(1, 2)
 
 
-class WindowAttention(Attention):
-    """"swa", the control: window and sinks alone. No new parameters."""
+class StudentAttention(Attention):
+    """What a student's mixers share: who computes, and how much memory they ask of a cache.
+
+    A mixer that is a reader has a branch of that name, and `mix` says what becomes of its output.
+    In training documents are told apart by ids; in generation a cache holds one document a row.
+    """
 
     kernels = "torch"  # what computes sequences: see `choose_kernels`. Steps are always torch
-    state_heads = 0  # how many heads have an mLSTM state. Here none
+    short_window = sinks = 0  # tokens that the window branch remembers: a mixer without one, none
+    state_heads = 0  # heads with an mLSTM state: a mixer without one, none
+
+    def new_cache(self, batch, max_length, like):
+        """As `Attention.new_cache`; max_length does not matter."""
+        return HybridCache(batch, self, like)
+
+
+class WindowAttention(StudentAttention):
+    """"swa", the control: window and sinks alone. No new parameters."""
 
     def __init__(self, config, layer):
         super().__init__(config, layer)
         hybrid, own = config.hybrid, self.window
+        # `window` is the teacher's, `short_window` the student's.
         # A teacher layer that never looked further than W is kept as it was, without sinks; one
         # with a longer window of its own (Olmo 3's sliding layers: 4096) is shortened as others.
         exact = own is not None and own <= hybrid.window
         self.short_window, self.sinks = (own, 0) if exact else (hybrid.window, hybrid.sinks)
 
     def window_branch(self, heads, document_ids, cache):
+        """`Heads` -> (B, H, T, D): exact softmax over the window and the sinks."""
         _, _, _, _, q, k, v = heads
         attend = _kernels().window_attention if self.kernels == "triton" else window_attention
         if cache is not None:
@@ -904,14 +978,11 @@ class WindowAttention(Attention):
                       document_ids=document_ids)
 
     def mix(self, heads, *, document_ids=None, cache=None):
+        """The window and nothing else."""
         return self.window_branch(heads, document_ids, cache)
 
-    def new_cache(self, batch, max_length, like):
-        return HybridCache(batch, self.config, self.state_heads, self.short_window, self.sinks,
-                           like)
 
-
-class LinearAttention(WindowAttention):
+class LinearAttention(StudentAttention):
     """"linear": the recurrence with feature maps and no gates, S_t = S_{t-1} + phi(k) (x) v."""
 
     def __init__(self, config, layer):
@@ -927,6 +998,7 @@ class LinearAttention(WindowAttention):
         return zeros, zeros  # both gates are 1
 
     def recurrent_branch(self, heads, document_ids, cache):
+        """`Heads` -> (B, H, T, D): what the state gives. A fork with another state starts here."""
         x, _, q_plain, k_plain, q, k, v = heads
         step = cache is not None and q.shape[2] == 1
         kernels = "torch" if step else self.kernels
@@ -943,6 +1015,7 @@ class LinearAttention(WindowAttention):
         return h
 
     def mix(self, heads, *, document_ids=None, cache=None):
+        """The state and nothing else."""
         return self.recurrent_branch(heads, document_ids, cache)
 
 
@@ -955,23 +1028,23 @@ class MLSTMAttention(LinearAttention):
         self.forget_gate = Gate(config.hidden_size, config.num_heads)
 
     def log_gates(self, x):
+        """An exponential input gate, a sigmoid forget gate. Both may differ by head and token."""
         return self.input_gate(x), F.logsigmoid(self.forget_gate(x))  # i = exp, f = sigmoid
 
 
-class HybridAttention(MLSTMAttention):
+class HybridAttention(MLSTMAttention, WindowAttention):
     """"hybrid": mLSTM and window + sinks, mixed per token and head. The paper's mixer.
 
     With `sinks=0` it is the ablation "mlstm+swa".
     """
 
     def __init__(self, config, layer):
-        super().__init__(config, layer)
-        folded = config.hybrid.folded
-        self.output_gate = Gate(config.hidden_size, config.num_heads) if folded else (
-            OutputGate(config))
+        super().__init__(config, layer)  # both parents'
+        self.output_gate = OutputGate(config)
 
     def mix(self, heads, *, document_ids=None, cache=None):
-        o = torch.sigmoid(self.output_gate(heads.x, heads.raw))  # (B, H, T)
+        """`Heads` -> (B, H, T, D). The two branches know nothing of each other."""
+        o = torch.sigmoid(self.output_gate(heads.raw))  # (B, H, T)
         mlstm = self.recurrent_branch(heads, document_ids, cache)
         swa = self.window_branch(heads, document_ids, cache)
         if self.kernels == "triton" and o.shape[2] > 1:
@@ -993,7 +1066,10 @@ def is_new(name):
 def initialise_mixer(attention):
     """Start values of the new parameters: the student begins near window-only attention.
 
-    Our choice, by measurement on the shipped teacher (README, "How the student starts").
+    Stage I then need only find what the window lacks. Feature maps start as (rotated) copies of q
+    and k, so that near means similar from the first step; input gates write all tokens alike;
+    forget gates differ by head, because a head that forgets at once learns nothing of the distant
+    past. Our choice, by measurement on the shipped teacher (README, "How the student starts").
     """
     for name, p in attention.named_parameters():
         if "feature_map" in name:
@@ -1013,40 +1089,22 @@ def initialise_mixer(attention):
         attention.output_gate.bias.fill_(-2.0)  # o = 0.12: mostly window
 
 
-@torch.no_grad()
-def fold_output_gate(model):
-    """Replace every output gate by one linear map of x, in place; exact up to rounding (Fig. 2).
-
-    The gate reads linear functions of x, so its weights multiply into theirs: (H, 3, D) -> (H,
-    hidden). Products in float64, rounded once. Raises ValueError if there is no gate to fold.
-    """
-    c = model.config
-    if c.hybrid is None or c.hybrid.folded or MIXERS[c.hybrid.mixer] is not HybridAttention:
-        raise ValueError("fold_output_gate needs a student with an unfolded output gate")
-    model.config = dataclasses.replace(c, hybrid=dataclasses.replace(c.hybrid, folded=True))
-    for block in model.model["layers"]:
-        a = block.self_attn
-        a.config = model.config
-        weight, bias = 0.0, a.output_gate.bias.double()
-        for linear, w in zip((a.q_proj, a.k_proj, a.v_proj), a.output_gate.weight.unbind(1)):
-            per_head = linear.weight.double().unflatten(0, (-1, c.head_dim))  # (H or K, D, hidden)
-            w = w.double().view(len(per_head), -1, c.head_dim)  # (K, G, D)
-            weight = weight + torch.einsum("kgd,kdx->kgx", w, per_head).flatten(0, 1)
-            if linear.bias is not None:
-                b = linear.bias.double().unflatten(0, (-1, c.head_dim))
-                bias = bias + torch.einsum("kgd,kd->kg", w, b).flatten()
-        old = a.output_gate.weight
-        a.output_gate = Gate(c.hidden_size, c.num_heads, device=old.device, dtype=old.dtype)
-        a.output_gate.weight.copy_(weight)
-        a.output_gate.bias.copy_(bias)
-
-
 # ----------------------------------------------------------------------------------------------
 # 6. The Transformer that holds either mixer
 # ----------------------------------------------------------------------------------------------
 # One class for teacher and student: `config.hybrid` says which mixer its blocks have, and what both
 # have bears the same names. So a student is made by handing the teacher's tensors over, one loader
 # reads both, and every difference between the two models is in section 5.
+#
+# Training needs a little more than logits of tokens, and asks for it by name: `embed`, `positions`,
+# `rope_tables` and a block's `attention_input` and `after_attention` are the steps of the forward
+# pass, so that stage I can walk the layers itself, with the teacher's mixer and the student's side
+# by side on one input; `forward(head=...)` lets a loss see the hidden states and the matrix that
+# would make logits of them: 128k words x 4096 tokens in fp32 are 2 GB, and a loss needs a slice.
+
+
+# The block of every family here: x += attention(norm(x)), then x += mlp(norm(x)). What differs is
+# where the norms stand and how branches are scaled.
 
 
 class MLP(nn.Module):
@@ -1060,6 +1118,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x):
+        """x (B, T, hidden) -> (B, T, hidden)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -1082,10 +1141,14 @@ class Block(nn.Module):
         self.recompute = False  # in training: keep only the block's input, run it twice
 
     def attention_input(self, x):
+        """Residual stream x (B, T, hidden) -> what the mixer reads."""
         return x if self.is_olmo else self.input_layernorm(x)
 
     def after_attention(self, x, y):
-        """Residual stream x and attention output y -> the residual stream after this block."""
+        """Residual stream x and attention output y -> the residual stream after this block.
+
+        `scale` is 1 in all families but Granite.
+        """
         if self.is_olmo:
             x = x + self.post_attention_layernorm(y)
             return x + self.post_feedforward_layernorm(self.mlp(x))
@@ -1093,10 +1156,12 @@ class Block(nn.Module):
         return x.add(self.mlp(self.post_attention_layernorm(x)), alpha=self.scale)
 
     def run(self, x, tables, document_ids, cache):
+        """The block itself; arguments as `forward`."""
         y = self.self_attn(self.attention_input(x), tables, document_ids=document_ids, cache=cache)
         return self.after_attention(x, y)
 
     def forward(self, x, tables, *, document_ids=None, cache=None):
+        """Residual stream x (B, T, hidden) -> the same behind this block. cache: this layer's."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.run, x, tables, document_ids, cache, use_reentrant=False,
                               preserve_rng_state=False)
@@ -1129,16 +1194,11 @@ class Transformer(nn.Module):
         In the residual stream's `dtype`; Olmo rotates in fp32.
         """
         c = self.config
-
-        def tables(rope):
-            return [table if c.is_olmo else table.to(dtype)
-                    for table in rope_tables(rope, positions, c.head_dim)]
-
-        full = tables(c.rope)
-        sliding = full if c.sliding_rope == c.rope else tables(c.sliding_rope)
-        nope = tables(NOPE) if c.nope_layers else None
-        return [nope if i in c.nope_layers else full if window is None else sliding
-                for i, window in enumerate(c.layer_windows)]
+        ropes = [NOPE if i in c.nope_layers else c.rope if window is None else c.sliding_rope
+                 for i, window in enumerate(c.layer_windows)]
+        made = {rope: [table if c.is_olmo else table.to(dtype)
+                       for table in rope_tables(rope, positions, c.head_dim)] for rope in {*ropes}}
+        return [made[rope] for rope in ropes]
 
     def positions(self, tokens, *, document_ids=None, cache=None):
         """The positions RoPE rotates tokens (B, T) by when none are given: (B or 1, T) int64.
@@ -1159,7 +1219,9 @@ class Transformer(nn.Module):
 
     def embed(self, tokens):
         """tokens (B, T) -> (B, T, hidden): what enters the first layer."""
-        x = self.model["embed_tokens"](tokens) * self.config.embedding_multiplier
+        x = self.model["embed_tokens"](tokens)
+        if self.config.family == "granite":
+            x = x * self.config.embedding_multiplier
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too is in half precision
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
@@ -1177,13 +1239,14 @@ class Transformer(nn.Module):
             raise ValueError(f"positions {tuple(positions.shape)} must be (B or 1, T) as tokens "
                              f"{tuple(tokens.shape)}")
         x = self.embed(tokens)
-        layers = zip(self.model["layers"], self.rope_tables(positions, x.dtype))
-        for i, (block, tables) in enumerate(layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            x = block(x, tables, document_ids=document_ids, cache=layer_cache)
+        layers, tables = self.model["layers"], self.rope_tables(positions, x.dtype)
+        caches = [None] * len(layers) if cache is None else cache.layers
+        for block, layer_tables, layer_cache in zip(layers, tables, caches):
+            x = block(x, layer_tables, document_ids=document_ids, cache=layer_cache)
         if cache is not None:
             cache.position.copy_(positions[:, -1:] + 1)
-        return self.model["norm"](x) / self.config.logits_scaling
+        x = self.model["norm"](x)
+        return x / self.config.logits_scaling if self.config.family == "granite" else x
 
     def forward(self, tokens, *, document_ids=None, positions=None, cache=None, head=F.linear):
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype.
@@ -1213,14 +1276,44 @@ def student_config(config, window, sinks, mixer, features):
     return dataclasses.replace(config, hybrid=hybrid)
 
 
+def choose_kernels(wanted, device, head_dim, features):
+    """kernels="auto" | "torch" | "triton" -> "torch" (this file) or "triton" (kernels.py).
+
+    "auto" takes Triton on a CUDA device where kernels.py and its package are there, and says why
+    if it does not. A wish for "triton" is never dropped in silence: ValueError says what it lacks.
+    (Triton's interpreter, TRITON_INTERPRET=1, is for tests.)
+    """
+    if wanted not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernels {wanted!r} is unknown; known: auto, torch, triton")
+    cuda = torch.device(device).type == "cuda"
+    if wanted == "torch" or wanted == "auto" and not cuda:
+        return "torch"
+    if cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        try:
+            missing = _kernels().refusal(head_dim, features)
+        except ImportError as error:
+            missing = f"they need kernels.py and the triton package ({error})"
+    else:
+        missing = f"they need a CUDA device, not {device}"
+    if missing and wanted == "triton":
+        raise ValueError(f"kernels='triton': {missing}; use kernels='torch'")
+    if missing:
+        print(f"kernels   plain PyTorch: {missing}")
+    return "torch" if missing else "triton"
+
+
+def _kernels():
+    import kernels  # late: it needs triton, and only a GPU needs it
+    return kernels
+
+
 def _set_kernels(model, wanted):
-    """Store `choose_kernels` on every mixer that has a choice, and return the model."""
-    c = model.config
-    model.kernels = choose_kernels(wanted, model.lm_head_weight.device, c.head_dim,
-                                   c.hybrid.features if c.hybrid else 1)
-    for block in model.model["layers"]:
-        if isinstance(block.self_attn, WindowAttention):
-            block.self_attn.kernels = model.kernels
+    """Store `choose_kernels` on the model and every mixer that has a choice; return the model."""
+    features = model.config.hybrid.features if model.config.hybrid else 1
+    kernels = choose_kernels(wanted, model.lm_head_weight.device, model.config.head_dim, features)
+    for module in model.modules():
+        if isinstance(module, (Transformer, StudentAttention)):
+            module.kernels = kernels
     return model
 
 
@@ -1264,22 +1357,50 @@ def assign(model, name, parameter):
 # sinks and one matrix a head: 270 MB for 32 layers with 4 features in fp32, at any length.
 #
 # Two forms compute the same: a sequence (prefill, of any length after any length) and a step of one
-# token. Buffers and lengths are tensors that are only ever written in place, so that one compiled
+# token. A sequence leaves the cache as steps would have left it, so the two may follow each other
+# in any order, and the text a model continues does not depend on how it was cut into pieces.
+#
+# The window is a ring: a new token overwrites the one that has just left. Two sinks and W = 3:
+#
+#     slot             0 1   2 3 4
+#     after token 4    0 1   2 3 4        five tokens, five slots
+#     after token 5    0 1   5 3 4        2 has left the window of 5, which is 3 4 5
+#     after token 7    0 1   5 6 7
+#
+# Buffers and lengths are tensors that are only ever written in place, so that one compiled
 # step, or one CUDA graph, serves every position.
 
 
 class KVCache:
-    """A teacher layer's keys and values: fixed buffers (B, K, max_length, D), `length` filled."""
+    """A teacher layer's keys and values: fixed buffers (B, K, slots, D), `length` tokens so far."""
 
-    def __init__(self, batch, config, max_length, like):
-        self.k = like.new_zeros(batch, config.num_kv_heads, max_length, config.head_dim)
+    state = ()  # see `HybridCache`
+
+    def __init__(self, batch, config, slots, like):
+        self.k = like.new_zeros(batch, config.num_kv_heads, slots, config.head_dim)
         self.v = torch.zeros_like(self.k)
         self.length = torch.zeros((), dtype=torch.long, device=like.device)
 
+    def step(self, q, k, v, slot, visible):
+        """One token, in shapes that never change: into `slot` (1,), then a look at all visible."""
+        for buffer, x in ((self.k, k), (self.v, v)):
+            buffer.index_copy_(2, slot, x.to(buffer.dtype))
+        self.length += 1
+        return _grouped_attention(q, self.k, self.v, visible[None, None])
+
     def attention(self, q, k, v, *, window):
-        """`softmax_attention` of T new tokens over all so far; takes the new ones in."""
+        """`softmax_attention` of T new tokens over all so far; takes the new ones in.
+
+        One token on a GPU reads the whole buffer under a mask, filled or not: there a shape that
+        changes with every token would cost a launch of everything, or a new compilation. A CPU
+        reads what is filled, which is less. The weights of what is not there are 0 in both.
+        """
         if q.shape[2] == 1 and (q.is_cuda or torch.compiler.is_compiling()):
-            return self.step(q, k, v, window)
+            s = torch.arange(self.k.shape[2], device=q.device)
+            visible = s <= self.length
+            if window is not None:
+                visible = visible & (s > self.length - window)
+            return self.step(q, k, v, self.length.view(1), visible)
         a = int(self.length)
         b = a + k.shape[2]
         if b > self.k.shape[2]:
@@ -1288,55 +1409,35 @@ class KVCache:
         self.length.fill_(b)
         return softmax_attention(q, self.k[:, :, :b], self.v[:, :, :b], window=window)
 
-    def step(self, q, k, v, window):
-        """One token, in shapes that never change: reads the whole buffer under a mask."""
-        for buffer, x in ((self.k, k), (self.v, v)):
-            buffer.index_copy_(2, self.length.view(1), x.to(buffer.dtype))
-        s = torch.arange(self.k.shape[2], device=q.device)
-        visible = s <= self.length
-        if window is not None:
-            visible = visible & (s > self.length - window)
-        self.length += 1
-        return _grouped_attention(q, self.k, self.v, visible[None, None])
 
-
-class HybridCache:
+class HybridCache(KVCache):
     """A student layer's memory, constant in the length of the text.
 
     k, v (B, K, sinks + W, D) rotated: token t < sinks has slot t; later ones share a ring, slot
     sinks + (t - sinks) % W. state: the mLSTM's (S, z, m). Keys keep the rotation of their true
-    position, so the order of slots does not matter to a softmax.
+    position, so the order of slots does not matter to a softmax. What a mixer lacks, window or
+    state, has size 0.
     """
 
-    def __init__(self, batch, config, state_heads, window, sinks, like):
-        c = config
-        self.k = like.new_zeros(batch, c.num_kv_heads, sinks + window, c.head_dim)
-        self.v = torch.zeros_like(self.k)
-        self.length = torch.zeros((), dtype=torch.long, device=like.device)
-        self.window, self.sinks = window, sinks
-        self.state = empty_state(batch, state_heads, c.hybrid.features * c.head_dim, c.head_dim,
-                                 like.device)
+    def __init__(self, batch, mixer, like):
+        c, self.window, self.sinks = mixer.config, mixer.short_window, mixer.sinks
+        super().__init__(batch, c, self.sinks + self.window, like)
+        self.state = empty_state(batch, mixer.state_heads, c.hybrid.features * c.head_dim,
+                                 c.head_dim, like.device)
 
     def slots(self, positions):
+        """Positions (N,) or () int64 -> where in the buffers they stand."""
         return torch.where(positions < self.sinks, positions,
                            self.sinks + (positions - self.sinks) % self.window)
-
-    def step(self, q, k, v):
-        """Window + sinks for one token: written first, it finds all it may see in the buffers."""
-        slot = self.slots(self.length).view(1)
-        for buffer, x in ((self.k, k), (self.v, v)):
-            buffer.index_copy_(2, slot, x.to(buffer.dtype))
-        filled = torch.arange(self.k.shape[2], device=q.device) <= self.length
-        self.length += 1
-        return _grouped_attention(q, self.k, self.v, filled[None, None])
 
     def window_attention(self, q, k, v, attend):
         """Window + sinks for T new tokens after `length` old ones; takes the new ones in.
 
         attend: `window_attention` or the kernel of the same meaning.
         """
-        if q.shape[2] == 1:
-            return self.step(q, k, v)
+        if q.shape[2] == 1:  # written first, it finds all it may see in the buffers
+            filled = torch.arange(self.k.shape[2], device=q.device) <= self.length
+            return self.step(q, k, v, self.slots(self.length).view(1), filled)
         # Put the remembered tokens in front, in order. Sinks that left the window are really
         # further away than they stand here, but a sink is visible from any distance.
         old, sinks, W = int(self.length), self.sinks, self.window
@@ -1346,6 +1447,8 @@ class HybridCache:
             (self.k[:, :, slots], k), (self.v[:, :, slots], v)))
         q = F.pad(q, (0, 0, len(slots), 0))  # remembered tokens ask nothing: rows dropped below
         h = attend(q, k_all, v_all, window=W, sinks=sinks)[:, :, len(slots):]
+        # Two tokens that share a slot may both be among the new ones, and which of two writes to one
+        # place wins is not defined. So those that another new one would overwrite are left out.
         # Of many tokens the first ones of the text and the last W stay.
         end = old + k.shape[2]
         positions = torch.arange(old, end, device=k.device)
@@ -1372,8 +1475,13 @@ class Cache:
     def tensors(self):
         """All buffers."""
         for layer in self.layers:
-            yield from (layer.k, layer.v, layer.length, *getattr(layer, "state", ()))
+            yield from (layer.k, layer.v, layer.length, *layer.state)
         yield self.position
+
+
+# A step of a small model is a few hundred tiny operations, and launching them takes longer than
+# they do. Compiled, they are few; as a CUDA graph, one launch. Both want the same shapes at the
+# same addresses every time, which is why caches are written in place and never grow.
 
 
 def decode_step(model, tokens, cache):
@@ -1386,11 +1494,10 @@ def decode_step(model, tokens, cache):
 
 def _compiled_step(cache, device):
     """`decode_step` compiled; on a GPU as a CUDA graph, which needs buffers known to stay put."""
-    if device.type != "cuda":
-        return torch.compile(decode_step, fullgraph=True)
-    for x in cache.tensors():
+    cuda = device.type == "cuda"
+    for x in cache.tensors() if cuda else ():
         torch._dynamo.mark_static_address(x)
-    return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead")
+    return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if cuda else None)
 
 
 @torch.no_grad()
@@ -1416,7 +1523,9 @@ def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=No
     random.manual_seed(seed) if seed is not None else random.seed()
     cache = Cache(model, B, T + max_new_tokens) if cache is None else cache
     step = _compiled_step(cache, tokens.device) if compile else decode_step
-    for a in range(0, T - 1, 2048):  # prefill in pieces: memory does not grow with the prompt
+    # Prefill in pieces, so that memory does not grow with the prompt. The prompt's last token is not
+    # among them: it is the first step's, which gives the first logits that anyone needs.
+    for a in range(0, T - 1, 2048):
         model.hidden(tokens[:, a:min(a + 2048, T - 1)], cache=cache)
     new, done = tokens[:, -1].contiguous(), torch.zeros(B, dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
@@ -1442,7 +1551,11 @@ def generate(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=
 
 
 def _sample(logits, temperature, top_p, random):
-    """logits (B, V) -> one id a row (B,)."""
+    """logits (B, V) -> one id a row (B,).
+
+    The many unlikely tokens together have a few per cent, and one of them now and then derails a
+    text: top_p keeps the likeliest that together reach it, and draws among these.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     p, ids = (logits / temperature).softmax(-1).sort(descending=True)
@@ -1459,6 +1572,12 @@ def _sample(logits, temperature, top_p, random):
 #
 # Two things keep an 8B model at its own size in memory: it is built on the meta device, where a
 # tensor has a shape and no memory, and files are read a few rows at a time.
+#
+#     DIR/config.json                          the architecture (section 1)
+#     DIR/model.safetensors                    all weights, or
+#     DIR/model-00001-of-00002.safetensors     a part of them, and for all parts
+#     DIR/model.safetensors.index.json         which tensor is in which
+#     DIR/tokenizer.json, ...                  section 9; copied along as they are
 #
 # safetensors is a header of names, types and offsets before raw numbers. Pickles (.bin, .pt) are
 # never read: opening one can run any code. Numbers that are no floats are never read either: int8
@@ -1484,8 +1603,8 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     is stored, and a student's new parameters as each is itself. kernels: a student's, see
     `choose_kernels`. prepare(model): called while the model has no memory yet, to shard it; then
     only this process's rows are read. Loading is strict: every missing, unexpected or misshapen
-    tensor is named in one ValueError. Raises FileNotFoundError for missing files, ValueError for
-    bad ones, a device that this torch lacks, and kernels that cannot run.
+    tensor is named in one ValueError. Raises FileNotFoundError where there is no config.json or no
+    weights, ValueError for bad files, a device that this torch lacks, and kernels that cannot run.
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
@@ -1493,19 +1612,28 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     check_device(device)
     with torch.device("meta"):
         model = Transformer(config)
-    # A tied model has no lm_head among its parameters; some of their files ship a copy.
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    # Files may hold two things more: tables of RoPE's angles, which are computed here, and a tied
+    # model's lm_head, a copy of its embedding.
     copied = config.tied and "lm_head.weight" in stored
-    _check_names(directory, expected, {
-        name: shape for name, (_, shape) in stored.items() if not (
-            copied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"))})
+    found = {name: shape for name, (_, shape) in stored.items() if not (
+        name.endswith("rotary_emb.inv_freq") or copied and name == "lm_head.weight")}
+    # A tensor too many is as bad as one too few: a bias that nobody adds changes every logit.
+    wrong = [f"{name} is {found.get(name, 'missing')}, by config.json {shapes.get(name, 'absent')}"
+             for name in sorted(shapes.keys() | found.keys())
+             if shapes.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit: " + "; ".join(wrong))
 
-    def read(name, a, b):
-        return _read_rows(stored[name][0], name, a, b)
+    def read(name, start, stop):
+        # The file is opened anew for every piece: one long-lived mapping would keep all pages read
+        # so far in memory and double an 8B load's peak (measured on 2 GB: 4.0 GB against 2.2).
+        with _open_shard(stored[name][0]) as f:
+            return f.get_slice(name)[start:stop]
 
     # Files may mix dtypes. All of a teacher gets one, that of its embedding; only a student's gates
     # and features stay as they were trained, in fp32.
-    for name, shape in expected.items():
+    for name, shape in shapes.items():
         wanted = dtype(name) if callable(dtype) else dtype
         like = name if is_new(name) else "model.embed_tokens.weight"
         wanted = wanted or read(like, 0, 1).dtype
@@ -1522,25 +1650,10 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
             # transformers unties a copy with other values and warns; here the folder must decide.
             if copied and name == "model.embed_tokens.weight" and not torch.equal(
                     piece, read("lm_head.weight", first + a, first + b)):
-                raise ValueError(f"{directory}: lm_head.weight is not {name}, though config.json "
-                                 "ties them: set tie_word_embeddings to false there to use both, "
-                                 "as transformers does, or drop lm_head.weight")
+                raise ValueError(f"{directory}: lm_head.weight is not {name}, as config.json says: "
+                                 "set tie_word_embeddings to false there, or drop lm_head.weight")
     model.source = directory
     return _set_kernels(model, kernels)
-
-
-def _check_names(directory, expected, found):
-    """Compare the model's shapes by name with the files'; all differences in one ValueError.
-
-    A tensor too many is as bad as one too few: a bias that nobody adds changes every logit.
-    """
-    wrong = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
-    wrong += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
-    wrong += [f"{name} has shape {found[name]}, config.json says {expected[name]}"
-              for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]]
-    if wrong:
-        raise ValueError(f"{directory}: {len(wrong)} tensors do not fit config.json: "
-                         + "; ".join(wrong))
 
 
 def local_rows(p):
@@ -1558,9 +1671,9 @@ def local_rows(p):
 def list_tensors(directory):
     """The folder's tensors: name -> (path of its file, shape). Reads headers only.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one, for tensors that are
-    no plain floats (a quantised checkpoint), and for an index beside a whole model.safetensors,
-    whose weights may be others.
+    Raises FileNotFoundError where there are no weights, ValueError for a missing or damaged shard,
+    for tensors that are no plain floats (a quantised checkpoint), and for an index beside a whole
+    model.safetensors, whose weights may be others.
     """
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.exists() and index.exists():
@@ -1572,20 +1685,19 @@ def list_tensors(directory):
     # The index lists name -> shard. A shard is asked for by a plain name: a path could lead out of
     # the folder.
     weight_map = read_json(index).get("weight_map") if index.exists() else {}
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index}: there is no weight_map object; copy the file again")
+    if not isinstance(weight_map, dict) or not all(
+            re.fullmatch(r"[^/\\]+\.safetensors", str(file)) for file in weight_map.values()):
+        raise ValueError(f"{index}: weight_map is no object, or a shard in it is not a plain "
+                         "*.safetensors name; copy the file again")
     tensors = {}
     for file in sorted(set(weight_map.values())) or [whole.name]:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: shard name {file!r} is not a plain *.safetensors name")
         with _open_shard(directory / file) as f:
             for name in f.keys():
                 tensor = f.get_slice(name)
                 tensors[name] = (directory / file, tuple(tensor.get_shape()))
                 if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{directory / file}: {name} is {tensor.get_dtype()}, as in "
-                                     "a quantised checkpoint, and only plain floats are read: "
-                                     "fetch the original, or dequantise and save it")
+                    raise ValueError(f"{directory / file}: {name} is {tensor.get_dtype()}, as in a "
+                                     "quantised checkpoint; only plain floats are read")
     for name, file in weight_map.items():
         if name not in tensors or tensors[name][0].name != file:
             raise ValueError(f"{directory / file}: tensor {name} of {index.name} is missing")
@@ -1593,20 +1705,12 @@ def list_tensors(directory):
 
 
 def _open_shard(path):
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is named in the folder's index and missing; copy it again")
+    """A file opened by its header. ValueError names it if it is torn or missing."""
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy it again"
-                         ) from None
-
-
-def _read_rows(path, name, start, stop):
-    # The file is opened anew for every piece: one long-lived mapping would keep all pages read so
-    # far in memory and double the peak of an 8B load (measured on 2 GB: 4.0 GB against 2.2).
-    with _open_shard(path) as f:
-        return f.get_slice(name)[start:stop]
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is truncated, no safetensors file, or missing; copy it again "
+                         f"({error})") from None
 
 
 # What makes a folder complete beside its weights: copied along, never written anew.
@@ -1641,10 +1745,24 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
             shutil.copy(path, tmp)
     for name, value in {"config.json": config, **dict(extra)}.items():
         write_json(tmp / name, value)
-    _write_tensors(dict(model.named_parameters()), tmp, max_shard_bytes)
-    if directory.exists():
-        directory.rmdir()
-    os.replace(tmp, directory)
+    # Shards in the model's order: a loader that reads layer by layer goes through them once. Index
+    # and shards are named as transformers names them, so that other programs find them.
+    shards, size = [{}], 0
+    for name, p in model.named_parameters():
+        if size + p.nbytes > max_shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = p
+        size += p.nbytes
+    files = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):  # one at a time leaves the accelerator
+        save_tensors(shard, tmp / file)
+    if len(shards) > 1:
+        write_json(tmp / "model.safetensors.index.json", {
+            "metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
+            "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}})
+    os.replace(tmp, directory)  # also if it exists: it is empty
 
 
 def save_tensors(tensors, path):
@@ -1663,29 +1781,6 @@ def save_tensors(tensors, path):
     path.chmod(mode)
     with open(path, "rb") as file:  # a checkpoint that only the cache knows is none
         os.fsync(file.fileno())
-
-
-def _write_tensors(tensors, folder, max_shard_bytes):
-    """Tensors by name -> model.safetensors, or numbered shards and their index.
-
-    In the model's order, so that a loader which reads layer by layer walks through the files once.
-    """
-    shards, size = [{}], 0
-    for name, p in tensors.items():
-        if size + p.nbytes > max_shard_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = p
-        size += p.nbytes
-    files = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    # Index and shards are named as transformers names them, so that other programs find them.
-    for file, shard in zip(files, shards):  # one shard at a time leaves the accelerator
-        save_tensors(shard, folder / file)
-    if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {
-            "metadata": {"total_size": sum(p.nbytes for p in tensors.values())},
-            "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1719,6 +1814,15 @@ _SMOLLM2 = _GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{
 _LONGEST_SPACE = 400_000
 
 
+# Byte-level BPE begins with a piece's bytes and has a list of merges, in the order in which they
+# were learnt. It joins the pair of neighbours that stands first in the list, again and again:
+#
+#     merges: l o, lo w, e r        "lower"    l o w e r    lo w e r    low e r    low er
+#
+# tiktoken does that fast (in Rust), but knows no merges, only tokens with ranks, and joins what
+# makes the token of lowest rank. `_bpe_ranks` finds ranks for which the two are one and the same.
+
+
 def _steps(node, key):
     """The steps of a tokenizer.json section: a Sequence's members, the one step, or none."""
     if node is None:
@@ -1741,8 +1845,7 @@ def _piece_pattern(pre_tokenizer):
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             return regex
     raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported, only byte-level "
-                     "BPE as in Llama 3, Qwen, Olmo, GPT-2 and SmolLM2; SentencePiece (none, or "
-                     "Metaspace), as in Llama 2 and Mistral, is not")
+                     "BPE; SentencePiece (Metaspace, or none), as in Llama 2, is not")
 
 
 def _last_merge(token, priority):
@@ -1835,20 +1938,16 @@ class Tokenizer:
         self.path = str(folder / ("vocab.txt" if kind in _SEQUENCES else "tokenizer.json"))
         if kind != "bytes" and not os.path.exists(self.path):
             raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
-                                    "(tokenizer.model, SentencePiece, is not supported; bytes, "
-                                    "k-mers and SMILES: see README, \"Sequences\")")
-        if kind in _SEQUENCES:
-            pattern, ranks, normalised = *self._read_sequences(kind), ()
-        else:
-            spec = read_json(self.path)
-            try:
-                normalised = [t["content"] for t in spec["added_tokens"] if t["normalized"]]
-                pattern, ranks = self._read_bpe(spec)
-            except ValueError as error:
-                raise ValueError(f"{self.path}: {error}") from None
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch "
-                                 "the folder again") from None
+                                    "(SentencePiece's tokenizer.model is not supported)")
+        spec = {} if kind in _SEQUENCES else read_json(self.path)
+        try:
+            pattern, ranks, normalised = (
+                self._read_sequences(kind) if kind in _SEQUENCES else self._read_bpe(spec))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch the "
+                             "folder again") from None
         self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
                                       special_tokens={})
         if not self._pieces:  # sequences check each piece instead
@@ -1858,7 +1957,7 @@ class Tokenizer:
         # `tokenizers` first cuts the tokens that are "normalized": false out of the raw text, then
         # the others, in normalised spelling, out of what is left once that is normalised too.
         respelt = {self._normalise(token): self.added[token] for token in normalised}
-        self._cuts = _one_of(self.added.keys() - set(normalised)), _one_of(respelt)
+        self._cuts = _one_of(self.added.keys() - normalised), _one_of(respelt)
         self._id_of = {**respelt, **self.added}
         self._stops = _one_of(t for t, i in self.added.items() if i in self.special).pattern
 
@@ -1871,7 +1970,9 @@ class Tokenizer:
                 raise ValueError(f"{self.path}: pattern {pattern!r} does not match {char!r}")
 
     def _read_sequences(self, kind):
-        """Set up a tokenizer of sequences -> (pattern, tiktoken's table: here a rank is an id).
+        """Set up a tokenizer of sequences -> (pattern, table, normalised), as `_read_bpe`.
+
+        In tiktoken's table a rank is an id here.
 
         Nothing is merged: tiktoken looks a whole piece up before it tries to build it, and every
         piece is in the table or refused (`_encode_text`). What vocab.txt lists beside pieces, such
@@ -1896,10 +1997,12 @@ class Tokenizer:
         self._id_of_rank = {i: i for i in self._bytes}
         self.bos_id = self.added.get(marks[0])
         self.adds_bos = self.bos_id is not None
-        return pattern, table
+        return pattern, table, set()
 
     def _read_bpe(self, spec):
-        """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table).
+        """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table, normalised).
+
+        normalised: the added tokens to be looked for in normalised text.
 
         An added token may take the white space around it along (lstrip, rstrip), or be one only
         between other words (single_word); the byte-level families ask for neither.
@@ -1923,7 +2026,8 @@ class Tokenizer:
             raise ValueError(f"not supported: {'; '.join(refused)}")
         self._bytes = {i: bytes(_BYTE_OF[c] for c in token)
                        for token, i in model["vocab"].items() if token not in self.added}
-        return _piece_pattern(spec["pre_tokenizer"]), ranks
+        normalised = {token["content"] for token in added if token["normalized"]}
+        return _piece_pattern(spec["pre_tokenizer"]), ranks, normalised
 
     def _read_bos(self, post_processor):
         """Which token is BOS, and whether encode puts it in front."""
@@ -1933,10 +2037,10 @@ class Tokenizer:
                 case {"type": "TemplateProcessing",
                       "single": [{"SpecialToken": {"id": name}}, {"Sequence": _}]}:
                     self.adds_bos, [self.bos_id] = True, step["special_tokens"][name]["ids"]
-                # These add nothing; ByteLevel moves offsets, which nobody asks for here.
-                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]} | {
-                        "type": "ByteLevel"}:
-                    pass
+                case {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+                    pass  # adds nothing
+                case {"type": "ByteLevel"}:
+                    pass  # moves offsets, which nobody asks for here
                 case _:
                     raise ValueError(f"post_processor {json.dumps(step)} is not supported")
 
@@ -1944,6 +2048,7 @@ class Tokenizer:
     # Python's and tokenizers' Unicode versions differ in some hundred rare marks.
 
     def _normalise(self, text):
+        """Text in the spelling that the regex and the merges are applied to."""
         return unicodedata.normalize("NFC", text) if self._nfc else text
 
     def _cut(self, text, cut, specials):
@@ -1965,9 +2070,8 @@ class Tokenizer:
         for piece in self._pieces.finditer(text) if self._pieces else ():
             if piece[0].encode() not in self._ranks:  # tiktoken would panic
                 raise ValueError(f"{self.path} has no token {piece[0]!r} (character "
-                                 f"{piece.start()} of a text of {len(text)}): clean the text; "
-                                 "k-mers also need a length that k divides, unless the single "
-                                 "letters are tokens")
+                                 f"{piece.start()} of {len(text)}): clean the text; k-mers: cut it "
+                                 "to a multiple of k")
         # Where to cut, for tiktoken's sake: at the ends of runs of exactly the longest length.
         cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
                 if len(run[0]) == _LONGEST_SPACE]
@@ -2002,7 +2106,7 @@ class Tokenizer:
         """
         if self.separator_id is None:
             raise ValueError("sequences of a family need a separator: add \"separator_id\", a "
-                             f"token's id, to config.json in {os.path.dirname(self.path)}")
+                             f"token's id, to {Path(self.path).with_name('config.json')}")
         ids = self.encode(text, bos=False, specials=False)
         # A separator inside would make two members of one, and restart positions at it.
         if self.separator_id in ids:
@@ -2024,9 +2128,10 @@ class Tokenizer:
             yield decoder.decode(self._bytes.get(int(i), b""))
         yield decoder.decode(b"", final=True)
 
-    # A chat template is a program in Jinja that the folder brings. It is run as transformers runs
-    # it, and never recognised: ChatML alone is published with some ten different texts, which
-    # differ in the mark in front, the default system prompt, the end of the last turn.
+    # A chat template is a program in Jinja that the folder brings. It writes a list of messages as
+    # one text, with the marks of whose turn it is that the model was trained with. It is run as
+    # transformers runs it, and never recognised: ChatML alone is published with some ten different
+    # texts, which differ in the mark in front, the default system prompt, the end of the last turn.
 
     def render_chat(self, messages, *, tools=None, generation_prompt=True, marks=("", "")):
         """A conversation as the folder's chat template writes it (transformers' text, to a byte).
@@ -2082,8 +2187,8 @@ class Tokenizer:
         wanted = [i for i in turns if _is_learnt(messages[i])]
         found = [i for i in wanted if spans[i]]
         if wanted and not found:
-            raise ValueError(f"none of the assistant's {len(wanted)} turns can be found as it "
-                             "was generated: the chat template rewrites or omits them")
+            raise ValueError(f"none of the assistant's {len(wanted)} turns can be found as it was "
+                             "generated: the chat template rewrites or omits them")
         parts, done = [], 0
         for i in found:
             start, end = spans[i]
@@ -2112,12 +2217,10 @@ class Tokenizer:
         now than it did when the turn was generated, and no token of it stands behind the context
         that it will have in use.
         """
-        def render(end, generation_prompt=False, marks=("", "")):
-            return self.render_chat(messages[:end], tools=tools,
-                                    generation_prompt=generation_prompt, marks=marks)
-
+        render = functools.partial(self.render_chat, tools=tools, generation_prompt=False)
         if any("endgeneration" in template for template in self.chat_templates.values()):
-            pieces = re.split("|".join(_MARKS), render(None, marks=_MARKS))  # outside, inside, ...
+            # The text outside, inside, outside ... of the blocks, in turns.
+            pieces = re.split("|".join(_MARKS), render(messages, marks=_MARKS))
             if "".join(pieces) != text or len(pieces) // 2 != len(turns):
                 raise ValueError(f"the chat template has {len(pieces) // 2} generation blocks for "
                                  f"{len(turns)} assistant turns: which is whose is not known")
@@ -2126,13 +2229,13 @@ class Tokenizer:
         spans = {}
         for i in turns:
             if i:
-                prompt = render(i, generation_prompt=True)
+                prompt = render(messages[:i], generation_prompt=True)
             else:  # nothing to render before it: the header, found by what it adds to the end
-                longer = render(None, generation_prompt=True)
+                longer = render(messages, generation_prompt=True)
                 # (Should a template add nothing, no turn of it starts where generation does.)
                 header = longer[len(os.path.commonprefix((text, longer))):]
                 prompt = header in text and text[:text.find(header) + len(header)]
-            end = self._end_of_turn(text, prompt, render(i + 1))
+            end = self._end_of_turn(text, prompt, render(messages[:i + 1]))
             located = prompt and text.startswith(prompt) and end > len(prompt)
             spans[i] = (len(prompt), end) if located else None
         return spans
@@ -2198,9 +2301,8 @@ def _compile_template(source):
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # no HTML escapes
-    sandbox.globals["raise_exception"] = raise_exception
-    # Llama 3.2 writes the day it is, so that the same row has other tokens tomorrow.
-    sandbox.globals["strftime_now"] = time.strftime
+    # strftime_now: Llama 3.2 writes the day it is, so that the same row has other tokens tomorrow.
+    sandbox.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
     return sandbox.from_string(source)
 
 
@@ -2215,8 +2317,8 @@ def _read_chat_templates(folder, config):
         return {"default": file.read_text(encoding="utf-8")}
     templates = config.get("chat_template") or read_json(
         folder / "chat_template.json", {}).get("chat_template") or []
-    templates = templates if isinstance(templates, list) else [
-        {"name": "default", "template": templates}]
+    if isinstance(templates, str):
+        return {"default": templates}
     if not all(isinstance(t, dict) and isinstance(t.get("template"), str) for t in templates):
         raise ValueError(f"{folder}: chat_template is neither a text nor a list of objects with a "
                          "name and a template; copy tokenizer_config.json again")

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from model import (ModelConfig, generate, load_pretrained, load_with_tokenizer, read_json,
                    save_pretrained, save_tensors, student_from_teacher)
-from test_model import random_teacher
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=300, max_position_embeddings=256, eos_token_id=1,
@@ -32,21 +31,6 @@ FAMILIES = {
     "granite-biased": ("granite", dict(attention_bias=True, mlp_bias=True, logits_scaling=2.0,
                                        attention_multiplier=0.2, tie_word_embeddings=True)),
 }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """family -> (folder, transformers' model), each made once."""
-    made = {}
-
-    def get(family):
-        if family not in made:
-            folder = tmp_path_factory.mktemp("teachers") / family
-            kind, special = FAMILIES[family]
-            made[family] = folder, random_teacher(folder, kind, {**SIZES, **special})
-        return made[family]
-
-    return get
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def rare_marks():
     return rare
 
 
-def adversarial_strings(specials, n=1200, seed=0):
+def adversarial_strings(specials, n=1050, seed=0):
     rng = random.Random(seed)
     words = ["don't", "DON'T", "I'LL", "'ſ", "we'Re", "x's", "naïve", "e\u0301", "A\u030a", "ﬁ",
              "ǅ", "1234567", "٣٤٥", "½²", "Ⅷ", "3.14", "", "self.", " return", "Zzyzx",
@@ -261,13 +261,13 @@ def test_added_tokens_are_cut_as_tokenizers_cuts_them(folder, tmp_path, family, 
     words = [content for content, _, _ in OVERLAPS]
     words += [unicodedata.normalize(form, w) for w in words for form in ("NFC", "NFD")]
     words += [w[a:b] for w in words for a, b in ((0, -1), (1, None), (0, 3), (-3, None))]
-    for _ in range(1500):
+    for _ in range(1200):
         text = "".join(rng.choice(words) if rng.random() < .8 else rng.choice(" ax\n[<|e\u0301")
                        for _ in range(rng.randrange(1, 12)))
         expected = oracle.encode(text, add_special_tokens=False).ids
         assert ours.encode(text, bos=False, specials=specials) == expected, repr(text)
         n += any(i >= 3000 for i in expected)
-    assert n > 1000  # most strings hold added tokens
+    assert n > 800  # most strings hold added tokens
 
 
 def test_ordinary_text_never_becomes_an_added_token(folder, tmp_path):
@@ -316,13 +316,13 @@ def test_a_million_spaces_do_not_panic(folder, space):
     ours, oracle = Tokenizer(folder("gpt2")[0]), folder("gpt2")[1]
     short = "a" + (space * 100_000)[:100_000] + "b"
     assert ours.encode(short) == oracle.encode(short).ids
-    long = "a" + (space * 1_200_000)[:1_200_000] + "b"
+    long = "a" + (space * 1_000_000)[:1_000_000] + "b"
     assert ours.decode(ours.encode(long)) == long
 
 
 def test_long_text_is_not_cut(folder):
     ours, oracle = Tokenizer(folder("llama3")[0]), folder("llama3")[1]
-    for text in ("".join(CORPUS) * 2, "a" * 600_000, "word " * 200_000, "1" * 600_000):
+    for text in ("".join(CORPUS), "a" * 450_000, "word " * 100_000, "1" * 450_000):
         assert ours.encode(text) == oracle.encode(text).ids
 
 
