@@ -126,38 +126,41 @@ def replacing(path):
         tmp.unlink(missing_ok=True)
 
 
-def read_on(file):
-    """Read an open .txt up to where a piece of it may end: behind a line end.
+def text_start(file, offset):
+    """The first byte at or after `offset` of an open .txt where a piece of it may begin.
 
-    There may be none for gigabytes: if none is within 64 KB, between two characters. A function of
-    the file and the offset alone, so that processes which share a file agree without talking.
+    A function of the file and the offset alone, so that processes which share a file agree on its
+    pieces without talking. Behind a line end; there may be none for gigabytes: if none is within
+    64 KB, between two characters.
     """
-    found = file.readline(1 << 16)
-    while file.peek(1)[:1] and file.peek(1)[0] & 0xC0 == 0x80:  # goes on with a character in UTF-8
-        found += file.read(1)
-    return found
+    file.seek(offset)
+    if offset:
+        file.readline(1 << 16)
+        while file.peek(1)[:1] and file.peek(1)[0] & 0xC0 == 0x80:  # goes on with a character
+            file.seek(1, os.SEEK_CUR)
+    return file.tell()
 
 
 def read_text(path, start=0, stop=None):
     """Yield (place, piece) of a .txt file, or of its bytes start..stop.
 
     One long text, cut at line ends into about fifty pieces or more, so that some can be held out.
-    Ranges that meet, of more than 64 KB each if lines are as long, hold every piece once.
-    ValueError names file and line.
+    Ranges that meet hold every piece once. ValueError names file and line.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        length, stop = min(max(size // 50, 2000), 1 << 16), size if stop is None else stop
-        file.seek(start)
-        if start:
-            read_on(file)
-        while (offset := file.tell()) < stop:
-            piece = file.read(min(length, stop - offset)) + read_on(file)
+        length = min(max(size // 50, 2000), 1 << 16)
+        start, stop = (text_start(file, x) for x in (start, size if stop is None else stop))
+        while start < stop:
+            end = min(text_start(file, start + length), stop)
+            file.seek(start)
+            piece = file.read(end - start)
             try:
-                yield Place(path, offset), piece.decode("utf-8" if offset else "utf-8-sig")
+                yield Place(path, start), piece.decode("utf-8" if start else "utf-8-sig")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{Place(path, offset + error.start)}: not UTF-8 ({error}); "
+                raise ValueError(f"{Place(path, start + error.start)}: not UTF-8 ({error}); "
                                  "convert the file") from None
+            start = end
 
 
 def parse_row(row, tokenizer, eos_id):
@@ -193,11 +196,11 @@ def parse_row(row, tokenizer, eos_id):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"messages cannot be rendered ({error})") from None
         parts = [(tokenizer.encode(text, bos=False), learn) for text, learn in parts]
-        return [(sum((ids for ids, _ in parts), []),
-                 sum(([learn] * len(ids) for ids, learn in parts), []), None, skipped, 0, -1)]
+        return [([i for ids, _ in parts for i in ids],
+                 [learn for ids, learn in parts for _ in ids], None, skipped, 0, -1)]
     if found == ["sequences"] and value and all(isinstance(s, str) and s for s in value):
         head = plain("")  # BOS, or nothing
-        members = sum(map(tokenizer.encode_member, value), [])
+        members = [i for sequence in value for i in tokenizer.encode_member(sequence)]
         return [(head + members + end, True, json.dumps(sorted(value)), 0, len(head),
                  tokenizer.separator_id)]
     raise ValueError('expected one of: a string "text" or "dna", a list "messages", a list '
@@ -1273,7 +1276,7 @@ def check_finite(run, mixture, stage, step, *values):
 # ----------------------------------------------------------------------------------------------
 # Both are measured, not guessed. Memory: a step is run on tensors that have a shape and no storage,
 # of a model of few layers, and what is alive is counted. Time: the real steps 2 to 4 of a stage
-# tell its length, with all that a step does: data, both models, the update, other processes. To know
+# tell its length, with all that a step does: data, both models, the update, other processes. For
 # stage II's before stage I is done, run it alone for a few steps (--align-tokens 0, another --out).
 
 
@@ -1402,9 +1405,8 @@ def show_plan(run):
 def describe(run, title, student, trainable, steps):
     """Say what is about to train, before it does: a wrong --train or budget shows here."""
     train, total = (sum(p.numel() for p in x) for x in (trainable.values(), student.parameters()))
-    tokens = run.batch * run.context
-    print(f"\n{title}: {steps} steps of {run.batch} x {run.context} = {tokens:,} tokens, "
-          f"{steps * tokens:,} in all\n  {train:,} of {total:,} parameters train "
+    print(f"\n{title}: {steps} steps of {run.batch} x {run.context} tokens, "
+          f"{steps * run.batch * run.context:,} in all\n  {train:,} of {total:,} parameters train "
           f"({train / total:.2%}), the others are frozen")
 
 
@@ -1660,8 +1662,7 @@ def parse_arguments(argv):
     add = p.add_argument_group("stage I (align)").add_argument
     add("--align-tokens", default="655e6", help="to train on; 0: no stage I", **AMOUNT)
     add("--align-lr", default=1e-2, help="its peak; a cosine falls to a thousandth", **AMOUNT)
-    add("--start", type=Path, metavar="DIR",
-        help="begin with stage II of this student, such as another run's seed/")
+    add("--start", type=Path, metavar="DIR", help="no stage I: this student, such as a run's seed/")
     add_distil_flags(p.add_argument_group("stage II (distil)").add_argument)
 
     known = p.parse_known_args(argv)[0]
@@ -1704,8 +1705,7 @@ def add_distil_flags(add):
     add("--gamma", default=0.9, help="weight of next-token CE", **AMOUNT)
     add("--beta", default=0.1, help="weight of KL to the teacher", **AMOUNT)
     add("--topk", default=256, help="teacher's tokens in the KL", **COUNT)
-    add("--targets", type=Path, metavar="DIR",
-        help="store the teacher's top k here; stage II then runs without the teacher")
+    add("--targets", type=Path, metavar="DIR", help="the teacher's top k on disk, in its place")
     add("--experts", action="store_true", help="an expert of --tokens per --data file, a "
         "generalist of as many as all experts, and the merged experts (Eq. 14)")
 
@@ -1857,9 +1857,8 @@ def finish(run, folders, results, tokenizer, heldout, started):
         students = [x for folder in folders.values() for x in ("--student", str(folder))]
         evaluate.main(["compare", "--teacher", str(run.teacher), *students, "--tasks", *run.tasks,
                        "--out", str(run.out / "report"), "--device", run.device.type])
-    print(f"\n{time.time() - started:.0f} s. The student is in {final}; "
-          "model.load_pretrained opens it.\nNext: what the mLSTM adds, "
-          f"`python distill.py --mixer swa --out {run.out}-swa`")
+    print(f"\n{time.time() - started:.0f} s. The student is in {final}: model.load_pretrained opens "
+          f"it, `python model.py {final}` talks to it")
 
 
 def command(argv=None):
