@@ -166,45 +166,52 @@ def read_text(path, start=0, stop=None):
 def parse_row(row, tokenizer, eos_id):
     """A row of a .jsonl, or a piece of a .txt (a str) -> its documents.
 
-    Each is a tuple: token ids; for each of them whether it is in the loss (True: all are); a str
-    that is equal for all guises of one content (None: its ids say it); assistant's turns skipped;
-    and of a family, the length of its head and its separator.
+    Each is a tuple: token ids; for each of them whether it is in the loss (True: all are);
+    assistant's turns skipped; a str that is equal for all guises of one content (None: the ids say
+    it); and of a family, the length of its head and its separator.
 
     `text` is [BOS] text EOS, a piece has no EOS. `dna`: a text, and its reverse complement as
-    another. `messages`: a conversation, with a row's `tools`, in the words of the teacher's chat
-    template; only the assistant's are in the loss. Its parts are encoded one by one: an answer's
-    first token then starts where generation starts, and no token straddles what is given and what
-    is learnt. `sequences`: a "family" (homologues, molecules) is [BOS], its members with the
-    separator after each, EOS.
+    another. `messages`: a conversation, with a row's `tools`. `sequences`: a "family" (homologues,
+    molecules) is [BOS], its members with the separator after each, EOS.
     ValueError where the row has none or several of these keys: which is meant is not guessed.
     """
     plain = partial(tokenizer.encode, specials=False)  # "<|eot|>" in a text means its letters
     end = [] if eos_id is None else [eos_id]
     if isinstance(row, str):
-        return [(plain(row), True, None, 0, 0, -1)]
+        return [(plain(row), True, 0, None, 0, -1)]
     kinds = {"text": str, "messages": list, "dna": str, "sequences": list}
     found = [kind for kind, type_ in kinds.items() if isinstance(row.get(kind), type_)]
     value = row[found[0]] if len(found) == 1 else None
     if found == ["text"]:
-        return [(plain(value) + end, True, None, 0, 0, -1)]
+        return [(plain(value) + end, True, 0, None, 0, -1)]
+    if found == ["messages"]:
+        return [(*encode_chat(value, row.get("tools"), tokenizer), None, 0, -1)]
     if found == ["dna"]:  # the other strand is as good a text, and no other content
         strands = value, reverse_complement(value)
-        return [(plain(strand) + end, True, min(strands), 0, 0, -1) for strand in strands]
-    if found == ["messages"]:
-        try:
-            parts, skipped = tokenizer.render_chat_parts(value, tools=row.get("tools"))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"messages cannot be rendered ({error})") from None
-        parts = [(tokenizer.encode(text, bos=False), learn) for text, learn in parts]
-        return [([i for ids, _ in parts for i in ids],
-                 [learn for ids, learn in parts for _ in ids], None, skipped, 0, -1)]
+        return [(plain(strand) + end, True, 0, min(strands), 0, -1) for strand in strands]
     if found == ["sequences"] and value and all(isinstance(s, str) and s for s in value):
         head = plain("")  # BOS, or nothing
         members = [i for sequence in value for i in tokenizer.encode_member(sequence)]
-        return [(head + members + end, True, json.dumps(sorted(value)), 0, len(head),
+        return [(head + members + end, True, 0, json.dumps(sorted(value)), len(head),
                  tokenizer.separator_id)]
     raise ValueError('expected one of: a string "text" or "dna", a list "messages", a list '
                      f'"sequences" of strings that are not empty; found {", ".join(row) or "{}"}')
+
+
+def encode_chat(messages, tools, tokenizer):
+    """A conversation in the words of the teacher's chat template: ids, in-loss flags, skipped.
+
+    Only the assistant's words are in the loss. Its parts are encoded one by one: an answer's first
+    token then starts where generation starts, and no token straddles what is given and what is
+    learnt. skipped: as `Tokenizer.render_chat_parts`, whose errors become one ValueError.
+    """
+    try:
+        parts, skipped = tokenizer.render_chat_parts(messages, tools=tools)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"messages cannot be rendered ({error})") from None
+    parts = [(tokenizer.encode(text, bos=False), learn) for text, learn in parts]
+    in_loss = [learn for ids, learn in parts for _ in ids]
+    return [i for ids, _ in parts for i in ids], in_loss, skipped
 
 
 def tokenise_part(path, tokenizer, eos_id, out, start, stop):
@@ -217,7 +224,7 @@ def tokenise_part(path, tokenizer, eos_id, out, start, stop):
     found = {name: [np.zeros(0, dtype)] for name, dtype in FILES.items()}
     for place, row in (read_text if path.suffix == ".txt" else read_rows)(path, start, stop):
         try:
-            for ids, in_loss, content, skipped, *family in parse_row(row, tokenizer, eos_id):
+            for ids, in_loss, skipped, content, *family in parse_row(row, tokenizer, eos_id):
                 if len(ids) < 2:
                     continue  # nothing to predict
                 ids = np.array(ids, np.uint32)
@@ -1329,14 +1336,13 @@ def working_bytes(run, config, stage, layers, weight_dtype):
             p.data = p.data.to(torch.float32 if is_new(name) else
                                weight_dtype if name in trainable else run.dtype)
             p.grad = torch.empty_like(p) if name in trainable else None  # counted as gradients
-        tokens = torch.zeros(run.micro_batch, run.context, dtype=torch.long)
-        batch = tokens, tokens, tokens
-        targets = [torch.zeros(tokens.numel(), run.topk, dtype=dtype)  # as TargetCache.rows
+        batch = (torch.zeros(run.micro_batch, run.context, dtype=torch.long),) * 3
+        targets = [torch.zeros(batch[0].numel(), run.topk, dtype=dtype)  # as TargetCache.rows
                    for dtype in (torch.int32, torch.float16)] if run.targets else None
         with LiveBytes() as live, torch.enable_grad():
             if stage == "align":
                 with autocast(run):
-                    alignment_losses(student, tokens, tokens, 1.0)
+                    alignment_losses(student, *batch[:2], 1.0)
                 return live.peak, live.peak
             targets = targets or teacher_targets(run, teacher, None, None, (), batch)
             loss, _ = distil_loss(run, student, batch, targets)
@@ -1651,8 +1657,7 @@ def parse_arguments(argv):
     add("--mixer", default="hybrid", choices=MIXERS, help="the paper's, or a part of it alone")
     add("--window", default=512, help="tokens that the window sees", **COUNT)
     add("--sinks", default=4, type=number(int, 0), metavar="N", help="first tokens, seen as well")
-    add("--features", default=4, type=int, choices=(1, 2, 4, 8),
-        help="width of the mLSTM's keys in heads' widths; the paper's is 1")
+    add("--features", default=4, type=int, choices=(1, 2, 4, 8), help="a head's, in its widths")
     add = p.add_argument_group("both stages").add_argument
     add("--context", default=4096, help="tokens a row", **COUNT)
     add("--batch", default=64, help="rows a step", **COUNT)
@@ -1857,8 +1862,8 @@ def finish(run, folders, results, tokenizer, heldout, started):
         students = [x for folder in folders.values() for x in ("--student", str(folder))]
         evaluate.main(["compare", "--teacher", str(run.teacher), *students, "--tasks", *run.tasks,
                        "--out", str(run.out / "report"), "--device", run.device.type])
-    print(f"\n{time.time() - started:.0f} s. The student is in {final}: model.load_pretrained opens "
-          f"it, `python model.py {final}` talks to it")
+    print(f"\n{time.time() - started:.0f} s. The student is in {final}: model.load_pretrained opens"
+          f" it, `python model.py {final}` talks to it")
 
 
 def command(argv=None):
