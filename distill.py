@@ -1657,7 +1657,7 @@ def parse_arguments(argv):
     add("--mixer", default="hybrid", choices=MIXERS, help="the paper's, or a part of it alone")
     add("--window", default=512, help="tokens that the window sees", **COUNT)
     add("--sinks", default=4, type=number(int, 0), metavar="N", help="first tokens, seen as well")
-    add("--features", default=4, type=int, choices=(1, 2, 4, 8), help="a head's, in its widths")
+    add("--features", default=4, type=int, choices=(1, 2, 4, 8), help="mLSTM width, in head widths")
     add = p.add_argument_group("both stages").add_argument
     add("--context", default=4096, help="tokens a row", **COUNT)
     add("--batch", default=64, help="rows a step", **COUNT)

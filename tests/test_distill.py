@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import glob
 import io
 import json
@@ -714,8 +713,8 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
     left = len(left) - 1
     made, write = [], distill.TargetCache.write
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill.TargetCache, "write", lambda self, where, *args: (
-            made.extend(where), write(self, where, *args)))
+        patch.setattr(distill.TargetCache, "write", lambda self, run, where, teacher: (
+            made.extend(where), write(self, run, where, teacher)))
         distill.prepare_targets(run, teacher, tokenizer, [mixture])
     (run.targets / torn).unlink()
     assert len(made) == len(whole) - 1 - left and everything_in(run.targets) == whole
