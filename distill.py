@@ -1077,8 +1077,8 @@ def read_whole(files, name):
 def load_checkpoint(run, stage, trainable, optimizer):
     """Restore the newest whole checkpoint of `stage`; return its step, 0 if there is none.
 
-    A torn one is named and passed over. One written by another number of processes is read by
-    rows; the losses then go on equal up to the order of sums.
+    A torn one is named and passed over. One of another number of processes is read whole and cut
+    into rows; the losses then go on equal up to the order of sums.
     """
     for p in trainable.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
