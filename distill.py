@@ -33,7 +33,6 @@ experts · 10 the command. To learn the method read 2 and 7; a new loss is a cha
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import datetime
@@ -47,15 +46,13 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
 import uuid
 import warnings
 import weakref
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
@@ -75,9 +72,9 @@ from tqdm import tqdm
 
 import evaluate
 from merge import merge
-from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, assign,
-                   check_device, generate, is_new, load_pretrained, load_with_tokenizer, local_rows,
-                   read_json, read_rows, reverse_complement, save_pretrained, save_tensors, sha256,
+from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, check_device,
+                   generate, is_new, load_pretrained, load_with_tokenizer, local_rows, read_json,
+                   read_rows, reverse_complement, save_pretrained, save_tensors, sha256,
                    student_config, student_from_teacher, write_json)
 
 HERE = Path(__file__).resolve().parent
@@ -91,7 +88,8 @@ HERE = Path(__file__).resolve().parent
 # the leftovers of another text in its state. Order is a function of (seed, step), so that a run
 # resumes from one integer, without a loader's state.
 #
-#     file --read_rows / read_text--> documents --encode--> part files --end to end--> FILES
+#     file --read_rows / read_text--> rows --parse_row--> documents as ids --> part files
+#     part files --end to end--> FILES, the same for any number of processes
 #     FILES --Source--> rows of one file --Mixture--> rows by weight --collate--> tensors
 #
 # Token ids lie flat in a file and are mapped into memory, so that a corpus of any size costs none.
@@ -132,20 +130,15 @@ def text_start(file, offset):
     """The first byte at or after `offset` of an open .txt where a piece of it may begin.
 
     A function of the file and the offset alone, so that processes which share a file agree on its
-    pieces without talking. Behind a line end. There may be none for gigabytes: if none is within
-    64 KB, behind a blank, or at least between two characters.
+    pieces without talking. Behind a line end; there may be none for gigabytes: if none is within
+    64 KB, between two characters.
     """
-    size = os.fstat(file.fileno()).st_size
-    if not 0 < offset < size:
-        return max(0, min(offset, size))
     file.seek(offset)
-    ahead = file.read(1 << 16)
-    line_end = ahead.find(b"\n") + 1
-    if not line_end and offset + len(ahead) == size:
-        return size
-    # In UTF-8 a byte 10xxxxxx goes on with a character; any other begins one.
-    characters = (i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80)
-    return offset + (line_end or ahead.find(b" ") + 1 or next(characters, 0))
+    if offset:
+        file.readline(1 << 16)
+        while file.peek(1)[:1] and file.peek(1)[0] & 0xC0 == 0x80:  # goes on with a character
+            file.seek(1, os.SEEK_CUR)
+    return file.tell()
 
 
 def read_text(path, start=0, stop=None):
@@ -170,72 +163,55 @@ def read_text(path, start=0, stop=None):
             start = end
 
 
-def parse_row(row, tokenizer):
-    """A row of a .jsonl -> its documents: (kind, [(text, in_loss), ...], turns skipped) each.
+def parse_row(row, tokenizer, eos_id):
+    """A row of a .jsonl, or a piece of a .txt (a str) -> its documents.
 
+    Each is a tuple: token ids; for each of them whether it is in the loss (True: all are);
+    assistant's turns skipped; a str that is equal for all guises of one content (None: the ids say
+    it); and of a family, the length of its head and its separator.
+
+    `text` is [BOS] text EOS, a piece has no EOS. `dna`: a text, and its reverse complement as
+    another. `messages`: a conversation, with a row's `tools`. `sequences`: a "family" (homologues,
+    molecules) is [BOS], its members with the separator after each, EOS.
     ValueError where the row has none or several of these keys: which is meant is not guessed.
-
-    `text`: a text. `messages`: a conversation, with a row's `tools`, in the words of the teacher's
-    chat template; only the assistant's are in the loss. `sequences`: members of one "family"
-    (homologues, molecules). `dna`: a text, and its reverse complement as another document.
     """
+    plain = partial(tokenizer.encode, specials=False)  # "<|eot|>" in a text means its letters
+    end = [] if eos_id is None else [eos_id]
+    if isinstance(row, str):
+        return [(plain(row), True, 0, None, 0, -1)]
     kinds = {"text": str, "messages": list, "dna": str, "sequences": list}
     found = [kind for kind, type_ in kinds.items() if isinstance(row.get(kind), type_)]
-    content = row[found[0]] if len(found) == 1 else None
+    value = row[found[0]] if len(found) == 1 else None
     if found == ["text"]:
-        return [("text", [(content, True)], 0)]
+        return [(plain(value) + end, True, 0, None, 0, -1)]
     if found == ["messages"]:
-        try:
-            return [("chat", *tokenizer.render_chat_parts(content, tools=row.get("tools")))]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"messages cannot be rendered ({error})") from None
-    if found == ["dna"]:  # the other strand is as good a text
-        return [("dna", [(s, True)], 0) for s in (content, reverse_complement(content))]
-    if found == ["sequences"] and content and all(isinstance(s, str) and s for s in content):
-        return [("family", [(sequence, True) for sequence in content], 0)]
+        return [(*encode_chat(value, row.get("tools"), tokenizer), None, 0, -1)]
+    if found == ["dna"]:  # the other strand is as good a text, and no other content
+        strands = value, reverse_complement(value)
+        return [(plain(strand) + end, True, 0, min(strands), 0, -1) for strand in strands]
+    if found == ["sequences"] and value and all(isinstance(s, str) and s for s in value):
+        head = plain("")  # BOS, or nothing
+        members = [i for sequence in value for i in tokenizer.encode_member(sequence)]
+        return [(head + members + end, True, 0, json.dumps(sorted(value)), len(head),
+                 tokenizer.separator_id)]
     raise ValueError('expected one of: a string "text" or "dna", a list "messages", a list '
                      f'"sequences" of strings that are not empty; found {", ".join(row) or "{}"}')
 
 
-def encode_document(kind, parts, tokenizer, eos_id):
-    """A document of `parse_row` -> its token ids and in-loss flags, two lists of one length.
+def encode_chat(messages, tools, tokenizer):
+    """A conversation in the words of the teacher's chat template: ids, in-loss flags, skipped.
 
-    A text is [BOS] text EOS, a piece has no EOS, a conversation is what its template says, a family
-    is [BOS], its members with the separator after each, EOS. A conversation's parts are encoded one
-    by one: an answer's first token then starts where generation starts, and no token straddles
-    what is given and what is learnt.
+    Only the assistant's words are in the loss. Its parts are encoded one by one: an answer's first
+    token then starts where generation starts, and no token straddles what is given and what is
+    learnt. skipped: as `Tokenizer.render_chat_parts`, whose errors become one ValueError.
     """
-    if kind == "family":
-        ids = tokenizer.encode("", specials=False)  # BOS, or nothing
-        ids += [i for text, _ in parts for i in tokenizer.encode_member(text)]
-        in_loss = [True] * len(ids)
-    else:
-        ids, in_loss, is_chat = [], [], kind == "chat"
-        for text, learn in parts:
-            # A plain text that spells a special token means letters, a template means the token.
-            new = tokenizer.encode(text, bos=False if is_chat else None, specials=is_chat)
-            ids += new
-            in_loss += [learn] * len(new)
-    if kind in ("text", "dna", "family") and eos_id is not None:
-        ids.append(eos_id)
-        in_loss.append(True)
-    return ids, in_loss
-
-
-def identify_document(kind, parts, ids, tokenizer):
-    """The hash, head and separator of a row of documents.bin.
-
-    The hash is the same for both strands of DNA, and for a family in any order of its members, so
-    that what is held out is not trained on in another guise.
-    """
-    content, family = ids.tobytes(), (0, -1)
-    if kind == "dna":
-        strand = parts[0][0]
-        content = min(strand, reverse_complement(strand)).encode()
-    elif kind == "family":
-        content = json.dumps(sorted(text for text, _ in parts)).encode()
-        family = len(tokenizer.encode("", specials=False)), tokenizer.separator_id
-    return zlib.crc32(content), *family
+    try:
+        parts, skipped = tokenizer.render_chat_parts(messages, tools=tools)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"messages cannot be rendered ({error})") from None
+    parts = [(tokenizer.encode(text, bos=False), learn) for text, learn in parts]
+    in_loss = [learn for ids, learn in parts for _ in ids]
+    return [i for ids, _ in parts for i in ids], in_loss, skipped
 
 
 def tokenise_part(path, tokenizer, eos_id, out, start, stop):
@@ -248,15 +224,15 @@ def tokenise_part(path, tokenizer, eos_id, out, start, stop):
     found = {name: [np.zeros(0, dtype)] for name, dtype in FILES.items()}
     for place, row in (read_text if path.suffix == ".txt" else read_rows)(path, start, stop):
         try:
-            documents = [("piece", [(row, True)], 0)] if isinstance(row, str) else (
-                parse_row(row, tokenizer))
-            for kind, parts, skipped in documents:
-                ids, in_loss = encode_document(kind, parts, tokenizer, eos_id)
+            for ids, in_loss, skipped, content, *family in parse_row(row, tokenizer, eos_id):
                 if len(ids) < 2:
                     continue  # nothing to predict
-                ids, in_loss = np.array(ids, np.uint32), np.array(in_loss, bool)
-                described = (len(ids), in_loss[1:].sum(), skipped,
-                             *identify_document(kind, parts, ids, tokenizer))
+                ids = np.array(ids, np.uint32)
+                in_loss = np.broadcast_to(np.array(in_loss, bool), len(ids))
+                # What is held out is not trained on in another guise: one hash for both strands of
+                # DNA, and for a family in any order of its members.
+                key = zlib.crc32(ids.tobytes() if content is None else content.encode())
+                described = len(ids), in_loss[1:].sum(), skipped, key, *family
                 for name, value in zip(FILES, (ids, in_loss, np.array([described], DOCUMENT))):
                     found[name].append(value)
         except ValueError as error:
@@ -296,7 +272,7 @@ def tokenise_parts(path, tokenizer, eos_id, parts, workers):
     make = partial(tokenise_part, path, Path(tokenizer.path).parent, eos_id)
     try:
         yield from pool.map(make, *zip(*parts))
-    except BrokenProcessPool:
+    except BrokenExecutor:
         raise OSError("a worker process was killed; is there too little memory?") from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -310,7 +286,7 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
     the hashes of the text and of the tokenizer's files, so a second call with the same input finds
     the first one's work. One call at a time. Raises ValueError naming file and line, or OSError.
     """
-    key = (f"{DATA_FORMAT} {eos_id} {tokenizer.separator_id} {path.suffix} {file_sha256(path)} "
+    key = (f"{DATA_FORMAT} {eos_id} {tokenizer.separator_id} {path.suffix} {sha256(path)} "
            f"{tokenizer_sha256(tokenizer)}")
     folder = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.exists():
@@ -343,28 +319,13 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
     return folder
 
 
-@cache
-def _sha256(path, size, time_ns):
-    return sha256(path)
-
-
-def file_sha256(path):
-    """sha256 of a file.
-
-    A process reads it once, as long as its size and time stay the same: a run asks for the hashes
-    of weights and data several times, and 16 GB of weights take half a minute.
-    """
-    stat = path.stat()
-    return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
 def teacher_sha256(folder):
     """One digest of the files that decide what a teacher computes: its weights and config.json.
 
     Stored targets and a run's settings carry it, so that neither is continued with another teacher.
     """
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
-    return hashlib.sha256(" ".join(map(file_sha256, files)).encode()).hexdigest()
+    return hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()
 
 
 def tokenizer_sha256(tokenizer):
@@ -472,18 +433,16 @@ class Mixture:
 
     def __init__(self, sources, weights, total_rows, seed, reorder=True):
         self.sources, self.seed, self.orders, self.reorder = sources, seed, {}, reorder
-        self.which = interleave(weights, total_rows)
-        self.nth = np.empty(total_rows, np.int64)
-        for s in range(len(sources)):
-            chosen = self.which == s
-            self.nth[chosen] = np.arange(chosen.sum())
+        self.which, self.nth = interleave(weights, total_rows)
 
     def locate(self, i):
         """Row i of the mixture is row j of source s: (s, j)."""
         s = int(self.which[i])
         epoch, j = divmod(int(self.nth[i]), self.sources[s].num_rows)
         if self.orders.get(s, (None,))[0] != epoch:
-            self.orders[s] = epoch, row_order(self.seed, s, epoch, self.sources[s].num_rows)
+            # Seeded by all that it depends on, and by no state: no epoch needs those before.
+            rng = np.random.default_rng((self.seed, s, epoch))
+            self.orders[s] = epoch, rng.permutation(self.sources[s].num_rows)
         return s, int(self.orders[s][1][j])
 
     def row(self, i):
@@ -493,48 +452,21 @@ class Mixture:
         return self.sources[s].row(j, order if self.reorder else None)
 
 
-def row_order(seed, s, epoch, n):
-    """The order in which source s gives its n rows in an epoch: a permutation of range(n).
-
-    Seeded by all that it depends on, and by no state: any epoch can be had without those before.
-    """
-    return np.random.default_rng((seed, s, epoch)).permutation(n)
-
-
 def interleave(weights, n):
-    """(n,) uint16: the source of each row. Any first m of them hold m * share to within one row.
+    """(n,) uint16, (n,) int64: the source of each row, and its how-manieth of that source it is.
 
-    The quota method (Balinski and Young, 1975): of the sources that are behind their share, the one
-    whose next row is due first. Sorting by due time alone gives a large source, against many small
-    ones, its rows too early.
+    Any first m rows hold m * share of each source to within one row. The quota method (Balinski and
+    Young, 1975): of the sources that are behind their share, the one whose next row is due first.
+    Sorting by due time alone gives a large source, against many small ones, its rows too early.
     """
     share = [w / sum(weights) for w in weights]
-    given, order = [0] * len(share), np.empty(n, np.uint16)
+    given, which, nth = [0] * len(share), np.empty(n, np.uint16), np.empty(n, np.int64)
     for m in range(n):
         behind = [s for s, p in enumerate(share) if given[s] < p * (m + 1)]
         s = min(behind, key=lambda s: (given[s] + 1) / share[s])
+        which[m], nth[m] = s, given[s]
         given[s] += 1
-        order[m] = s
-    return order
-
-
-def parse_data(spec):
-    """One --data argument FILE[=WEIGHT] -> (path, weight or None); ValueError naming the flag."""
-    name, equals, weight = spec.rpartition("=")
-    if not equals or Path(spec).exists():
-        name, weight = spec, "nothing"
-    path = Path(name)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"--data {spec}: expected FILE.txt or FILE.jsonl, optionally =WEIGHT")
-    if not path.is_file():
-        raise FileNotFoundError(f"--data {spec}: there is no file {path}")
-    try:
-        weight = None if weight == "nothing" else float(weight)
-    except ValueError:
-        raise ValueError(f"--data {spec}: the weight {weight!r} is not a number") from None
-    if weight is not None and not 0 < weight < math.inf:
-        raise ValueError(f"--data {spec}: the weight must be positive and finite")
-    return path, weight
+    return which, nth
 
 
 def open_data(run, tokenizer, eos_id):
@@ -546,11 +478,11 @@ def open_data(run, tokenizer, eos_id):
     nothing and look like success.
     """
     train, weights, heldout = [], [], []
-    for path, weight in map(parse_data, run.data):
+    for path, weight in run.data:
         folder = tokenise(path, tokenizer, eos_id, run.out / "data")
-        train.append(Source(path.stem, folder, "train", run.context))
-        heldout.append(Source(path.stem, folder, "heldout", run.context))
-        for source, split in ((train[-1], "training"), (heldout[-1], "held-out")):
+        for sources, split in ((train, "train"), (heldout, "heldout")):
+            source = Source(path.stem, folder, split, run.context)
+            sources.append(source)
             if source.num_rows == 0:
                 raise ValueError(f"--data {path}: {source.total} {split} tokens do not fill a row "
                                  f"of --context {run.context}; give more text or a shorter context")
@@ -786,9 +718,8 @@ def sum_gradients(trainable):
     """
     if dist.is_initialized():
         grads = [p.grad for p in trainable.values()]
-        flat = all_sum(torch.cat([g.flatten() for g in grads]))
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(part.view_as(g))
+        flat = all_sum(nn.utils.parameters_to_vector(grads))
+        nn.utils.vector_to_parameters(flat, grads)
 
 
 def clip_gradients(trainable):
@@ -879,11 +810,6 @@ class TargetCache:
         """The file of row j of source s. A folder holds a thousand: more are slow to list."""
         return self.folder / self.sources[s].name / f"{j // 1000:06d}" / f"{j:09d}"
 
-    def is_whole(self, s, j):
-        """Whether row j of source s is there."""
-        path = self.path(s, j)
-        return path.exists() and path.stat().st_size == self.row_type.itemsize
-
     def rows(self, where, device="cpu"):
         """[(source, row), ...] -> ids (N, T, k) int32 and log-probs (N, T, k) fp16, from the disk.
 
@@ -903,15 +829,12 @@ class TargetCache:
             logprobs.append(targets["logprobs"])
         return tuple(torch.from_numpy(np.stack(x)).to(device) for x in (ids, logprobs))
 
-    def write(self, where, teacher, device):
+    def write(self, run, where, teacher):
         """Make the targets of rows [(source, row), ...], one micro-batch."""
         out = np.zeros(len(where), self.row_type)
-        targets = out["targets"]
-        shape = targets["low"].shape  # (N, T, k)
-        tokens, document_ids, _ = collate([self.sources[s].row(j) for s, j in where], device)
-        with torch.no_grad():
-            ids, logprobs = teacher(tokens, document_ids=document_ids,
-                                    head=partial(teacher_topk, k=shape[-1]))
+        targets, shape = out["targets"], out["targets"]["low"].shape  # (N, T, k)
+        batch = collate([self.sources[s].row(j) for s, j in where], run.device)
+        ids, logprobs = teacher_targets(run, teacher, None, None, where, batch)
         ids = ids.cpu().numpy().reshape(shape)
         targets["low"] = ids & 0xFFFF
         if "high" in targets.dtype.names:
@@ -940,7 +863,7 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
         "context": run.context, "k": min(run.topk, config.vocab_size),
         "vocab_size": config.vocab_size})
     needed = sorted({m.locate(i) for m in mixtures for i in range(len(m.which))})
-    missing = [row for row in needed if not cache.is_whole(*row)]
+    missing = [row for row in needed if not cache.path(*row).exists()]
     row_bytes, size = cache.row_type.itemsize, tqdm.format_sizeof
     need, free = len(missing) * row_bytes, shutil.disk_usage(run.targets).free
     if rank == 0:
@@ -956,8 +879,7 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
         for a in range(0, len(mine), run.micro_batch):
             part = mine[a:a + run.micro_batch]
             try:
-                with autocast(run):
-                    cache.write(part, teacher, run.device)
+                cache.write(run, part, teacher)
             except OSError as error:
                 raise OSError(f"--targets {run.targets}: {error}. The rows before are whole, and "
                               "the same command goes on behind them") from None
@@ -1101,7 +1023,7 @@ def save_checkpoint(run, stage, step, trainable, optimizer):
     writes its own rows of sharded tensors, the first one those that all hold alike. Frozen weights
     are not in it: they come from the teacher (stage I) or seed/ (stage II).
     """
-    path = run.checkpoints / f"{stage}-{step:08d}"
+    path = run.out / "checkpoints" / f"{stage}-{step:08d}"
     tmp = path.with_name(path.name + ".tmp")
     if run.rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -1131,67 +1053,50 @@ def checkpoints(run, stage):
 
     One that is still being written has another name, and is not among them.
     """
-    return sorted(run.checkpoints.glob(f"{stage}-{'[0-9]' * 8}"))
+    return sorted((run.out / "checkpoints").glob(f"{stage}-{'[0-9]' * 8}"))
 
 
-class StoredState:
-    """The tensors of one kind of STATE in a checkpoint, whatever number of processes wrote it.
+def open_state(path, state):
+    """The open files of one kind of STATE in a checkpoint, whatever number of processes wrote it.
 
-    FSDP2 cuts every tensor along its first axis, so the files, one behind the other, hold its rows
-    in order; whoever wants rows a..b finds them without holding the rest.
+    FSDP2 cuts every tensor along its first axis, so each file holds the next rows of all tensors.
     Raises ValueError for a torn checkpoint.
     """
+    try:
+        return [safe_open(path / f"{state}-{i:04d}.safetensors", framework="pt")
+                for i in range(read_json(path / "manifest.json")["files"])]
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read ({error})") from None
 
-    def __init__(self, path, state):
-        try:
-            manifest = read_json(path / "manifest.json")
-            self.world = manifest["world"]
-            self.files = [safe_open(path / f"{state}-{i:04d}.safetensors", framework="pt")
-                          for i in range(manifest["files"])]
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise ValueError(f"checkpoint {path} cannot be read ({error})") from None
 
-    def names(self):
-        """Of all tensors; every file holds some rows of each."""
-        return self.files[0].keys()
-
-    def rows(self, name, first=0, count=None):
-        """Rows first ... first + count of a tensor (all by default): each file holds the next."""
-        pieces, start = [], 0
-        for file in self.files:
-            stored = file.get_slice(name)
-            size = stored.get_shape()[0]
-            a, b = max(first - start, 0), size if count is None else first + count - start
-            if a < min(b, size):
-                pieces.append(stored[a:min(b, size)])
-            start += size
-        return torch.cat(pieces)
+def read_whole(files, name):
+    """A tensor of `open_state`'s files, all its rows: one at a time, for all are 96 GB (8B)."""
+    return torch.cat([file.get_tensor(name) for file in files])
 
 
 def load_checkpoint(run, stage, trainable, optimizer):
     """Restore the newest whole checkpoint of `stage`; return its step, 0 if there is none.
 
-    A torn one is named and passed over. One written by another number of processes is read by
-    rows; the losses then go on equal up to the order of sums.
+    A torn one is named and passed over. One of another number of processes is read whole and cut
+    into rows; the losses then go on equal up to the order of sums.
     """
     for p in trainable.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     for path in reversed(checkpoints(run, stage)):
         try:
-            stored = {state: StoredState(path, state) for state in STATE}
+            files = {state: open_state(path, state) for state in STATE}
         except ValueError as error:
             print(f"{error}; trying the one before")
             continue
-        step = int(path.name.rpartition("-")[2])
+        manifest = read_json(path / "manifest.json")
+        step, world = manifest["step"], manifest["world"]
         for name, p in trainable.items():
-            weight, first = local_rows(p.detach())
             optimizer.state[p]["step"].fill_(step)
             for state in STATE:
-                into = weight if state == "weight" else local_rows(optimizer.state[p][state])[0]
-                if len(into):
-                    into.copy_(stored[state].rows(name, first, len(into)))
-        world = stored["weight"].world
+                into, first = local_rows(p.detach() if state == "weight" else
+                                         optimizer.state[p][state])
+                into.copy_(read_whole(files[state], name)[first:first + len(into)])
         print(f"resuming {stage} from {path}" + ("" if world == run.world else (
             f", written by {world} processes, now {run.world}: sums change their order, so losses "
             "go on equal to rounding, not to the bit")))
@@ -1199,25 +1104,18 @@ def load_checkpoint(run, stage, trainable, optimizer):
     return 0
 
 
-class StopRequested:
-    """True after Ctrl-C or SIGTERM: loops finish their step, save and leave. A second one kills.
+def catch_stop():
+    """A list, empty until Ctrl-C or SIGTERM: loops then finish their step, save and leave.
 
-    A flag and no exception, so that no step is cut in two. torchrun kills its processes half a
-    minute after it has handed a signal on: with longer steps --save-every is what can be relied on.
+    No exception, so that no step is cut in two. A second signal finds the default, which kills.
+    torchrun kills its processes half a minute after it has handed a signal on: with longer steps
+    --save-every is what can be relied on.
     """
-
-    def __init__(self):
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.remember)
-
-    def remember(self, number, frame):
-        """The handler of both signals; the next one finds the default, which ends the process."""
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def __bool__(self):
-        return self.signal is not None
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (
+            stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    return stop
 
 
 class Stopped(Exception):
@@ -1260,11 +1158,9 @@ def align(run, student, mixture, stop):
             losses = 0.0  # per layer, the mean over the whole batch
             for part in my_micro_batches(run, step):
                 tokens, ids, _ = collate(map(mixture.row, part), run.device)
-                progress.lap("data")
                 with autocast(run):
                     scale = len(part) / run.batch
                     losses = losses + scale * alignment_losses(student, tokens, ids, scale)
-                progress.lap("teacher and student, layer by layer")
             sum_gradients(trainable)
             norm = clip_gradients(trainable)
             # Whether to stop is summed as well: all processes leave after the same step, or none.
@@ -1283,19 +1179,28 @@ def align(run, student, mixture, stop):
     tqdm.write("loss per layer: " + " ".join(f"{x:.2e}" for x in losses))
 
 
-def distil_loss(run, student, teacher, cache, mixture, part, batch, lap=lambda part: None):
-    """Eq. 13 of a micro-batch `batch` = (tokens, ids, labels), rows `part` of the mixture.
+def teacher_targets(run, teacher, cache, mixture, part, batch):
+    """What the teacher says of rows `part` of the mixture: ids and log-probabilities of its top k.
 
-    What the teacher says comes from `cache`, a TargetCache, or else from the teacher, as they go.
-    lap: is told when the teacher is done. Returns what `sparse_kd_loss` does.
+    From `cache`, a TargetCache, or else from the teacher, which reads `batch` = (tokens, ids,
+    labels) as they go.
     """
-    tokens, ids, labels = batch
     if cache:
-        targets = cache.rows([mixture.locate(i) for i in part], run.device)
-    else:
-        with torch.no_grad(), autocast(run):
-            targets = teacher(tokens, document_ids=ids, head=partial(teacher_topk, k=run.topk))
-    lap("teacher")
+        return cache.rows([mixture.locate(i) for i in part], run.device)
+    tokens, ids, _ = batch
+    with torch.no_grad(), autocast(run):
+        return teacher(tokens, document_ids=ids, head=partial(teacher_topk, k=run.topk))
+
+
+def distil_loss(run, student, batch, targets):
+    """Eq. 13 of a micro-batch `batch` = (tokens, ids, labels): what `sparse_kd_loss` returns.
+
+    With --recompute a block keeps its input only, and runs a second time in the backward pass: four
+    passes' work in the place of three.
+    """
+    for block in student.model["layers"]:
+        block.recompute = run.recompute
+    tokens, ids, labels = batch
     with autocast(run):
         return student(tokens, document_ids=ids, head=lambda h, w: (
             sparse_kd_loss(h, w, labels, *targets, gamma=run.gamma, beta=run.beta)))
@@ -1321,16 +1226,13 @@ def distil(run, student, teacher, cache, mixture, heldout, stop):
             # The mean is over all labels of the step, so it must know their number first. Means of
             # micro-batches, averaged, would weigh a label the more, the fewer its row has.
             valid = all_sum(sum((labels != -100).sum() for _, _, labels in batches))
-            progress.lap("data")
             sums = torch.zeros(3, device=run.device)  # ce, kl, whether to stop
             for part, batch in zip(parts, batches):
-                loss, terms = distil_loss(run, student, teacher, cache, mixture, part, batch,
-                                          progress.lap)
-                progress.lap("student and loss")
+                targets = teacher_targets(run, teacher, cache, mixture, part, batch)
+                loss, terms = distil_loss(run, student, batch, targets)
                 share = (batch[2] != -100).sum() / valid.clamp_min(1)
                 (loss * share * run.world).backward()  # FSDP2 takes the mean over processes
                 sums[:2] += torch.stack((terms["ce"], terms["kl"])) * share
-                progress.lap("backward")
             sums[2] = bool(stop)
             ce, kl, stopping = all_sum(sums).tolist()
             norm = clip_gradients(trainable)
@@ -1358,11 +1260,9 @@ def distil(run, student, teacher, cache, mixture, heldout, stop):
 
 
 def rows_of_step(mixture, run, step):
-    """The rows of a step in words: "a 5, 17; b 3", for who must look at what a step has read."""
-    found = {}
-    for s, j in map(mixture.locate, range(step * run.batch, (step + 1) * run.batch)):
-        found.setdefault(mixture.sources[s].name, []).append(str(j))
-    return "; ".join(f"{name} {', '.join(rows)}" for name, rows in found.items())
+    """[(source, row), ...] of a step, for who must look at what it has read."""
+    rows = map(mixture.locate, range(step * run.batch, (step + 1) * run.batch))
+    return [(mixture.sources[s].name, j) for s, j in rows]
 
 
 def check_finite(run, mixture, stage, step, *values):
@@ -1373,17 +1273,18 @@ def check_finite(run, mixture, stage, step, *values):
     """
     if not all(math.isfinite(float(v)) for v in values):
         raise ValueError(f"{stage} step {step + 1}: loss or gradient is not finite; no update was "
-                         f"made. The last good state is in {run.checkpoints}; lower the learning "
-                         "rate in a new --out, or look at what this step read: rows of "
-                         f"{run.context} tokens, {rows_of_step(mixture, run, step)}")
+                         f"made. The last good state is in {run.out}; lower the learning rate in a "
+                         "new --out, or look at what this step read, rows of "
+                         f"{run.context} tokens: {rows_of_step(mixture, run, step)}")
 
 
 # ----------------------------------------------------------------------------------------------
 # 8. Memory and time: before a run, and while it goes on
 # ----------------------------------------------------------------------------------------------
 # Both are measured, not guessed. Memory: a step is run on tensors that have a shape and no storage,
-# of a model of few layers, and what is alive is counted. Time: a micro-batch of each stage is run
-# before the first step, and the real steps 2 to 4 of each stage are timed part by part.
+# of a model of few layers, and what is alive is counted. Time: the real steps 2 to 4 of a stage
+# tell its length, with all that a step does: data, both models, the update, other processes. For
+# stage II's before stage I is done, run it alone for a few steps (--align-tokens 0, another --out).
 
 
 class LiveBytes(TorchDispatchMode):
@@ -1394,17 +1295,12 @@ class LiveBytes(TorchDispatchMode):
     C++ side of autograd keeps for the backward pass is such a tensor too, and so is counted.
     """
 
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
+    now = peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.update(storages((args, kwargs)))  # what was made outside is not counted
         out = func(*args, **(kwargs or {}))
-        for storage in storages(out):
-            if storage in self.seen:
-                continue
-            self.seen.add(storage)
+        # What shares its memory with an argument is a view of it, or was written in place.
+        for storage in storages(out) - storages((args, kwargs)):
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self.free, storage.nbytes())
@@ -1416,10 +1312,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(values):
-    """The set of memory blocks behind all tensors in a nest of tuples and dicts.
-
-    Views of one tensor share a block, so a set counts it once.
-    """
+    """The set of memory blocks behind all tensors in a nest of tuples and dicts."""
     return {x.untyped_storage() for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
 
 
@@ -1433,33 +1326,26 @@ def working_bytes(run, config, stage, layers, weight_dtype):
     """
     config = dataclasses.replace(config, num_layers=layers,
                                  layer_windows=config.layer_windows[:layers])
-    with torch.device("meta"):
-        student = Transformer(config)
-        teacher = Transformer(dataclasses.replace(config, hybrid=None))
-    which = "new" if stage == "align" else run.train
     with FakeTensorMode(), torch.no_grad():
-        for model in (student, teacher):
-            for name, p in list(model.named_parameters()):
-                trains = model is student and TRAIN[which](name)
-                dtype = torch.float32 if is_new(name) else weight_dtype if trains else run.dtype
-                assign(model, name, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
-        teacher.requires_grad_(False)
-        for block in student.model["layers"]:
-            block.recompute = run.recompute
-        for p in select_trainable(student, which).values():  # they are counted as gradients
-            p.grad = torch.empty_like(p)
-        tokens = torch.zeros(run.micro_batch, run.context, dtype=torch.long)
-        batch, stored = (tokens, tokens, tokens), None
-        if run.targets:  # as TargetCache.rows returns them
-            targets = [torch.zeros(tokens.numel(), run.topk, dtype=dtype)
-                       for dtype in (torch.int32, torch.float16)]
-            stored = argparse.Namespace(rows=lambda where, device: targets)
+        student = Transformer(config)
+        teacher = Transformer(dataclasses.replace(config, hybrid=None)).requires_grad_(False)
+        for p in teacher.parameters():
+            p.data = p.data.to(run.dtype)
+        trainable = select_trainable(student, "new" if stage == "align" else run.train)
+        for name, p in student.named_parameters():
+            p.data = p.data.to(torch.float32 if is_new(name) else
+                               weight_dtype if name in trainable else run.dtype)
+            p.grad = torch.empty_like(p) if name in trainable else None  # counted as gradients
+        batch = (torch.zeros(run.micro_batch, run.context, dtype=torch.long),) * 3
+        targets = [torch.zeros(batch[0].numel(), run.topk, dtype=dtype)  # as TargetCache.rows
+                   for dtype in (torch.int32, torch.float16)] if run.targets else None
         with LiveBytes() as live, torch.enable_grad():
             if stage == "align":
                 with autocast(run):
-                    alignment_losses(student, tokens, tokens, 1.0)
+                    alignment_losses(student, *batch[:2], 1.0)
                 return live.peak, live.peak
-            loss, _ = distil_loss(run, student, teacher, stored, None, (), batch)
+            targets = targets or teacher_targets(run, teacher, None, None, (), batch)
+            loss, _ = distil_loss(run, student, batch, targets)
             forward, live.peak = live.peak, live.now
             loss.backward()
             return forward, live.peak
@@ -1490,14 +1376,11 @@ def plan_memory(run, config, stage, stored=None):
         blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
         needs["gathered"] = half * (2 * (total - sum(blocks)) + 4 * max(blocks))
     # By running few layers; all would take many minutes, at a third of a millisecond an operation.
-    # Stage I lets go of a layer before the next. In stage II each peak grows by as much with every
-    # layer, the first aside: 2 and 3 tell of them all.
-    weight_dtype = run.dtype if sharded else torch.float32
-    few = min(2 if stage == "distil" else 1, config.num_layers)
-    counts = {few, min(few + 1, config.num_layers)} if stage == "distil" else {few}
-    peaks = [working_bytes(run, config, stage, n, weight_dtype) for n in sorted(counts)]
-    needs["at work"] = max(a + (config.num_layers - few) * (b - a)
-                           for a, b in zip(peaks[0], peaks[-1]))
+    # Each peak grows by as much with every layer, the first aside: 2 and 3 tell of them all.
+    weight_dtype, few = run.dtype if sharded else torch.float32, min(2, config.num_layers)
+    peaks = [working_bytes(run, config, stage, layers, weight_dtype)
+             for layers in (few, min(3, config.num_layers))]
+    needs["at work"] = max(a + (config.num_layers - few) * (b - a) for a, b in zip(*peaks))
     return needs | {"in all": sum(needs.values())}
 
 
@@ -1525,124 +1408,49 @@ def show_plan(run):
         print(f"  {stage:<7}" + "  ".join(f"{k} {v / 1e9:.3g}" for k, v in needs.items()))
 
 
-def show_time(run, student, teacher, cache, students):
-    """Before training: say how long each stage will take, and what to set if it is beyond a day.
-
-    A micro-batch of each is run without an update: what `align` and `distil` call for each of
-    theirs. Up to three times within a minute, and the best counts, as the first compiles kernels.
-    Under torchrun stage II is sharded, which only its own first steps can time.
-    """
-    mixture, part = next(iter(students.values()))[1], my_micro_batches(run, 0)[0]
-    batch, tokens = collate(map(mixture.row, part), run.device), run.batch * run.context
-
-    def align_once():
-        with autocast(run):
-            alignment_losses(student, *batch[:2], 1.0)
-
-    def distil_once():
-        distil_loss(run, student, teacher, cache, mixture, part, batch)[0].backward()
-
-    distil_steps = sum(own.distil_steps for own, _ in students.values())
-    for stage, skipped, which, run_once, steps, flag in (
-            ("align", why_no_align(run), "new", align_once, run.align_steps, "--align-tokens"),
-            ("distil", dist.is_initialized(), run.train, distil_once, distil_steps, "--tokens")):
-        if skipped:
-            continue
-        select_trainable(student, which)
-        seconds, started = [], time.perf_counter()
-        while len(seconds) < 3 and sum(seconds) < 60:
-            run_once()
-            synchronise(run.device)
-            seconds.append(time.perf_counter() - started - sum(seconds))
-        student.zero_grad()
-        speed = batch[0].numel() * run.world / min(seconds)
-        total = steps * tokens / speed
-        print(f"time      {stage}: about {tqdm.format_interval(total)} (hours:minutes:seconds) at "
-              f"{speed:,.0f} tokens/s")
-        if total > 86400:
-            budget = vars(run)[flag[2:].replace("-", "_")] * 86400 / total
-            print(f"          That is {total / 86400:,.0f} days. {flag} {budget:.1e} takes one, in "
-                  f"{budget / tokens:,.1f} steps: hundreds are needed, with a smaller --batch and "
-                  "--context there are more")
-    student.requires_grad_(False)
-
-
-def synchronise(device):
-    """Wait for what a GPU still has to do, so that a clock tells the truth.
-
-    PyTorch only queues work there: without this a step seems to take no time, and what waits for
-    its result all of it.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def describe(run, title, student, trainable, steps):
-    """Say what is about to train, before it does: a wrong --train or budget shows here, not after.
-
-    Parameters of all layers are listed together, by the name that they have in each.
-    """
-    kinds = collections.Counter()
-    for name, p in trainable.items():
-        kinds[re.sub(r"^model\.|layers\.\d+\.", "", name)] += p.numel()
-    total, tokens = sum(p.numel() for p in student.parameters()), run.batch * run.context
-    print(f"\n{title}: {steps} steps of {run.batch} x {run.context} = {tokens:,} tokens, "
-          f"{steps * tokens:,} in all\n  {kinds.total():,} of {total:,} parameters train "
-          f"({kinds.total() / total:.2%}), the others are frozen:")
-    print(textwrap.fill(", ".join(f"{kind} ({n:,})" for kind, n in kinds.items()), 96,
-                        initial_indent="    ", subsequent_indent="    "))
+    """Say what is about to train, before it does: a wrong --train or budget shows here."""
+    train, total = (sum(p.numel() for p in x) for x in (trainable.values(), student.parameters()))
+    print(f"\n{title}: {steps} steps of {run.batch} x {run.context} tokens, "
+          f"{steps * run.batch * run.context:,} in all\n  {train:,} of {total:,} parameters train "
+          f"({train / total:.2%}), the others are frozen")
 
 
 class Progress(tqdm):
-    """What a stage shows while it trains: a bar with the time left, and log.jsonl, a line a step.
+    """What a stage shows while it trains: a bar, and log.jsonl, a line a step.
 
-    And after its fourth step in this process one line of speed: tokens/s, the share of each part,
-    the length of the stage. `lap` times the parts inside the real steps 2 to 4 (the first warms
-    up). It waits for the GPU each time, so it leaves the later steps alone.
+    And after its fourth step in this process how long the stage takes at the speed of the three
+    before (the first warms up, as it compiles kernels), and what to set if it is beyond a day.
     """
 
-    TIMED = 3
-
     def __init__(self, run, stage, first, steps):
-        self.run, self.stage, self.steps = run, stage, steps
-        self.taken, self.seconds, self.last = 0, collections.Counter(), 0.0
+        self.run, self.stage, self.steps, self.times = run, stage, steps, []
         self.tokens = run.batch * run.context
         super().__init__(desc=stage, total=steps * self.tokens, initial=first * self.tokens,
                          unit="tok", unit_scale=True, dynamic_ncols=True, disable=run.rank > 0)
 
-    def lap(self, part):
-        """The time since the last lap went into `part` of a step.
-
-        The same part may come several times in a step, once for each micro-batch.
-        """
-        if self.taken <= self.TIMED:
-            synchronise(self.run.device)
-            now = time.perf_counter()
-            self.seconds[part] += now - self.last if self.taken else 0
-            self.last = now
-
     def log(self, step, **metrics):
         """A step is done: bar and log.jsonl (stage, step from 1, metrics)."""
-        self.lap("update")
-        self.taken += 1
-        if self.taken == self.TIMED + 1:
-            self.show_speed()
-        metrics = {key: float(value) for key, value in metrics.items()}
+        metrics = {key: float(value) for key, value in metrics.items()}  # waits for a GPU
         self.update(self.tokens)
         self.set_postfix({key: f"{value:.3g}" for key, value in metrics.items()})
         if self.run.rank == 0:
             with open(self.run.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": self.stage, "step": step + 1, **metrics}) + "\n")
+            self.times.append(time.perf_counter())
+            if len(self.times) == 4:
+                self.show_time((self.times[3] - self.times[0]) / 3)
 
-    def show_speed(self):
-        """Print the speed of the timed steps, and on a GPU the largest memory so far."""
-        total, device = self.seconds.total(), self.run.device
-        parts = ", ".join(f"{part} {s / total:.0%}" for part, s in self.seconds.items())
-        memory = "" if device.type != "cuda" else (
-            f"; peak memory {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB")
-        if self.run.rank == 0:
-            self.write(f"{self.stage}: {self.TIMED * self.tokens / total:,.0f} tokens/s ({parts}), "
-                       f"{self.format_interval(self.steps * total / self.TIMED)} in all{memory}")
+    def show_time(self, seconds):
+        """Print the speed of steps that take so long, and the length of the stage."""
+        days = self.steps * seconds / 86400
+        self.write(f"{self.stage}: {self.tokens / seconds:,.0f} tokens/s, "
+                   f"{self.format_interval(days * 86400)} (hours:minutes:seconds) in all")
+        if days > 1:
+            flag = "--align-tokens" if self.stage == "align" else "--tokens"
+            self.write(f"That is {days:,.0f} days. {flag} {self.total / days:.1e} takes one, in "
+                       f"{self.steps / days:,.0f} steps: hundreds are needed, with a smaller "
+                       "--batch and --context there are more")
 
 
 def report(results):
@@ -1690,20 +1498,8 @@ def open_model(run, directory, train=None):
         return torch.float32 if train and TRAIN[train](name) else frozen_dtype(run)
 
     prepare = partial(shard, device=run.device, dtype=run.dtype) if dist.is_initialized() else None
-    model = load_pretrained(directory, device=run.device, dtype=dtype, kernels=run.kernels,
-                            prepare=prepare)
-    return with_recompute(run, model.requires_grad_(False))
-
-
-def with_recompute(run, model):
-    """The model, its blocks set to --recompute.
-
-    Where gradients are formed, a block then keeps its input only and runs a second time in the
-    backward pass: four passes' work in the place of three.
-    """
-    for block in model.model["layers"]:
-        block.recompute = run.recompute
-    return model
+    return load_pretrained(directory, device=run.device, dtype=dtype, kernels=run.kernels,
+                           prepare=prepare).requires_grad_(False)
 
 
 def new_student(run, teacher):
@@ -1713,16 +1509,14 @@ def new_student(run, teacher):
     """
     if run.start:
         student = open_model(run, run.start)
-        if dataclasses.replace(student.config, hybrid=None) != teacher.config:
+        like = student.config.hybrid and dataclasses.replace(student.config, hybrid=None)
+        if like != teacher.config:
             raise ValueError(f"--start {run.start}: its config.json is not of a student of "
                              f"{run.teacher}")
     else:
-        student = with_recompute(run, student_from_teacher(
-            teacher, window=run.window, sinks=run.sinks, mixer=run.mixer, features=run.features,
-            kernels=run.kernels))
+        student = student_from_teacher(teacher, window=run.window, sinks=run.sinks, mixer=run.mixer,
+                                       features=run.features, kernels=run.kernels)
     hybrid = student.config.hybrid
-    if hybrid is None:
-        raise ValueError(f"--start {run.start} is a teacher, not a student")
     print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks, "
           f"{hybrid.features} x head_dim features; on {run.device} in {str(run.dtype)[6:]}, "
           f"kernels: {student.kernels}")
@@ -1741,13 +1535,12 @@ def plan_students(run, sources, weights):
         names = [source.name for source in sources]
         plans = {name: ([0.7 if n == name else 0.3 / (len(names) - 1) for n in names],
                         run.distil_steps, run.out / name) for name in names}
-        plans["generalist"] = ([1] * len(names), run.distil_steps * len(names),
-                               run.out / "generalist")
+        steps = run.distil_steps * len(names)
+        plans["generalist"] = [1] * len(names), steps, run.out / "generalist"
     # Each is a run of its own below --out, with its own checkpoints: a stop loses no expert.
     students = {}
     for name, (shares, steps, out) in plans.items():
-        own = argparse.Namespace(**vars(run) | {
-            "out": out, "checkpoints": out / "checkpoints", "distil_steps": steps})
+        own = argparse.Namespace(**vars(run) | {"out": out, "distil_steps": steps})
         # Another seed than stage I's, or both stages would begin with the same rows.
         mixture = Mixture(sources, shares, steps * run.batch, run.seed + 1,
                           reorder=not run.targets)  # stored targets are of one order
@@ -1790,30 +1583,14 @@ def export_student(run, seed, final):
     Tensor by tensor from the checkpoint's files: nobody has to hold the fp32 weights whole.
     """
     student = load_pretrained(seed)
-    weights = StoredState(checkpoints(run, "distil")[-1], "weight")
-    for name in weights.names():
+    files = open_state(checkpoints(run, "distil")[-1], "weight")
+    for name in files[0].keys():
         p = student.get_parameter(name)
-        p.data = weights.rows(name).to(p.dtype)
+        p.data = read_whole(files, name).to(p.dtype)
     # merge.py refuses experts that do not share a seed.
     lineage = {"seed_sha256": sha256(*sorted(seed.glob("*.safetensors")))}
     save_pretrained(student, final, extra={"lineage.json": lineage})
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-
-
-def prove(run, folders):
-    """Score teacher and students on --tasks and print recovery, C_0 and alpha* (Eq. 15-17).
-
-    Whole models on one device, one after the other: after training nothing is sharded any more.
-    """
-    out = run.out / "report"
-    out.mkdir(exist_ok=True)
-    scores = {name: evaluate.evaluate_rows(folder, run.tasks, device=run.device.type,
-                                           samples=out / f"{name}.jsonl")
-              for name, folder in {"teacher": run.teacher, **folders}.items()}
-    found = evaluate.compare(scores.pop("teacher"), scores)
-    write_json(out / "report.json", found)
-    evaluate.show_report(found)
-    evaluate.draw_curves(found, out / "win_and_tie.png")
+    shutil.rmtree(run.out / "checkpoints", ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1836,19 +1613,32 @@ SMALL_EXPERTS = dict(
     tasks=sorted(str(p) for p in (HERE / "tests/tasks").glob("*.jsonl")))
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=1e13):
     """An argparse type: an int or a float from `low` to `high`, and neither nan nor infinite.
 
     A negative learning rate would train uphill without a word, and nan would blame the data.
     """
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high and math.isfinite(kind(text)):
+            if low <= kind(text) <= high:  # nan is neither
                 return kind(text)
-        bound = "" if high == math.inf else f" to {high:g}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} "
-                                         f"number from {low:g}{bound}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' if kind is int else ''} "
+                                         f"number from {low:g} to {high:g}")
     return parse
+
+
+def data_file(spec):
+    """An argparse type: FILE[=WEIGHT] -> (path, weight or None)."""
+    found = re.fullmatch(r"(.+\.(?:txt|jsonl))(?:=(.*))?", spec)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{spec}: expected FILE.txt or FILE.jsonl, or FILE=WEIGHT")
+    if not Path(found[1]).is_file():
+        raise argparse.ArgumentTypeError(f"{spec}: there is no file {found[1]}")
+    return Path(found[1]), None if found[2] is None else number(float, 1e-9)(found[2])
+
+
+COUNT = dict(type=number(int, 1), metavar="N")
+AMOUNT = dict(type=number(float, 0), metavar="N")
 
 
 def parse_arguments(argv):
@@ -1858,105 +1648,83 @@ def parse_arguments(argv):
     ends the process with status 2 and one sentence when a value does not fit.
     """
     p = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Distil a Transformer into a hybrid xLSTM student. Without --teacher: the "
         "shipped one, with a small preset (SMALL in distill.py) in place of the paper's defaults "
         "below.", usage="distill.py [--teacher DIR --data FILE... --out RUN] [options]")
+    add_run_flags(p.add_argument_group("the run").add_argument)
+    add = p.add_argument_group("student").add_argument
+    add("--mixer", default="hybrid", choices=MIXERS, help="the paper's, or a part of it alone")
+    add("--window", default=512, help="tokens that the window sees", **COUNT)
+    add("--sinks", default=4, type=number(int, 0), metavar="N", help="first tokens, seen as well")
+    add("--features", default=4, type=int, choices=(1, 2, 4, 8), help="mLSTM width, in head widths")
+    add = p.add_argument_group("both stages").add_argument
+    add("--context", default=4096, help="tokens a row", **COUNT)
+    add("--batch", default=64, help="rows a step", **COUNT)
+    add("--micro-batch", default=1, help="rows in a process's memory at once", **COUNT)
+    add("--warmup", default=100, help="steps of rising learning rate", **COUNT)
+    add("--save-every", default=200, help="steps between checkpoints", **COUNT)
+    add = p.add_argument_group("stage I (align)").add_argument
+    add("--align-tokens", default="655e6", help="to train on; 0: no stage I", **AMOUNT)
+    add("--align-lr", default=1e-2, help="its peak; a cosine falls to a thousandth", **AMOUNT)
+    add("--start", type=Path, metavar="DIR", help="no stage I: this student, such as a run's seed/")
+    add_distil_flags(p.add_argument_group("stage II (distil)").add_argument)
 
-    def add(group, name, default, help, **options):
-        if options.get("type") and not options.keys() & {"choices", "metavar"}:
-            options["metavar"] = "N"
-        form = ".4g" if isinstance(default, float) else "s"
-        shown = "" if default is None or isinstance(default, (bool, list)) else (
-            f" (%(default){form})")
-        group.add_argument(name, default=default, help=help + shown, **options)
-
-    count, amount = number(int, 1), number(float, 0)
-    add_run_flags(partial(add, p))
-    g = partial(add, p.add_argument_group("student"))
-    g("--mixer", "hybrid", "the paper's, or a part of it alone", choices=MIXERS)
-    g("--window", 512, "tokens that the window sees", type=count)
-    g("--sinks", 4, "first tokens that it sees as well", type=number(int, 0))
-    g("--features", 4, "width of the mLSTM's keys in heads' widths; the paper's is 1", type=int,
-      choices=(1, 2, 4, 8))
-    g = partial(add, p.add_argument_group("both stages"))
-    g("--context", 4096, "tokens a row", type=count)
-    g("--batch", 64, "rows a step", type=count)
-    g("--micro-batch", 1, "rows in a process's memory at once", type=count)
-    g("--warmup", 100, "steps of rising learning rate", type=count)
-    g("--save-every", 200, "steps between checkpoints", type=count)
-    g = partial(add, p.add_argument_group("stage I (align)"))
-    g("--align-tokens", 655e6, "to train on; 0: no stage I", type=number(float, 0, 1e13))
-    g("--align-lr", 1e-2, "peak learning rate, from which a cosine falls to a thousandth",
-      type=amount)
-    g("--start", None, "no stage I: start stage II from this student folder, such as another run's "
-      "seed/", type=Path, metavar="DIR")
-    add_distil_flags(partial(add, p.add_argument_group("stage II (distil)")), count, amount)
-
-    if p.parse_known_args(argv)[0].teacher is None:
-        experts = p.parse_known_args(argv)[0].experts
-        p.set_defaults(**SMALL | (SMALL_EXPERTS if experts else {}))
+    known = p.parse_known_args(argv)[0]
+    if known.teacher is None:
+        p.set_defaults(**SMALL | (SMALL_EXPERTS if known.experts else {}))
     run = p.parse_args(argv)
     run.final_lr = run.lr if run.final_lr is None else run.final_lr
     return run
 
 
-def add_run_flags(g):
-    """The flags of a run as a whole: what is read, where it goes, on what it runs.
-
-    g(name, default, help, **options of argparse) adds one, here and below.
-    """
-    g("--teacher", None, "Hugging Face folder", type=Path, metavar="DIR")
-    g("--data", None, ".txt or .jsonl", nargs="+", metavar="FILE[=WEIGHT]")
-    g("--out", None, "folder of the run", type=Path, metavar="RUN")
-    g("--resume", False, "go on from the last checkpoint of --out", action="store_true")
-    g("--plan", False, "print the memory that a step needs (takes a minute), and stop",
-      action="store_true")
-    g("--device", "cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda", metavar="NAME")
-    g("--dtype", "auto", "of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX",
-      choices=("auto", "float32", "bfloat16"))
-    g("--kernels", "auto", "what computes mLSTM and window; auto: Triton on a GPU",
-      choices=("auto", "torch", "triton"))
-    g("--seed", 0, "of the order of the data", type=number(int, 0, 2 ** 31))
-    g("--tasks", [], "task files on which the students are scored at the end (evaluate.py)",
-      nargs="+", metavar="FILE")
-    g("--eval-every", 500, "stage II's steps between held-out checks", type=number(int, 1))
-    g("--eval-rows", 16, "held-out rows a source", type=number(int, 1))
+def add_run_flags(add):
+    """The flags of a run as a whole: what is read, where it goes, on what it runs."""
+    add("--teacher", type=Path, metavar="DIR", help="Hugging Face folder; None: the shipped one")
+    add("--data", nargs="+", type=data_file, metavar="FILE[=WEIGHT]", help=".txt or .jsonl")
+    add("--out", type=Path, metavar="RUN", help="folder of the run")
+    add("--resume", action="store_true", help="go on from the last checkpoint of --out")
+    add("--plan", action="store_true", help="print the memory that a step needs, and stop")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX")
+    add("--kernels", default="auto", choices=("auto", "torch", "triton"),
+        help="what computes mLSTM and window; auto: Triton on a GPU")
+    add("--seed", default=0, type=number(int, 0), metavar="N", help="of the order of the data")
+    add("--tasks", default=[], nargs="+", metavar="FILE", help="score the students on these")
+    add("--eval-every", default=500, help="stage II's steps between held-out checks", **COUNT)
+    add("--eval-rows", default=16, help="held-out rows a source", **COUNT)
 
 
-def add_distil_flags(g, count, amount):
+def add_distil_flags(add):
     """The flags of stage II, from the budget over the loss to where the teacher's words come from.
 
     --gamma and --beta matter by their ratio above all, as AdamW divides by the gradient's size.
     """
-    g("--tokens", 5e9, "to train on", type=number(float, 1, 1e13))
-    g("--lr", 1e-5, "learning rate after warm-up", type=amount)
-    g("--final-lr", None, "what a cosine takes it to (--lr: constant)", type=amount)
-    g("--train", "all", "new parameters; and attention's projections; and everything",
-      choices=TRAIN)
-    g("--recompute", True, "keep only the blocks' inputs and run each block again in the backward",
-      action=argparse.BooleanOptionalAction)
-    g("--gamma", 0.9, "weight of next-token CE", type=amount)
-    g("--beta", 0.1, "weight of KL to the teacher", type=amount)
-    g("--topk", 256, "teacher's tokens in the KL", type=count)
-    g("--targets", None, "the teacher's top k on disk: made first where missing, then stage II "
-      "runs without the teacher", type=Path, metavar="DIR")
-    g("--targets-only", False, "make --targets and stop", action="store_true")
-    g("--experts", False, "an expert of --tokens per --data file, a generalist of as many as all "
-      "experts, and the merged experts (Eq. 14)", action="store_true")
+    add("--tokens", default="5e9", type=number(float, 1), metavar="N", help="to train on")
+    add("--lr", default=1e-5, help="learning rate after warm-up", **AMOUNT)
+    add("--final-lr", help="what a cosine takes it to; None: --lr, so constant", **AMOUNT)
+    add("--train", default="all", choices=TRAIN, help="new parameters, all of the mixer, or all")
+    add("--recompute", default=True, action=argparse.BooleanOptionalAction,
+        help="keep only the blocks' inputs and run each block again in the backward")
+    add("--gamma", default=0.9, help="weight of next-token CE", **AMOUNT)
+    add("--beta", default=0.1, help="weight of KL to the teacher", **AMOUNT)
+    add("--topk", default=256, help="teacher's tokens in the KL", **COUNT)
+    add("--targets", type=Path, metavar="DIR", help="the teacher's top k on disk, in its place")
+    add("--experts", action="store_true", help="an expert of --tokens per --data file, a "
+        "generalist of as many as all experts, and the merged experts (Eq. 14)")
 
 
 def check_arguments(run):
     """Refuse what cannot work together, before anything is read or written."""
     if (run.data is None or run.out is None) and not run.plan:
         raise ValueError("--teacher DIR also needs --data FILE... and --out DIR")
-    names = [parse_data(spec)[0].stem for spec in run.data or ()]
+    names = [path.stem for path, _ in run.data or ()]
     taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all"}
     if len(set(names)) < len(names) or taken & set(names):
         raise ValueError(f"--data: the files' names {names} name sources and folders of the run; "
                          f"they must differ and be none of {sorted(taken)}: rename a file")
-    if run.targets_only and not run.targets:
-        raise ValueError("--targets-only needs --targets DIR, where to make them")
-    if run.experts and len(run.data) < 2:
+    if run.experts and len(names) < 2:
         raise ValueError("--experts needs two --data files or more: an expert for each")
     if run.tasks:
         evaluate.read_tasks(run.tasks)  # what would stop the scoring stops here, hours before
@@ -1969,13 +1737,15 @@ def settings_of(run):
 
     All but what changes no number, or by rounding alone: devices, processes, formats, memory.
     """
-    free = ("out", "checkpoints", "resume", "device", "save_every", "eval_every", "plan",
-            "targets_only", "micro_batch", "recompute", "rank", "world", "kernels", "dtype")
+    free = ("out", "resume", "device", "save_every", "eval_every", "plan",
+            "micro_batch", "recompute", "rank", "world", "kernels", "dtype")
     settings = {k: v for k, v in vars(run).items() if k not in free}
     settings["targets"] = bool(run.targets)
     settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
     settings["teacher_sha256"] = teacher_sha256(run.teacher)
-    settings["data_sha256"] = [file_sha256(parse_data(spec)[0]) for spec in run.data]
+    settings["data"] = [str(path) if weight is None else f"{path}={weight:g}"
+                        for path, weight in run.data]
+    settings["data_sha256"] = [sha256(path) for path, _ in run.data]
     return settings
 
 
@@ -2042,24 +1812,19 @@ def main(argv=None):
     start_processes(run)
     if run.plan:
         return show_plan(run)
-    run.checkpoints = run.out / "checkpoints"
     run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
     run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
     run.warmup = min(run.warmup, run.align_steps or run.distil_steps, run.distil_steps)
     # Everything that can be refused comes before anything is written into --out but the data.
     results = open_run(run)
     teacher, tokenizer, student, sources, weights, heldout = load(run)
-    students, stop, cache = plan_students(run, sources, weights), StopRequested(), None
+    students, stop, cache = plan_students(run, sources, weights), catch_stop(), None
     if run.targets:
         mixtures = [mixture for _, mixture in students.values()]
         cache = prepare_targets(run, teacher, tokenizer, mixtures, stop, run.rank, run.world)
         barrier()
-        if run.targets_only:
-            return print(f"the targets are in {run.targets}")
-    if not run.resume:
-        if run.device.type == "cuda":  # where memory is short; it takes seconds
-            show_plan(run)
-        show_time(run, student, teacher, cache, students)
+    if run.device.type == "cuda" and not run.resume:  # where memory is short; it takes seconds
+        show_plan(run)
     # Only now: a refused run leaves none.
     once(run, run.out / "run.json", lambda: write_json(run.out / "run.json", settings_of(run)))
 
@@ -2091,13 +1856,14 @@ def main(argv=None):
 def finish(run, folders, results, tokenizer, heldout, started):
     """The table, continuations, --tasks, and where everything is."""
     report(results)
-    final = list(folders.values())[-1]
+    *_, final = folders.values()
     show_samples(run, final, tokenizer, heldout)
-    if run.tasks:
-        prove(run, folders if run.experts else {"student": final})
-    print(f"\n{time.time() - started:.0f} s. The student is in {final}; "
-          "model.load_pretrained opens it.\nNext: what the mLSTM adds, "
-          f"`python distill.py --mixer swa --out {run.out}-swa`")
+    if run.tasks:  # recovery, C_0 and alpha* (Eq. 15-17)
+        students = [x for folder in folders.values() for x in ("--student", str(folder))]
+        evaluate.main(["compare", "--teacher", str(run.teacher), *students, "--tasks", *run.tasks,
+                       "--out", str(run.out / "report"), "--device", run.device.type])
+    print(f"\n{time.time() - started:.0f} s. The student is in {final}: model.load_pretrained opens"
+          f" it, `python model.py {final}` talks to it")
 
 
 def command(argv=None):

@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,11 +27,12 @@ import torch.nn.functional as F
 import distill
 from distill import (Mixture, Source, alignment_losses, collate, learning_rate, open_data,
                      read_text, sparse_kd_loss, teacher_topk, tokenise)
-from model import (Attention, Tokenizer, document_starts, is_new, load_pretrained,
+from model import (Attention, Tokenizer, document_starts, is_new, load_pretrained, save_tensors,
                    student_from_teacher)
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tests/teacher"
+SMALL = None  # set below
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in one order: losses can be bit-equal
 
 
@@ -42,6 +44,22 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def teacher():
     return load_pretrained(TEACHER).requires_grad_(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tmp_path_factory):
+    """SMALL, the shipped teacher's first two layers: a run's course takes half the time.
+
+    Trained ones, not random: without its softmax a random teacher says nearly the same.
+    """
+    global SMALL
+    SMALL = tmp_path_factory.mktemp("teacher")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TEACHER / name, SMALL)
+    config = json.loads((TEACHER / "config.json").read_text())
+    (SMALL / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    save_tensors({name: p for name, p in load_pretrained(TEACHER).named_parameters()
+                  if not re.search(r"layers\.[23]\.", name)}, SMALL / "model.safetensors")
 
 
 def write_rows(path, texts):
@@ -118,17 +136,21 @@ def test_text_files_are_cut_at_line_ends_and_lose_nothing(tmp_path):
 
 
 def test_a_text_without_line_ends_is_cut_between_characters(tmp_path):
-    for unit, end in (("word € ", " "), ("€", "€")):
+    for unit in ("word € ", "€"):
         text = unit * 60_000
-        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-        found = [piece for _, piece in read_text(tmp_path / "a.txt")]
-        assert "".join(found) == text and all(piece.endswith(end) for piece in found)
-        assert max(len(piece.encode()) for piece in found) < 1 << 17
+        path = tmp_path / "a.txt"
+        path.write_text(text, encoding="utf-8")
+        found = [piece for _, piece in read_text(path)]
+        assert "".join(found) == text and max(len(piece.encode()) for piece in found) < 1 << 17
+        parts = [piece for a, b in ((0, 100_001), (100_001, None))  # inside a character
+                 for _, piece in read_text(path, a, b)]
+        assert "".join(parts) == text
 
 
-def many_parts(folder):
+@pytest.fixture(scope="module")
+def many_parts(tmp_path_factory):
     """A .jsonl and a .txt file; with PART = 3000 about thirty parts each."""
-    rng = np.random.default_rng(1)
+    folder, rng = tmp_path_factory.mktemp("parts"), np.random.default_rng(1)
     rows = [words(rng, int(rng.integers(1, 200))) for _ in range(200)]
     text = folder / "t.txt"
     text.write_text("".join(words(rng, 12) + " é\n" for _ in range(1800)), encoding="utf-8")
@@ -139,25 +161,30 @@ def read_files(folder):
     return {name: (folder / name).read_bytes() for name in distill.FILES}
 
 
-def test_tokens_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, monkeypatch):
-    for path in many_parts(tmp_path):
-        whole = read_files(tokenise(path, tokenizer, 1023, tmp_path / "whole"))
-        with monkeypatch.context() as patch:
-            patch.setattr(distill, "PART", 3000)
-            for workers in (1, 2):
-                folder = tmp_path / f"{workers}"
-                found = read_files(tokenise(path, tokenizer, 1023, folder, workers))
-                if path.suffix == ".jsonl":  # parts begin at rows: they change nothing
-                    assert found == whole
-                elif workers == 1:
-                    one = found
-                else:
-                    assert found == one
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forked, which takes no seconds of imports; one test below spawns them."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(distill.multiprocessing, "get_context", lambda kind: context)
 
 
-def test_a_killed_tokenisation_goes_on_where_it_stopped(tmp_path, tokenizer, monkeypatch):
+@pytest.mark.parametrize("file, workers", [(0, 1), (0, 2), (1, 2)])
+def test_tokens_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer, monkeypatch, request,
+                                                         many_parts, file, workers):
+    path = many_parts[file]
     monkeypatch.setattr(distill, "PART", 3000)
-    path, _ = many_parts(tmp_path)
+    if path.suffix == ".txt":
+        request.getfixturevalue("forked")  # the .jsonl's are spawned
+    found = read_files(tokenise(path, tokenizer, 1023, tmp_path / "some", workers))
+    if path.suffix == ".jsonl":  # parts begin at rows: they change nothing
+        monkeypatch.setattr(distill, "PART", 1 << 25)
+    assert found == read_files(tokenise(path, tokenizer, 1023, tmp_path / "one", 1))
+
+
+def test_a_killed_tokenisation_goes_on_where_it_stopped(tmp_path, tokenizer, monkeypatch,
+                                                         many_parts):
+    monkeypatch.setattr(distill, "PART", 3000)
+    path, _ = many_parts
     whole = tokenise(path, tokenizer, 1023, tmp_path / "whole", 1)
     made, part = [], distill.tokenise_part
     for _ in range(2):  # each dies in its eighth part
@@ -183,16 +210,10 @@ def test_a_killed_tokenisation_goes_on_where_it_stopped(tmp_path, tokenizer, mon
     assert sorted(p.name for p in resumed.iterdir()) == sorted(distill.FILES)
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """Workers are forked, which takes no seconds of imports; the test before this spawns them."""
-    context = multiprocessing.get_context("fork")
-    monkeypatch.setattr(distill.multiprocessing, "get_context", lambda kind: context)
-
-
-def test_a_killed_worker_is_one_sentence(tmp_path, tokenizer, monkeypatch, forked):
+def test_a_killed_worker_is_one_sentence(tmp_path, tokenizer, monkeypatch, many_parts,
+                                           forked):
     monkeypatch.setattr(distill, "PART", 3000)
-    path, _ = many_parts(tmp_path)
+    path, _ = many_parts
     monkeypatch.setattr(distill, "partial", lambda f, *args: _die)
     with pytest.raises(OSError, match="a worker process was killed.*the same call goes on"):
         tokenise(path, tokenizer, 1023, tmp_path / "d", 2)
@@ -202,9 +223,10 @@ def _die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_workers_do_not_outlive_a_killed_parent(tmp_path, tokenizer, monkeypatch, forked):
+def test_workers_do_not_outlive_a_killed_parent(tmp_path, tokenizer, monkeypatch, many_parts,
+                                               forked):
     monkeypatch.setattr(distill, "PART", 3000)
-    path, _ = many_parts(tmp_path)
+    path, _ = many_parts
     started = tmp_path / "started"
     parent = os.fork()
     if parent == 0:
@@ -237,9 +259,9 @@ def is_running(pid):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bad_row_is_named_by_its_line_in_any_part(tmp_path, tokenizer, monkeypatch, workers,
-                                                    forked):
+                                                    many_parts, forked):
     monkeypatch.setattr(distill, "PART", 3000)
-    path, text = many_parts(tmp_path)
+    path, text = many_parts
     for path, bad in ((path, b'{"text": "half'), (path, b'{"text": "\xff"}'), (text, b"\xff"),
                       (path, b'{"dna": "ACGX"}')):
         lines = path.read_bytes().splitlines()
@@ -279,14 +301,14 @@ def test_a_split_without_a_label_is_refused_and_skipped_turns_are_counted(
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps({"messages": [{"content": f"{i} " * 9}]}) + "\n"
                             for i in range(200)))
-    run = Namespace(data=[str(path)], out=tmp_path / "none", context=64)
+    run = Namespace(data=[(path, None)], out=tmp_path / "none", context=64)
 
     def parts(learnt):
         monkeypatch.setattr(tokenizer, "render_chat_parts", lambda messages, tools: (
             [("<u>", False), (messages[0]["content"], learnt)], 3))
 
     parts(False)
-    with pytest.raises(ValueError, match="chat.jsonl: none of the .* training tokens is to be lea"):
+    with pytest.raises(ValueError, match="chat.jsonl: none of the .* train tokens is to be lea"):
         open_data(run, tokenizer, 1023)
     parts(True)
     run.out = tmp_path / "all"
@@ -331,17 +353,18 @@ def test_an_epoch_holds_every_token_once_and_in_order_and_positions_restart(tmp_
 
 @pytest.mark.parametrize("weights", [[0.7, 0.1, 0.1, 0.1], [50] + [1] * 50, [1, 1, 1], [3, 1e-9]])
 def test_any_number_of_rows_has_its_share_of_every_source(weights):
-    order = distill.interleave(weights, 2000)
+    which, nth = distill.interleave(weights, 2000)
     share = np.array(weights) / sum(weights)
-    given = np.cumsum(order[:, None] == np.arange(len(weights)), axis=0)
+    given = np.cumsum(which[:, None] == np.arange(len(weights)), axis=0)
     assert np.abs(given - share * np.arange(1, 2001)[:, None]).max() < 1
+    assert np.array_equal(nth, given[np.arange(2000), which] - 1)
 
 
 def test_mixture_counts_are_exact_and_order_depends_on_seed_and_step(tmp_path, tokenizer):
     rng = np.random.default_rng(0)
     files = [write_rows(tmp_path / f"{n}.jsonl", [words(rng, 60) for _ in range(60)])
              for n in "ab"]
-    run = Namespace(data=[f"{files[0]}=3", f"{files[1]}=1"], out=tmp_path, context=64)
+    run = Namespace(data=[(files[0], 3.0), (files[1], 1.0)], out=tmp_path, context=64)
     train, weights, _ = open_data(run, tokenizer, 1023)
     mixture = Mixture(train, weights, 400, seed=5)
     assert np.abs(np.cumsum(mixture.which == 0) - 0.75 * np.arange(1, 401)).max() <= 1
@@ -447,13 +470,13 @@ def test_the_loss_holds_no_tokens_by_vocabulary_matrix(monkeypatch):
 @pytest.mark.parametrize("autocast, dtype", [(True, torch.float32), (False, torch.bfloat16),
                                              (True, torch.bfloat16)])
 def test_the_gradient_of_lm_head_is_summed_in_fp32_over_slices(monkeypatch, autocast, dtype):
-    """fp32 masters under autocast; bf16, as FSDP2 gathers them. 400 slices: summed in bf16 the
-    error would be a tenth, each slice alone rounded to bf16 leaves it at 1e-3."""
+    """fp32 masters under autocast; bf16, as FSDP2 gathers them. 100 slices: summed in bf16 the
+    error would be a twentieth, each slice alone rounded to bf16 leaves it at 1e-3."""
     monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 2 * 50)
     r = torch.Generator().manual_seed(0)
-    hidden, weight, other = (torch.randn(n, 16, generator=r).bfloat16() for n in (800, 50, 50))
+    hidden, weight, other = (torch.randn(n, 16, generator=r).bfloat16() for n in (200, 50, 50))
     hidden[:, 0] += 3  # so that slices do not cancel
-    labels = torch.zeros(800, dtype=torch.long)
+    labels = torch.zeros(200, dtype=torch.long)
     targets = teacher_topk(hidden, other, 8)
     found = []
     for h, w in ((hidden.double(), weight.double()), (hidden, weight.to(dtype))):
@@ -595,11 +618,11 @@ def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, 
     if vocab_size > 1024:  # ids beyond two bytes: the same teacher under a longer, shuffled head
         head = torch.zeros(vocab_size, teacher.config.hidden_size)
         head[torch.randperm(vocab_size)[:1024]] = teacher.lm_head_weight.detach()
-        teacher = LongHead(teacher, head)
+        teacher, mixture = LongHead(teacher, head), Mixture(mixture.sources, [1, 1], 6, seed=1)
     cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
     student = student_from_teacher(load_pretrained(TEACHER), window=8)
     weight = teacher.lm_head_weight.clone().requires_grad_()
-    for start in (0, len(mixture.which) - 4):  # the last are of the second epoch
+    for start in (0, len(mixture.which) - 4):  # of a long mixture's second epoch
         where = [mixture.locate(i) for i in range(start, start + 4)]
         tokens, ids, labels = collate(map(mixture.row, range(start, start + 4)), "cpu")
         hidden = student.hidden(tokens, document_ids=ids)
@@ -685,15 +708,11 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
     [torn] = [k for k in left if k.endswith(".tmp")]
     del left[torn]
     assert len(left) == 1 + 7 and left.items() < whole.items()
-    path = cache.path(*mixture.locate(0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(whole[str(path.relative_to(run.targets))][:100])  # a copy that broke off
-    left = sum(p.stat().st_size == cache.row_type.itemsize for p in run.targets.rglob("*[0-9]")
-               if p.is_file())
+    left = len(left) - 1
     made, write = [], distill.TargetCache.write
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill.TargetCache, "write", lambda self, where, *args: (
-            made.extend(where), write(self, where, *args)))
+        patch.setattr(distill.TargetCache, "write", lambda self, run, where, teacher: (
+            made.extend(where), write(self, run, where, teacher)))
         distill.prepare_targets(run, teacher, tokenizer, [mixture])
     (run.targets / torn).unlink()
     assert len(made) == len(whole) - 1 - left and everything_in(run.targets) == whole
@@ -773,7 +792,7 @@ def command(*args):
 
 
 def tiny(out, corpus, *more):
-    return ("--teacher", TEACHER, "--data", corpus, "--out", out, "--context", 64, "--window", 8,
+    return ("--teacher", SMALL, "--data", corpus, "--out", out, "--context", 64, "--window", 8,
             "--batch", 4, "--micro-batch", 2, "--align-tokens", 64 * 4 * 12, "--tokens",
             64 * 4 * 12, "--warmup", 2, "--lr", 1e-3, "--save-every", 3, "--eval-every", 6,
             "--eval-rows", 1, "--dtype", "float32", *more)
@@ -805,30 +824,17 @@ def test_a_run_ends_with_a_table_and_a_student(whole, corpus):
     assert again.returncode == 2 and "--resume" in again.stderr
 
 
-def test_time_is_said_before_training_and_measured_in_its_first_steps(whole, corpus, tmp_path):
+def test_a_stage_says_how_long_it_takes(whole, tmp_path, capsys):
     _, done = whole
-    for stage in ("align", "distil"):
-        assert re.search(rf"^time      {stage}: about 00:[0-9][0-9] .* tokens/s", done.stdout, re.M)
     told = done.stderr.replace("\r", "\n") + done.stdout
-    assert re.search(r"^ *align: [0-9,]+ tokens/s \(data .*, teacher and .*, update .*", told, re.M)
-    assert re.search(r"^ *distil: [0-9,]+ tokens/s \(data .*, teacher .*, student and loss .*, "
-                     r"backward .*, update .* in all", told, re.M)
-    run = Namespace(batch=4, context=64, micro_batch=4, rank=0, world=1, align_tokens=1e12,
-                    align_steps=int(1e12) // 256, tokens=256, start=None, mixer="hybrid",
-                    train="all", device=torch.device("cpu"), dtype=torch.float32, topk=4,
-                    gamma=0.9, beta=0.1)
-    teacher = load_pretrained(TEACHER).requires_grad_(False)
-    student = student_from_teacher(teacher, window=8)
-    source = Source("a", tokenise(corpus, Tokenizer(TEACHER), 1, tmp_path, 1), "train", 64)
-    before = {name: p.clone() for name, p in student.named_parameters()}
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        distill.show_time(run, student, teacher, None,
-                          {"": (Namespace(distil_steps=1), Mixture([source], [1], 4, 0))})
-    assert re.search(r"That is [0-9,]+ days. --align-tokens [0-9.]+e.* takes one, in [0-9,.]+ "
-                     "steps", printed.getvalue())
-    assert printed.getvalue().count("takes one") == 1  # stage II is quick
-    for name, p in student.named_parameters():  # nothing was learnt, nothing stays
-        assert torch.equal(p, before[name]) and p.grad is None and not p.requires_grad
+    for stage in ("align", "distil"):
+        assert re.search(rf"^ *{stage}: [0-9,]+ tokens/s, 00:[0-9][0-9] .* in all", told, re.M)
+    assert "days" not in told
+    run = Namespace(batch=4, context=64, rank=0, out=tmp_path)
+    with distill.Progress(run, "align", 0, 10 ** 9) as progress:
+        progress.show_time(seconds=1.0)
+    assert ("That is 11,574 days. --align-tokens 2.2e+07 takes one, in 86,400 steps"
+            in capsys.readouterr().out)
 
 
 def test_a_table_never_shows_a_mean_over_nothing(capsys):
@@ -928,7 +934,7 @@ def test_ablation_flags_change_what_they_say(tmp_path, corpus, flags, moves):
     done = command(*tiny(tmp_path / "run", corpus, "--align-tokens", 768, "--tokens", 768, *flags))
     assert done.returncode == 0, done.stderr
     student, teacher = (dict(load_pretrained(x).named_parameters())
-                        for x in (tmp_path / "run/student", TEACHER))
+                        for x in (tmp_path / "run/student", SMALL))
     for name, p in student.items():
         assert name not in teacher or torch.equal(p, teacher[name]) != moves(name), name
     aligned = any(stage == "align" for stage, _ in logged(tmp_path / "run"))
@@ -941,15 +947,35 @@ def all_lines(out):
     return [json.loads(x) for x in lines if x.endswith("\n")]
 
 
-def start(args):
-    """distill.main(args) in a forked child (fork: no seconds of imports), its output in a file."""
+def start(args, rank=None, port=None):
+    """The command in a forked child (fork: no seconds of imports), its output in a file.
+
+    rank, port: as one of two processes, as torchrun would start them.
+    """
     def child():
         sys.stdout = sys.stderr = open(Path(args[args.index("--out") + 1]).with_suffix(".txt"), "a")
-        distill.main([str(a) for a in args])
+        if port:
+            os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2",
+                              MASTER_ADDR="localhost", MASTER_PORT=f"{port}")
+        distill.command([str(a) for a in args])
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     return process
+
+
+def start_two(args):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [start(args, rank, port) for rank in range(2)]
+
+
+def wait_for(out, stage, step, is_alive):
+    """Until the log has that step."""
+    while not (out / "log.jsonl").exists() or (stage, step) not in logged(out):
+        assert is_alive()
+        time.sleep(0.01)
 
 
 def saving(out):
@@ -1002,30 +1028,25 @@ def test_a_stop_is_saved_and_other_settings_are_refused(tmp_path, corpus):
     for stage, name in (("align", "seed"), ("distil", "student")):
         out = tmp_path / stage
         process = start(tiny(out, corpus, "--save-every", 100))
-        while not (out / "log.jsonl").exists() or (stage, 7) not in logged(out):
-            assert process.is_alive()
-            time.sleep(0.01)
+        wait_for(out, stage, 7, process.is_alive)
         process.terminate()
         process.join(60)
-        assert "--resume" in str(out.with_suffix(".txt").read_text()) or process.exitcode == 1
+        assert process.exitcode == 0 and "and --resume" in out.with_suffix(".txt").read_text()
         assert not (out / name).exists() and list(out.glob(f"checkpoints/{stage}-*"))
         changed = command(*tiny(out, corpus, "--resume", "--seed", 3, "--beta", 0.2))
         assert changed.returncode == 2
         assert "seed was 0, now 3" in changed.stderr and "beta was 0.1, now 0.2" in changed.stderr
 
 
-FULL_DISK = """
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, 3 << 20))  # no file above 3 MB
-sys.path.insert(0, "")
-runpy.run_path("distill.py", run_name="__main__")
-"""
-
-
 def test_a_disk_that_fills_while_saving_is_one_sentence(tmp_path, corpus):
-    flags = list(map(str, tiny(tmp_path / "run", corpus)))
-    full = subprocess.run([sys.executable, "-c", FULL_DISK, *flags], capture_output=True,
-                          text=True, cwd=ROOT, env=ONE_THREAD)
+    flags = tiny(tmp_path / "run", corpus, "--teacher", TEACHER, "--align-tokens", 768, "--tokens",
+                 768)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, hard))  # no file above 3 MB
+    try:
+        full = command(*flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert full.returncode == 2 and "Traceback" not in full.stderr
     assert "cannot be written" in full.stderr.splitlines()[-1]
     assert not (tmp_path / "run/seed").exists()
@@ -1036,9 +1057,7 @@ def test_a_disk_that_fills_while_saving_is_one_sentence(tmp_path, corpus):
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, corpus):
     out = tmp_path / "run"
     process = start(tiny(out, corpus, "--save-every", 2))
-    while not (out / "log.jsonl").exists() or ("distil", 7) not in logged(out):
-        assert process.is_alive()
-        time.sleep(0.01)
+    wait_for(out, "distil", 7, process.is_alive)
     process.kill()
     process.join()
     last = sorted(out.glob("checkpoints/distil-*[0-9]"))[-1]
@@ -1052,12 +1071,6 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, corpus)
 # ------------------------------------------------------------------ several processes
 
 
-def torchrun(*args):
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "distill.py"),
-            *map(str, args)]
-
-
 def closeness(a, b):
     """Largest relative difference of two logs' losses."""
     assert a.keys() == b.keys()
@@ -1065,106 +1078,142 @@ def closeness(a, b):
                for at in a for key in ("loss", "ce", "kl") if key in a[at])
 
 
-@pytest.mark.parametrize("more, apart", [
-    (["--recompute"], 1e-5), (["--train", "mixer", "--targets", "TMP/t"], 1e-5),
-    (["--dtype", "bfloat16"], 1e-2)])  # one rounding of bf16: 4e-3
-def test_two_processes_have_the_losses_of_one(tmp_path, corpus, more, apart):
-    flags = ("--micro-batch", 1, "--align-tokens", 64 * 4 * 20, "--tokens", 64 * 4 * 20,
-             "--no-recompute", *(x.replace("TMP", str(tmp_path)) for x in more))
-    two = subprocess.run(torchrun(*tiny(tmp_path / "two", corpus, *flags)), text=True, timeout=240,
-                         capture_output=True, cwd=ROOT, env=ONE_THREAD)
-    assert two.returncode == 0, two.stderr
-    one = command(*tiny(tmp_path / "one", corpus, *flags))  # reads the targets that two have made
-    assert one.returncode == 0, one.stderr
-    assert closeness(logged(tmp_path / "one"), logged(tmp_path / "two")) < apart
-    assert two.stdout.count("held-out, after stage II") == 1  # one process speaks
-    results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two")]
+def assert_close(one, two, apart):
+    """Losses of every step, and the tables."""
+    assert closeness(logged(one), logged(two)) < apart
+    results = [json.loads((out / "results.json").read_text()) for out in (one, two)]
     for name, r in results[0].items():
         assert r["all"]["kl"] == pytest.approx(results[1][name]["all"]["kl"], rel=max(1e-3, apart))
+
+
+@pytest.mark.parametrize("more, apart", [
+    (["--train", "mixer", "--targets", "TMP/t"], 1e-5),
+    (["--dtype", "bfloat16"], 1e-2)])  # one rounding of bf16: 4e-3
+def test_two_processes_have_the_losses_of_one(tmp_path, corpus, more, apart):
+    flags = ("--micro-batch", 1, "--align-tokens", 64 * 4 * 6, "--tokens", 64 * 4 * 6,
+             "--no-recompute", *(x.replace("TMP", str(tmp_path)) for x in more))
+    two = start_two(tiny(tmp_path / "two", corpus, *flags))
+    for process in two:
+        process.join(240)
+    said = (tmp_path / "two.txt").read_text()
+    assert [process.exitcode for process in two] == [0, 0], said
+    one = command(*tiny(tmp_path / "one", corpus, *flags))  # reads the targets that two have made
+    assert one.returncode == 0, one.stderr
+    assert_close(tmp_path / "one", tmp_path / "two", apart)
+    assert said.count("held-out, after stage II") == 1  # one process speaks
+
+
+@pytest.mark.parametrize("torchrun, stage", [(False, "align"), (True, "distil")])
+def test_a_run_of_two_processes_goes_on_with_one(tmp_path, corpus, whole, torchrun, stage):
+    """Until then it has the losses of one, with --recompute; the longer one by torchrun itself."""
+    out = tmp_path / "run"
+    if torchrun:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+             "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", ROOT / "distill.py",
+             *map(str, tiny(out, corpus))], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
+        wait_for(out, stage, 7, lambda: launcher.poll() is None)
+        launcher.send_signal(signal.SIGTERM)  # torchrun hands it on
+        launcher.wait(60)
+    else:
+        two = start_two(tiny(out, corpus))
+        wait_for(out, stage, 7, two[1].is_alive)
+        for process in two:
+            process.terminate()
+        for process in two:
+            process.join(60)
+            assert process.exitcode == 0
+    resumed = command(*tiny(out, corpus, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "written by 2 processes, now 1" in resumed.stdout
+    assert_close(whole[0], out, 1e-5)
 
 
 @pytest.mark.parametrize("status", [0, 2])
 def test_a_process_of_torchrun_leaves_without_pythons_shutdown(tmp_path, status):
     """In that a thread of gloo's would abort it now and then; distill.leave says why."""
-    done = subprocess.run([sys.executable, "-c", f"""
-import atexit, sys, torch, torch.distributed as dist, distill
-dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
-atexit.register(print, "shut down")
-print(distill.all_sum(torch.ones(1)).item())
-print("last words", file=sys.stderr)
-distill.leave({status})"""], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (status, "1.0\n"), done.stderr
-    assert "last words" in done.stderr
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(tmp_path / "said", "w")
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store",
+                                             rank=0, world_size=1)
+        print(distill.all_sum(torch.ones(1)).item())
+        try:
+            distill.leave(status)
+        finally:
+            print("Python shuts down", flush=True)
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+    assert (tmp_path / "said").read_text() == "1.0\n"
 
 
-@pytest.mark.parametrize("flags", [["align"], ["distil", "--train", "mixer", "--micro-batch", 2],
-                                   ["distil", "--no-recompute"],
-                                   ["distil", "--dtype", "bfloat16", "--context", 32],
-                                   ["align", "--dtype", "bfloat16", "--micro-batch", 2]])
-def test_the_planned_memory_is_what_a_step_takes(flags):
+def test_the_planned_memory_is_what_a_step_takes():
     """Peak of resident memory in a process of its own, over two steps, against plan_memory."""
+    steps = [["align"], ["distil", "--train", "mixer", "--micro-batch", 2],
+             ["distil", "--no-recompute"], ["distil", "--dtype", "bfloat16", "--context", 32],
+             ["align", "--dtype", "bfloat16", "--micro-batch", 2]]
     # Freed blocks go back at once: else the C library keeps some, at its own discretion.
     env = {**ONE_THREAD, "MALLOC_MMAP_THRESHOLD_": "131072"}
-    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, flags)], capture_output=True,
-                          text=True, env=env, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", PEAK], input=json.dumps(steps),
+                          capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    planned, measured = map(int, done.stdout.split())
-    assert planned == pytest.approx(measured, rel=0.15) and measured > 150e6
+    for step, line in zip(steps, done.stdout.splitlines(), strict=True):
+        planned, measured = map(int, line.split())
+        assert planned == pytest.approx(measured, rel=0.15) and measured > 100e6, step
 
 
 PEAK = """
-import sys
+import dataclasses, json, sys
 import torch, distill
 from model import ModelConfig, Transformer, initialise_mixer, student_config, student_from_teacher
 
 def status(key):
     return next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith(key))
 
-stage, *flags = sys.argv[1:]
-run = distill.parse_arguments(["--teacher", "-", "--context", "512", "--dtype", "float32", *flags])
-run.device, run.world, run.dtype = torch.device("cpu"), 1, getattr(torch, run.dtype)
-import dataclasses
-small = ModelConfig.from_hf("tests/teacher")
-config = dataclasses.replace(small, vocab_size=16384, hidden_size=512, num_layers=6, num_heads=8,
-                             num_kv_heads=2, head_dim=64, intermediate_size=1536, tied=False,
-                             layer_windows=(None,) * 6)
-student_c = student_config(config, 256, 4, "hybrid", 4)
-planned = distill.plan_memory(run, student_c, stage)["in all"]
-base = status("VmRSS")
-teacher = Transformer(config).requires_grad_(False).to(run.dtype)
-if stage == "align":
-    student = student_from_teacher(teacher, window=256)
-else:
-    student = Transformer(student_c)
-    for block in student.model["layers"]:
-        initialise_mixer(block.self_attn)
-        block.recompute = run.recompute
-optimizer = distill.make_optimizer(distill.select_trainable(
-    student, "new" if stage == "align" else run.train))
-open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
-for step in range(2):
-    tokens = torch.randint(0, 16384, (run.micro_batch, run.context))
-    ids = torch.zeros_like(tokens)
-    with distill.autocast(run):
+def measure(stage, *flags):
+    run = distill.parse_arguments(["--teacher", "-", "--context", "512", "--dtype", "float32",
+                                   *map(str, flags)])
+    run.device, run.world, run.dtype = torch.device("cpu"), 1, getattr(torch, run.dtype)
+    small = ModelConfig.from_hf("tests/teacher")
+    config = dataclasses.replace(small, vocab_size=16384, hidden_size=384, num_layers=4,
+                                 num_heads=6, num_kv_heads=2, head_dim=64, intermediate_size=1024,
+                                 tied=False, layer_windows=(None,) * 4)
+    student_c = student_config(config, 256, 4, "hybrid", 4)
+    planned = distill.plan_memory(run, student_c, stage)["in all"]
+    base = status("VmRSS")
+    teacher = Transformer(config).requires_grad_(False).to(run.dtype)
+    if stage == "align":
+        student = student_from_teacher(teacher, window=256)
+    else:
+        student = Transformer(student_c)
+        for block in student.model["layers"]:
+            initialise_mixer(block.self_attn)
+    optimizer = distill.make_optimizer(distill.select_trainable(
+        student, "new" if stage == "align" else run.train))
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    for step in range(2):
+        tokens = torch.randint(0, 16384, (run.micro_batch, run.context))
+        batch = tokens, torch.zeros_like(tokens), tokens
         if stage == "align":
-            distill.alignment_losses(student, tokens, ids, 1.0)
+            with distill.autocast(run):
+                distill.alignment_losses(student, *batch[:2], 1.0)
         else:
-            with torch.no_grad():
-                targets = teacher(tokens, document_ids=ids,
-                                  head=distill.partial(distill.teacher_topk, k=256))
-            loss, _ = student(tokens, document_ids=ids, head=lambda h, w: (
-                distill.sparse_kd_loss(h, w, tokens, *targets)))
-    if stage == "distil":
-        loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-print(planned, status("VmHWM") - base)
+            targets = distill.teacher_targets(run, teacher, None, None, (), batch)
+            distill.distil_loss(run, student, batch, targets)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(planned, status("VmHWM") - base)
+
+for step in json.load(sys.stdin):
+    measure(*step)
 """
 
 
 @pytest.mark.parametrize("key, stored, size", [
     ("dtype", "float32", 4), ("torch_dtype", "float32", 4), ("torch_dtype", "bfloat16", 2)])
-def test_the_plan_counts_a_teacher_as_it_is_stored(tmp_path, key, stored, size):
+def test_the_plan_counts_a_teacher_as_it_is_stored(tmp_path, monkeypatch, key, stored, size):
+    monkeypatch.setattr(distill, "working_bytes", lambda *args: (0, 0))
     config = json.loads((TEACHER / "config.json").read_text())
     del config["torch_dtype"]
     (tmp_path / "config.json").write_text(json.dumps(config | {key: stored}))
@@ -1173,23 +1222,6 @@ def test_the_plan_counts_a_teacher_as_it_is_stored(tmp_path, key, stored, size):
     planned = float(printed.split(" teacher ")[1].split()[0])
     count = sum(p.numel() for p in load_pretrained(TEACHER).parameters())
     assert planned == pytest.approx(size * count / 1e9, rel=1e-2)
-
-
-def test_a_run_of_two_processes_goes_on_with_one(tmp_path, corpus, whole):
-    for stage in ("align", "distil"):
-        out = tmp_path / stage
-        process = subprocess.Popen(torchrun(*tiny(out, corpus)), cwd=ROOT, env=ONE_THREAD,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 200
-        while not ((out / "log.jsonl").exists() and (stage, 7) in logged(out)):
-            assert time.time() < deadline and process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)  # torchrun hands it on
-        process.wait(60)
-        resumed = command(*tiny(out, corpus, "--resume"))
-        assert resumed.returncode == 0, resumed.stderr
-        assert "written by 2 processes, now 1" in resumed.stdout
-        assert closeness(logged(whole[0]), logged(out)) < 1e-5
 
 
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
@@ -1237,7 +1269,7 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, corpus):
-    done = command(*tiny(tmp_path / "run", corpus, "--lr", 1e30))
+    done = command(*tiny(tmp_path / "run", corpus, "--lr", 1e13))
     assert done.returncode == 2 and "not finite" in done.stderr
     assert not (tmp_path / "run/student").exists() and (tmp_path / "run/seed").exists()
 
@@ -1249,7 +1281,8 @@ def test_experts_share_a_seed_and_are_merged_and_scored(tmp_path, corpus):
     task.write_text(json.dumps({"id": "1", "type": "generate", "prompt": "copy: x y =",
                                 "gold": " x y", "stop": ["\n"], "max_new_tokens": 8}) + "\n")
     out = tmp_path / "run"
-    flags = tiny(out, corpus, "--experts", "--tasks", task)
+    flags = tiny(out, corpus, "--experts", "--tasks", task, "--align-tokens", 64 * 4 * 4,
+                 "--tokens", 64 * 4 * 4)
     done = command(*(x for flag in flags for x in ([flag, other] if flag == corpus else [flag])))
     assert done.returncode == 0, done.stderr
     weights = {name: dict(load_pretrained(out / name).named_parameters())
@@ -1262,10 +1295,11 @@ def test_experts_share_a_seed_and_are_merged_and_scored(tmp_path, corpus):
                 for name in ("a/student", "b/student", "generalist/student")}
     assert len(lineages) == 1
     report = json.loads((out / "report/report.json").read_text())
-    assert set(report["students"]) == {"a", "b", "generalist", "merged"}
+    assert set(report["students"]) == {str(out / name) for name in (
+        "a/student", "b/student", "generalist/student", "merged")}
     steps = [len((out / name / "log.jsonl").read_text().splitlines())
              for name in ("a", "b", "generalist")]
-    assert steps == [12, 12, 24]  # the generalist trains as long as both
+    assert steps == [4, 4, 8]  # the generalist trains as long as both
     again = command(*tiny(tmp_path / "more", corpus, "--start", out / "seed"))
     assert again.returncode == 0 and "stage I is skipped" in again.stdout
     assert not any(stage == "align" for stage, _ in logged(tmp_path / "more"))
