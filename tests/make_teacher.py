@@ -474,7 +474,7 @@ def write_data(text, out, seed):
         else:
             documents = [document(domain, rng, text, rng.randint(128, CONTEXT))
                          for _ in range(rows)]
-        write_rows(out / f"data/{domain}.jsonl", [{"text": document} for document in documents])
+        write_rows(out / f"data/{domain}.jsonl", [{"text": piece} for piece in documents])
 
 
 ABOUT = """# The small teacher
