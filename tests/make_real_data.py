@@ -41,19 +41,11 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the repository's root
-from make_teacher import is_held_out, split_text
+from make_teacher import is_held_out, split_text, write_rows
 from model import generate, load_with_tokenizer, read_rows
 
 LONGEST = 8000                         # characters of a document, about 2000 tokens
 KIND_BYTES = 3_000_000                 # text kept of a kind, about 750 thousand tokens
-
-
-def write_rows(path, rows):
-    """Replace a .jsonl file in one step, so that a stop leaves the old one or the new one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    tmp.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -33,8 +33,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the repository's root
-from make_real_data import THINGS, copying, lookup, read_documents, sentences, write_rows
-from make_tasks import garble
+from make_real_data import THINGS, copying, lookup, read_documents, sentences
+from make_tasks import choice, cut, garble
+from make_teacher import write_rows
 from model import Tokenizer, read_rows
 
 ROWS = 100
@@ -62,16 +63,6 @@ def row_text(row):
     return row.get("prompt", "") + " " + row.get("gold", "")
 
 
-def choice(rng, context, right, wrong, metric="acc"):
-    """A "choice" row, or None if two choices are the same."""
-    choices = [right, *wrong]
-    if len(set(choices)) < len(choices):
-        return None
-    rng.shuffle(choices)
-    return {"type": "choice", "context": context, "choices": choices,
-            "gold": choices.index(right), "metric": metric}
-
-
 # ------------------------------------------------------------------------------------------------
 # Prose, manuals, code: cloze, continuation, order. Each is a generator of rows without an end.
 # ------------------------------------------------------------------------------------------------
@@ -94,7 +85,7 @@ def cloze(rng, documents, single):
                  if abs(len(other[1]) - len(end[1])) <= 2 and other[1] not in context} - {end[1]}
         if len(wrong) >= 3:
             yield choice(rng, context, f" {end[1]}",
-                         [f" {word}" for word in rng.sample(sorted(wrong), 3)])
+                         [f" {word}" for word in rng.sample(sorted(wrong), 3)], "acc")
 
 
 def code_cloze(rng, documents, single):
@@ -113,18 +104,7 @@ def code_cloze(rng, documents, single):
         context = document[:names[at].start()][-400:].partition("\n")[2]
         seen = sorted({n[0] for n in names[:at] if n[0] in context} - {names[at][0]})
         if names[at][0] in context and len(seen) >= 3 and not context.endswith(" "):
-            yield choice(rng, context, names[at][0], rng.sample(seen, 3))
-
-
-def cut(rng, document, code):
-    """(context, what follows): about 160 characters, and a line of code or eight words."""
-    if code:
-        lines = document.splitlines(keepends=True)
-        i = rng.randrange(4, max(5, len(lines)))
-        return "".join(lines[:i])[-160:], "".join(lines[i:i + 1]).rstrip("\n")
-    words = document.split()
-    i = rng.randrange(28, max(29, len(words) - 8))
-    return " ".join(words[i - 28:i]), "".join(f" {word}" for word in words[i:i + 8])
+            yield choice(rng, context, names[at][0], rng.sample(seen, 3), "acc")
 
 
 def continuation(rng, documents, code, order):
@@ -133,11 +113,12 @@ def continuation(rng, documents, code, order):
     acc_norm: by log-probability a character, since the pieces of "continuation" differ in length.
     """
     while True:
-        (context, right), *others = (cut(rng, rng.choice(documents), code) for _ in range(4))
+        (context, right), *others = (cut(rng, rng.choice(documents), code, 4, 28)
+                                     for _ in range(4))
         wrong = [garble(right, rng) for _ in others] if order and len(
             right.split()) > 3 else [text for _, text in others]
         if all(20 <= len(text) <= 90 for text in (right, *wrong)):
-            yield choice(rng, context, right, wrong, metric="acc_norm")
+            yield choice(rng, context, right, wrong, "acc_norm")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -200,7 +181,8 @@ def lookups(rng, prose, distance):
     while True:
         prompt, answer, other = lookup(rng, prose, distance)
         untold = [thing for thing in THINGS if thing not in prompt]
-        yield choice(rng, prompt, answer, [other, *(f" {t}" for t in rng.sample(untold, 2))])
+        yield choice(rng, prompt, answer, [other, *(f" {t}" for t in rng.sample(untold, 2))],
+                     "acc")
 
 
 def needles(rng):

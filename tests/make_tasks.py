@@ -21,7 +21,7 @@ import json
 import random
 from pathlib import Path
 
-from make_teacher import skill_example, standard_library
+from make_teacher import skill_example, standard_library, write_rows
 
 HERE = Path(__file__).resolve().parent
 ROWS = 100
@@ -33,21 +33,24 @@ GAPS = (64, 128)                       # tokens of prose before what is asked fo
 def generate_rows(skill, rng, filler):
     """Endless "generate" rows of one skill; an answer is one line."""
     while True:
-        prompt, answer = skill_example(skill, rng, filler, rng.choice(GAPS), held_out=True)
+        prompt, answer = skill_example(skill, rng, filler, rng.choice(GAPS))
         yield {"type": "generate", "prompt": prompt, "stop": ["\n"], "gold": answer.strip(),
                # a look-up's line goes on with the next key: its answer is one letter, one token
                "max_new_tokens": 1 if skill == "lookup" else 32}
 
 
-def cut(document, rng, domain):
-    """(context, continuation) at a random place: the next line of code, the next eight words."""
-    if domain == "code":
-        lines = document.splitlines(keepends=True)
-        i = rng.randrange(3, max(4, len(lines)))
-        return "".join(lines[:i])[-160:], "".join(lines[i:i + 1]).rstrip("\n")
-    words = document.split()
-    i = rng.randrange(25, max(26, len(words) - 8))
-    return " ".join(words[i - 25:i]), "".join(f" {word}" for word in words[i:i + 8])
+def cut(rng, document, code, lines=3, words=25):
+    """(context, continuation) at a random place: the next line of code, the next eight words.
+
+    lines, words: the least that stand before it.
+    """
+    if code:
+        text = document.splitlines(keepends=True)
+        i = rng.randrange(lines, max(lines + 1, len(text)))
+        return "".join(text[:i])[-160:], "".join(text[i:i + 1]).rstrip("\n")
+    text = document.split()
+    i = rng.randrange(words, max(words + 1, len(text) - 8))
+    return " ".join(text[i - words:i]), "".join(f" {word}" for word in text[i:i + 8])
 
 
 def garble(text, rng):
@@ -58,18 +61,27 @@ def garble(text, rng):
     return indent + " ".join(words)
 
 
+def choice(rng, context, right, wrong, metric):
+    """A "choice" row, or None if two choices are the same."""
+    choices = [right, *wrong]
+    if len(set(choices)) < len(choices):
+        return None
+    rng.shuffle(choices)
+    return {"type": "choice", "context": context, "choices": choices,
+            "gold": choices.index(right), "metric": metric}
+
+
 def choice_rows(domain, kind, rng, documents):
     """Endless "choice" rows; wrong are other continuations, or the right one garbled."""
     while True:
-        (context, right), *others = (cut(d, rng, domain) for d in rng.sample(documents, 4))
+        (context, right), *others = (cut(rng, d, domain == "code")
+                                     for d in rng.sample(documents, 4))
         if len(right.split()) < 4:
             continue
-        choices = [right] + [garble(right, rng) if kind == "order" else text for _, text in others]
-        if len(set(choices)) < 4 or not all(20 <= len(choice) <= 80 for choice in choices):
-            continue
-        rng.shuffle(choices)
-        yield {"type": "choice", "context": context, "choices": choices,
-               "gold": choices.index(right), "metric": "acc_norm"}
+        wrong = [garble(right, rng) if kind == "order" else text for _, text in others]
+        if all(20 <= len(text) <= 80 for text in (right, *wrong)):
+            if row := choice(rng, context, right, wrong, "acc_norm"):
+                yield row
 
 
 def one_line(text):
@@ -85,9 +97,8 @@ def write(task, rows, training):
             kept.setdefault(text, row)
         if len(kept) == ROWS:
             break
-    lines = (json.dumps({"id": f"{task}-{i}", **row}) for i, row in enumerate(kept.values()))
-    path = HERE / "tasks" / f"{task}.jsonl"
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_rows(HERE / f"tasks/{task}.jsonl",
+               [{"id": f"{task}-{i}", **row} for i, row in enumerate(kept.values())])
 
 
 def main():
@@ -95,7 +106,6 @@ def main():
     training = one_line("\n".join(json.loads(line)["text"]
                                   for path in HERE.glob("teacher/data/*.jsonl")
                                   for line in path.read_text(encoding="utf-8").splitlines()))
-    (HERE / "tasks").mkdir(exist_ok=True)
     for task, skill in SKILLS.items():
         write(task, generate_rows(skill, random.Random(task), text["filler", True]), training)
     for domain in ("code", "prose"):

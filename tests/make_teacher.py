@@ -28,6 +28,7 @@ Run:  pip install tokenizers                                     # beside requir
       python tests/make_teacher.py --out /tmp/teacher --minutes 5
       python tests/make_teacher.py --out tests/teacher --measure # only measure, rewrite README.md
       python tests/make_teacher.py --out out/student --measure   # a student's skills
+      python tests/make_bio.py --out tests/bio_teacher           # the teacher of sequences
 """
 
 import argparse
@@ -35,10 +36,8 @@ import ast
 import hashlib
 import json
 import math
-import os
 import random
 import re
-import shutil
 import string
 import sys
 import sysconfig
@@ -50,8 +49,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the repository's root
-import make_bio
-from model import ModelConfig, Tokenizer, Transformer, load_pretrained, save_pretrained
+from model import (ModelConfig, Tokenizer, Transformer, load_pretrained, save_tensors,
+                   write_json)
 
 CONTEXT = 512
 CONFIG = {
@@ -68,6 +67,14 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 def is_held_out(key):
     """Whether `key` belongs to the held-out 5 %: a hash decides, the same in every run."""
     return hashlib.sha1(key.encode()).digest()[0] < 0.05 * 256
+
+
+def write_rows(path, rows):
+    """Replace a .jsonl file in one step, so that a stop leaves the old one or the new one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tmp.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -206,16 +213,16 @@ def gap_of_prose(rng, filler, tokens):
     return text.strip() + "\n" if text else ""
 
 
-def math_document(rng, tokens=CONTEXT, held_out=False):
+def math_document(rng, tokens):
     """Problems of all kinds, one a line, for about `tokens` tokens."""
     lines = []
     while sum(map(len, lines)) < tokens:                   # nearly one token a character
-        _, prompt, answer = draw(rng.choice(MATH), rng, held_out)
+        _, prompt, answer = draw(rng.choice(MATH), rng, False)
         lines.append(f"{prompt}{answer}\n")
     return "".join(lines)
 
 
-def recall_document(rng, filler, tokens=CONTEXT, held_out=False):
+def recall_document(rng, filler, tokens):
     """A table or a list, asked for again and again with prose between; or copy and reverse.
 
     Each round asks for all keys of the table, in a new order. Many rounds with little prose
@@ -225,10 +232,10 @@ def recall_document(rng, filler, tokens=CONTEXT, held_out=False):
     if kind == "lines":
         text = ""
         while len(text) < 1.6 * tokens:
-            _, prompt, answer = draw(rng.choice((copying, reversal)), rng, held_out)
+            _, prompt, answer = draw(rng.choice((copying, reversal)), rng, False)
             text += f"{prompt}{answer}\n"
         return text
-    key, *pairs = draw(table if kind == "table" else letters, rng, held_out)
+    key, *pairs = draw(table if kind == "table" else letters, rng, False)
     payload = len(key) // 2 + 5                            # tokens of one line
     rounds = min(rng.choice((1, 1, 2, 3, 4, 8, 99)), max(1, tokens // payload - 1))
     gap = (tokens - payload) // rounds - payload - 16      # the last sentence runs over by 16
@@ -243,19 +250,28 @@ def recall_document(rng, filler, tokens=CONTEXT, held_out=False):
     return text
 
 
-def skill_example(skill, rng, filler=(), gap=0, held_out=True):
-    """(prompt, answer) of one skill; for FAR_SKILLS with `gap` tokens of prose between."""
+def document(domain, rng, text, tokens):
+    """One document of the training side; tokens: of a generated one, about."""
+    if domain == "math":
+        return math_document(rng, tokens)
+    if domain == "recall":
+        return recall_document(rng, text["filler", False], tokens)
+    return rng.choice(text[domain, False])
+
+
+def skill_example(skill, rng, filler, gap):
+    """(prompt, answer) of the held-out side; FAR_SKILLS have `gap` tokens of prose between."""
     if skill == "lookup":
-        key, pairs = draw(table, rng, held_out)
+        key, pairs = draw(table, rng, True)
         asked = rng.choice(list(pairs))
         return f"table: {key}\n{gap_of_prose(rng, filler, gap)}find: {asked}", f" {pairs[asked]}"
     if skill == "repeat":
-        key, = draw(letters, rng, held_out)
+        key, = draw(letters, rng, True)
         return f"list: {key}\n{gap_of_prose(rng, filler, gap)}list:", f" {key}\n"
     make = {"add2": lambda r: addition(r, 2), "add3": lambda r: addition(r, 3),
             "sub": subtraction, "mul": multiplication, "max": maximum,
             "copy": copying, "reverse": reversal}[skill]
-    _, prompt, answer = draw(make, rng, held_out)
+    _, prompt, answer = draw(make, rng, True)
     return prompt, f"{answer}\n"
 
 
@@ -289,8 +305,8 @@ def train_tokenizer(documents, directory):
     for letter in KEYS + VALUES:
         assert len(tokenizer.encode(f" {letter}", add_special_tokens=False).ids) == 1, letter
     tokenizer.save(str(directory / "tokenizer.json"))
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
-    (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+    write_json(directory / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -301,58 +317,29 @@ TOKENS_PER_STEP = 4096                 # few: a skill appears after so many step
 MIXTURE = {"code": 0.25, "prose": 0.15, "math": 0.25, "recall": 0.35}
 
 
-def rows_of_tokens(texts, tokenizer, length):
-    """One document a row: BOS, text, EOS; cut at `length`, padded with EOS.
+def padded(rows, length, eos=CONFIG["eos_token_id"]):
+    """Lists of ids -> tokens (B, length) and labels, the next token each. One document a row.
 
-    Returns tokens (B, length) and labels, the next token each; of the EOS tokens that pad a row
-    only the first is a label, the others are -100.
+    Rows are cut at `length`, short ones end in EOS tokens, of which only the first is a label; the
+    others are -100.
     """
-    eos = CONFIG["eos_token_id"]
-    tokens = torch.full((len(texts), length + 1), eos)
-    for row, text in zip(tokens, texts):
-        ids = tokenizer.encode(text)[:length + 1]
-        row[:len(ids)] = torch.tensor(ids)
-    tokens, labels = tokens[:, :-1], tokens[:, 1:]
+    ids = torch.tensor([(row + [eos] * (length + 1))[:length + 1] for row in rows])
+    tokens, labels = ids[:, :-1], ids[:, 1:]
     return tokens, labels.masked_fill(tokens == eos, -100)
 
 
 def batch_at(step, seed, text, tokenizer, length):
-    """The batch of a step: a function of its number, so that a resumed run sees the same."""
+    """The batch of a step: a function of its number and the seed."""
     rng = random.Random(f"{seed} {step}")
     domains = rng.choices(list(MIXTURE), list(MIXTURE.values()), k=TOKENS_PER_STEP // length)
-    documents = []
-    for domain in domains:
-        if domain == "math":
-            documents.append(math_document(rng, length))
-        elif domain == "recall":
-            documents.append(recall_document(rng, text["filler", False], length))
-        else:
-            documents.append(rng.choice(text[domain, False]))
-    return rows_of_tokens(documents, tokenizer, length)
+    documents = [document(domain, rng, text, length) for domain in domains]
+    return padded(map(tokenizer.encode, documents), length)
 
 
 def length_at(tokens_seen):
     """Curriculum: short documents until look-up has appeared (2M to 5M tokens), then longer."""
     millions = tokens_seen / 1e6
     return 64 if millions < 4 else 128 if millions < 8 else 256 if millions < 16 else CONTEXT
-
-
-def bio_batch_at(step, seed, tokenizer, length):
-    """`batch_at` for the teacher of make_bio.py: every other document lacks its beginning.
-
-    So do documents that packing has cut: a teacher that always met BOS is lost without it.
-    """
-    rng = random.Random(f"bio {seed} {step}")
-    domains = rng.choices(list(make_bio.MIXTURE), list(make_bio.MIXTURE.values()),
-                          k=TOKENS_PER_STEP // length)
-    documents = [make_bio.document(domain, rng, is_held_out) for domain in domains]
-    rows, eos = [], make_bio.CONFIG["eos_token_id"]
-    for text in documents:
-        ids = tokenizer.encode(text) + [eos]
-        cut = rng.randrange(len(ids) // 2) if rng.random() < 0.5 else 0
-        rows.append(ids[cut:cut + length + 1] + [eos] * (length + 1 - len(ids) + cut))
-    tokens, labels = torch.tensor(rows)[:, :-1], torch.tensor(rows)[:, 1:]
-    return tokens, labels.masked_fill(tokens == eos, -100)
 
 
 def rate_at(progress):
@@ -372,37 +359,34 @@ def initialise(model):
             torch.nn.init.normal_(weight, std=0.02 if "embed" in name else weight.shape[1] ** -0.5)
 
 
-def train(model, draw, measure, out, args):
-    """Run to --tokens or --minutes, whichever ends first; the schedule follows the nearer end.
+def train(args, draw, measure, about, bf16):
+    """Train the model that config.json in args.out describes; write its weights and README.md.
 
-    draw(step, tokens seen) -> (tokens, labels); measure() -> {name: figure}, now and then.
-    Returns (tokens, minutes), those of an earlier part that was resumed included.
+    Ends at --tokens or --minutes, whichever comes first; the schedule follows the nearer end.
+    draw(step, tokens seen) -> (tokens, labels); measure(model) -> {(name, ...): figure}, now and
+    then; about: README.md's text, with places for parameters, millions of tokens and minutes;
+    bf16: whether matrix products are in bf16.
     """
+    torch.manual_seed(args.seed)
+    model = Transformer(ModelConfig.from_hf(args.out))
+    initialise(model)
     # Muon for the matrices inside the blocks, AdamW for the embedding and the norms.
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = {0.01: torch.optim.Muon(matrices, weight_decay=0.01, momentum=0.95),
                   0.005: torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)}
-    step, spent_seconds = 0, 0.0
-    if args.resume:
-        state = torch.load(out / "train_state.pt")
-        step, spent_seconds = state["step"], state["seconds"]
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers.values(), state["optimizers"]):
-            optimizer.load_state_dict(saved)
     # Compiled once per length of the curriculum: twice as fast, but it needs a C++ compiler.
     forward = torch.compile(model, dynamic=False) if args.compile else model
-    started, saved_at, reported_at = time.time() - spent_seconds, time.time(), 0.0
-    bar = tqdm(total=args.tokens, initial=step * TOKENS_PER_STEP, unit="tok", unit_scale=True,
-               mininterval=10)
+    step, started, reported_at = 0, time.time(), 0.0
+    bar = tqdm(total=args.tokens, unit="tok", unit_scale=True, mininterval=10)
     while True:
-        seen, seconds = step * TOKENS_PER_STEP, time.time() - started
-        progress = max(seen / args.tokens, seconds / (60 * args.minutes))
+        seen, minutes = step * TOKENS_PER_STEP, (time.time() - started) / 60
+        progress = max(seen / args.tokens, minutes / args.minutes)
         if progress >= 1:
             break
         # ---------------------------------------------------------------------- one step
         tokens, labels = draw(step, seen)
-        with torch.autocast("cpu", torch.bfloat16, enabled=not args.bio):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = forward(tokens)                       # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         loss.backward()
@@ -418,29 +402,13 @@ def train(model, draw, measure, out, args):
         bar.set_postfix(loss=f"{loss.item():.3f}", T=tokens.shape[1], refresh=False)
         if progress - reported_at > 0.04:
             reported_at = progress
-            bar.write(f"{progress:4.0%}  {seen / 1e6:.1f}M tokens  {seconds:.0f} s  " + "  ".join(
-                f"{name} {figure:.2f}" for (name, *_), figure in measure().items()))
-        if time.time() - saved_at > 120:
-            saved_at = time.time()
-            save(model, out, {"step": step, "seconds": saved_at - started,
-                              "model": model.state_dict(),
-                              "optimizers": [o.state_dict() for o in optimizers.values()]})
+            bar.write(f"{progress:4.0%}  {seen / 1e6:.1f}M tokens  {minutes:.1f} min  " + "  ".join(
+                f"{name} {figure:.2f}" for (name, *_), figure in measure(model).items()))
     bar.close()
-    save(model, out)
-    (out / "train_state.pt").unlink(missing_ok=True)
-    return seen, seconds / 60
-
-
-def save(model, out, state=None):
-    """Write beside, then rename: neither a reader nor a kill ever meets half a file."""
-    beside = out / "saving"
-    shutil.rmtree(beside, ignore_errors=True)
-    save_pretrained(model, beside)                         # config and tokenizer are in `out`
-    os.replace(beside / "model.safetensors", out / "model.safetensors")
-    if state:
-        torch.save(state, beside / "train_state.pt")
-        os.replace(beside / "train_state.pt", out / "train_state.pt")
-    shutil.rmtree(beside)
+    save_tensors(dict(model.named_parameters()), args.out / "model.safetensors")
+    (args.out / "README.md").write_text(about.format(
+        parameters=sum(p.numel() for p in model.parameters()), millions=seen / 1e6,
+        minutes=minutes), encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -452,7 +420,7 @@ def held_out_loss(model, tokenizer, documents):
     """Nats a token over whole documents, each from its own BOS."""
     total_nats = total_tokens = 0
     for i in range(0, len(documents), 16):
-        tokens, labels = rows_of_tokens(documents[i:i + 16], tokenizer, CONTEXT)
+        tokens, labels = padded(map(tokenizer.encode, documents[i:i + 16]), CONTEXT)
         total_nats += F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(),
                                       reduction="sum").item()
         total_tokens += (labels != -100).sum().item()
@@ -468,12 +436,11 @@ def exact_match(model, tokenizer, pairs):
     """
     right, distances = 0, []
     for i in range(0, len(pairs), 25):
-        texts = [prompt + answer for prompt, answer in pairs[i:i + 25]]
-        tokens, labels = rows_of_tokens(texts, tokenizer, CONTEXT)
+        rows = [tokenizer.encode(prompt + answer) for prompt, answer in pairs[i:i + 25]]
+        tokens, labels = padded(rows, CONTEXT)
         guesses = model(tokens).argmax(-1)                 # (B, T)
-        for row, (prompt, answer) in enumerate(pairs[i:i + 25]):
-            last = len(tokenizer.encode(prompt)) - 1
-            end = len(tokenizer.encode(prompt + answer)) - 1
+        for row, (prompt, _) in enumerate(pairs[i:i + 25]):
+            last, end = len(tokenizer.encode(prompt)) - 1, len(rows[row]) - 1
             right += torch.equal(guesses[row, last:end], labels[row, last:end])
             distances.append(last - tokens[row].tolist().index(tokens[row, last]))
     return right / len(pairs), sum(distances) / len(distances)
@@ -500,18 +467,14 @@ def write_data(text, out, seed):
 
     Of the training side only: what is held out here stays unseen by a student trained on these.
     """
-    (out / "data").mkdir(exist_ok=True)
     for domain, rows in {"code": 420, "prose": 420, "math": 900, "recall": 600}.items():
         rng = random.Random(f"data {domain} {seed}")
-        if domain == "math":
-            documents = [math_document(rng, rng.randint(128, CONTEXT)) for _ in range(rows)]
-        elif domain == "recall":
-            documents = [recall_document(rng, text["filler", False], rng.randint(128, CONTEXT))
-                         for _ in range(rows)]
-        else:
+        if domain in ("code", "prose"):
             documents = rng.sample(text[domain, False], rows)
-        lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
-        (out / "data" / f"{domain}.jsonl").write_text(lines, encoding="utf-8")
+        else:
+            documents = [document(domain, rng, text, rng.randint(128, CONTEXT))
+                         for _ in range(rows)]
+        write_rows(out / f"data/{domain}.jsonl", [{"text": piece} for piece in documents])
 
 
 ABOUT = """# The small teacher
@@ -540,9 +503,52 @@ prose between, in tokens (mean).
 """
 
 
-def write_figures(found, readme, examples):
-    """Replace README.md from "## Measured" on by what was measured just now."""
-    rng, rows = random.Random("readme"), FIGURES.format(examples=examples)
+def write_figures(rows, out):
+    """Replace what README.md says from "## Measured" on by `rows`, and print them."""
+    readme = out / "README.md"
+    about = readme.read_text(encoding="utf-8").split("## Measured")[0] if readme.exists() else ""
+    readme.write_text(about + rows, encoding="utf-8")
+    print(rows)
+
+
+def arguments(description, tokens):
+    """The options of the scripts that make a teacher, this one and make_bio.py."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the teacher")
+    parser.add_argument("--tokens", type=int, default=tokens,
+                        help="end after this many tokens (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="or after this long")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--measure", action="store_true", help="no training: measure --out")
+    parser.add_argument("--no-compile", dest="compile", action="store_false",
+                        help="without torch.compile: no C++ compiler needed, half as fast")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def make(text, args):
+    """Everything in the folder but the figures in README.md."""
+    write_json(args.out / "config.json", CONFIG)
+    write_data(text, args.out, args.seed)
+    rng = random.Random(args.seed)
+    train_tokenizer(rng.sample(text["code", False], 2000) + rng.sample(text["prose", False], 800)
+                    + [document("recall", rng, text, CONTEXT) for _ in range(400)], args.out)
+    tokenizer = Tokenizer(args.out)
+    train(args, lambda step, seen: batch_at(step, args.seed, text, tokenizer, length_at(seen)),
+          lambda model: measure(model, tokenizer, text, examples=50), ABOUT, bf16=True)
+
+
+def main():
+    args = arguments(__doc__.strip().splitlines()[0], tokens=41_000_000)
+    text = standard_library()
+    for (kind, held_out), pieces in text.items():
+        print(f"{kind:6} {'held out' if held_out else 'training':8} {len(pieces):6} pieces "
+              f"{sum(map(len, pieces)) / 1e6:6.2f} MB")
+    if not args.measure:
+        make(text, args)
+    found = measure(load_pretrained(args.out), Tokenizer(args.out), text, examples=200)
+    rng, rows = random.Random("readme"), FIGURES.format(examples=200)
     for (name, distance), figure in found.items():
         shown, value = "held-out text", f"{figure:.3f}"
         if name in SKILLS + FAR_SKILLS:
@@ -550,103 +556,7 @@ def write_figures(found, readme, examples):
             shown = f"`{prompt}` -> `{answer.strip()}`".replace("\n", "\\n")
             value = f"{figure:.1%}"
         rows += f"| {name} | {shown} | {distance or ''} | {value} |\n"
-    about = readme.read_text(encoding="utf-8").split("## Measured")[0] if readme.exists() else ""
-    readme.write_text(about + rows, encoding="utf-8")
-    print(rows)
-
-
-def write_bio_figures(found, readme):
-    """The same for the teacher of make_bio.py: a figure a line."""
-    about = readme.read_text(encoding="utf-8").split("## Measured")[0] if readme.exists() else ""
-    rows = "".join(f"| {name} | {figure:.3f} |\n" for (name,), figure in found.items())
-    readme.write_text(about + "## Measured\n\nOn 200 held-out documents a domain:\n\n"
-                      f"| | |\n|---|---|\n{rows}", encoding="utf-8")
-    print(rows)
-
-
-def make(text, out, args):
-    """Everything in the folder but the figures in README.md. Returns the model."""
-    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
-    write_data(text, out, args.seed)
-    if not args.resume:
-        rng = random.Random(args.seed)
-        train_tokenizer(rng.sample(text["code", False], 2000)
-                        + rng.sample(text["prose", False], 800)
-                        + [recall_document(rng, text["filler", False]) for _ in range(400)], out)
-    torch.manual_seed(args.seed)
-    model = Transformer(ModelConfig.from_hf(out))
-    model.source = out                                     # whose config.json it is saved with
-    initialise(model)
-    tokenizer = Tokenizer(out)
-    tokens, minutes = train(
-        model, lambda step, seen: batch_at(step, args.seed, text, tokenizer, length_at(seen)),
-        lambda: measure(model, tokenizer, text, examples=50), out, args)
-    (out / "README.md").write_text(ABOUT.format(
-        parameters=sum(p.numel() for p in model.parameters()), millions=tokens / 1e6,
-        minutes=minutes), encoding="utf-8")
-    return model
-
-
-BIO_ABOUT = """# The small teacher of sequences
-
-Llama-shaped: {parameters:,} parameters, hidden 96, 4 layers, 3 heads of width 32, bytes (258 ids),
-context 512, positions restart at every newline. Trained from scratch on {millions:.0f}M tokens in
-{minutes:.0f} minutes on 1 CPU core. What its three domains are stands at the top of ../make_bio.py;
-data/*.jsonl are documents of them, one a row.
-
-    python tests/make_teacher.py --bio --out tests/bio_teacher             # all of it again
-    python tests/make_teacher.py --bio --out tests/bio_teacher --measure   # only the figures below
-
-"""
-
-
-def make_bio_teacher(out, args):
-    """The folder of make_bio.py's teacher but for the figures in README.md. Returns the model."""
-    for name, value in (("config", make_bio.CONFIG), ("tokenizer_config", make_bio.TOKENIZER)):
-        (out / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    make_bio.write_data(out / "data", is_held_out)
-    torch.manual_seed(args.seed)
-    model = Transformer(ModelConfig.from_hf(out))
-    model.source, tokenizer = out, Tokenizer(out)
-    initialise(model)
-    tokens, minutes = train(
-        model, lambda step, seen: bio_batch_at(step, args.seed, tokenizer,
-                                               256 if seen < 3e6 else make_bio.CONTEXT),
-        lambda: make_bio.measure(model, tokenizer, is_held_out, 20), out, args)
-    (out / "README.md").write_text(BIO_ABOUT.format(
-        parameters=sum(p.numel() for p in model.parameters()), millions=tokens / 1e6,
-        minutes=minutes), encoding="utf-8")
-    return model
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the teacher")
-    parser.add_argument("--tokens", type=int, help="end after this many tokens (default: 41 "
-                        "million, with --bio 24)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="or after this long")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--bio", action="store_true", help="the teacher of sequences instead "
-                        "(make_bio.py)")
-    parser.add_argument("--measure", action="store_true", help="no training: measure --out")
-    parser.add_argument("--no-compile", dest="compile", action="store_false",
-                        help="without torch.compile: no C++ compiler needed, half as fast")
-    args = parser.parse_args()
-    args.tokens = args.tokens or (24_000_000 if args.bio else 41_000_000)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.bio:
-        model = load_pretrained(args.out) if args.measure else make_bio_teacher(args.out, args)
-        found = make_bio.measure(model, Tokenizer(args.out), is_held_out, 200)
-        write_bio_figures(found, args.out / "README.md")
-        return
-    text = standard_library()
-    for (kind, held_out), pieces in text.items():
-        print(f"{kind:6} {'held out' if held_out else 'training':8} {len(pieces):6} pieces "
-              f"{sum(map(len, pieces)) / 1e6:6.2f} MB")
-    model = load_pretrained(args.out) if args.measure else make(text, args.out, args)
-    found = measure(model, Tokenizer(args.out), text, examples=200)
-    write_figures(found, args.out / "README.md", examples=200)
+    write_figures(rows, args.out)
 
 
 if __name__ == "__main__":

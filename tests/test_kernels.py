@@ -1,8 +1,8 @@
 """kernels.py against model.py in float64: in Triton's interpreter without a GPU, compiled with one.
 
 The interpreter is chosen when triton is first imported, hence the lines before the imports.
-Run as a script (`test_kernels.py 90 128 4`: sm_90, heads of 128, features of 4 x 128) it compiles
-every kernel for a GPU that need not exist and prints what each uses.
+Run as a script (`test_kernels.py 128 4 80 90`: heads of 128, features of 4 x 128, sm_80 and sm_90)
+it compiles every kernel for GPUs that need not exist and prints what each uses.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ if __name__ != "__main__":
     import kernels
     import model
     import time_gpu
+    from time_gpu import worst
 
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 
@@ -82,14 +83,6 @@ def run_mlstm(form, inputs, state=None, dtype=None, **options):
         return [h, S * scale[..., None, None], z * scale[..., None], m.detach()]
 
     return outputs_and_gradients(run, xs)
-
-
-def worst(found, expected):
-    """Largest root mean square error, relative to that of the result (0.1 at least)."""
-    def rms(x):
-        return x.double().pow(2).mean().sqrt().item()
-    assert len(found) == len(expected)
-    return max(rms(a.double() - b) / max(rms(b), 0.1) for a, b in zip(found, expected))
 
 
 # ------------------------------------------------------------------ the mLSTM
@@ -223,15 +216,8 @@ def test_feature_map_equals_the_definition(features, dtype, limit):
     x, plain = (torch.randn(2, 2, 40, 16, generator=r).to(DEVICE, dtype) for _ in range(2))
     weight = torch.randn(2, 16, 16 * features, generator=r).to(DEVICE, dtype)
     leaves = [x.requires_grad_() for x in ([x, weight] + [plain] * (features > 1))]
-
-    def definition(x, weight, plain=None):
-        if plain is None:
-            return (x @ weight).softmax(-1)
-        first, second = weight.chunk(2, dim=-1)
-        return torch.cat((x @ first, plain @ second), dim=-1).softmax(-1)
-
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    expected = outputs_and_gradients(lambda: [definition(*wide)], wide)
+    expected = outputs_and_gradients(lambda: [time_gpu.feature_map(*wide)], wide)
     found = outputs_and_gradients(lambda: [kernels.feature_map(*leaves)], leaves)
     assert found[0].dtype == dtype and worst(found, expected) < limit
 
@@ -248,7 +234,7 @@ def mixer(q, k, v, weight, log_i, log_f):
 
 
 def test_torch_compile_sees_opaque_operators():
-    (q, k, v, log_i, log_f), _ = mlstm_inputs(40)
+    (q, k, v, log_i, log_f), _ = mlstm_inputs(5)
     leaves = q, k, v, torch.eye(16, device=DEVICE).repeat(2, 1, 2).requires_grad_(), log_i, log_f
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     for a, b in zip(outputs_and_gradients(lambda: [compiled(*leaves)], leaves),
@@ -258,7 +244,7 @@ def test_torch_compile_sees_opaque_operators():
 
 @pytest.mark.parametrize("name", ["mlstm", "window", "feature_map", "gate_mix"])
 def test_operators_are_registered_as_torch_wants_them(name):
-    inputs, state = mlstm_inputs(33)
+    inputs, state = mlstm_inputs(5)
     q, k, v, log_i, log_f = (x.detach().transpose(1, 2).contiguous().requires_grad_()
                              for x in inputs)
     start = kernels.document_starts(None, inputs[0])
@@ -367,7 +353,26 @@ def test_real_sizes_on_a_gpu(dtype, limit, width, D):
 # ------------------------------------------------------------------ compiled for GPUs
 
 
-def compile_all(capability, width, features):
+def resources(compiled):
+    """What a compiled kernel uses: registers a thread, bytes of memory, tensor-core instructions.
+
+    STACK, LOCAL: bytes of registers spilled to memory.
+    """
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True,
+                                text=True).stdout
+    ptx = compiled.asm["ptx"]
+    return {**{name: int(x) for name, x in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)},
+            "shared": compiled.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"),
+            "mma.sync": ptx.count("mma.sync")}
+
+
+def compile_all(width, features, *capabilities):
     """Compile each kernel as the public functions launch it in bf16; its resources, as JSON lines.
 
     The launches are recorded, not run, so the machine needs no GPU and the test no second list of
@@ -411,19 +416,11 @@ def compile_all(capability, width, features):
                     ["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = "i32"
-        compiled = triton.compile(ASTSource(kernel, signature, constants, aligned),
-                                  target=GPUTarget("cuda", capability, 32), options=options)
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            report = subprocess.run([tool, "-res-usage", file.name], check=True,
-                                    capture_output=True, text=True).stdout
-        used = {name: int(x) for name, x in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-        ptx = compiled.asm["ptx"]
-        print(json.dumps({"kernel": kernel.__name__, **used, "shared": compiled.metadata.shared,
-                          "warps": options["num_warps"], "wgmma": ptx.count("wgmma.mma_async"),
-                          "mma.sync": ptx.count("mma.sync")}), flush=True)
+        for capability in capabilities:
+            compiled = triton.compile(ASTSource(kernel, signature, constants, aligned),
+                                      target=GPUTarget("cuda", capability, 32), options=options)
+            print(json.dumps({"kernel": kernel.__name__, "capability": capability,
+                              "warps": options["num_warps"], **resources(compiled)}), flush=True)
 
 
 def test_a_student_on_kernels_learns_as_one_without():
@@ -432,13 +429,13 @@ def test_a_student_on_kernels_learns_as_one_without():
     teacher.model["layers"] = teacher.model["layers"][:1]
     teacher.config = dataclasses.replace(teacher.config, num_layers=1,
                                          layer_windows=teacher.config.layer_windows[:1])
-    tokens = torch.randint(0, 1000, (1, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    ids = (torch.arange(40) // 25)[None].to(DEVICE)
-    weights = torch.randn(1, 40, teacher.config.hidden_size,
+    tokens = torch.randint(0, 1000, (1, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = (torch.arange(24) // 15)[None].to(DEVICE)
+    weights = torch.randn(1, 24, teacher.config.hidden_size,
                           generator=torch.Generator().manual_seed(1)).to(DEVICE)
     found = []
     for choice in ("torch", "triton"):
-        student = model.student_from_teacher(teacher, window=16, kernels=choice)
+        student = model.student_from_teacher(teacher, window=8, kernels=choice)
         hidden = student.hidden(tokens, document_ids=ids)
         (hidden * weights).sum().backward()
         found.append([hidden.detach(), *(p.grad.clone() for p in student.parameters())])
@@ -447,29 +444,19 @@ def test_a_student_on_kernels_learns_as_one_without():
         assert (a - b).norm() <= 1e-4 * b.norm().clamp_min(0.1)  # some gradients are 0 by symmetry
 
 
-@pytest.fixture(scope="module")
-def compilations():
-    """Both compilations, started together. The widest heads and features: they need the most."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    started = {capability: subprocess.Popen(
-        [sys.executable, __file__, str(capability), "128", "4"], env=environment,
-        stdout=subprocess.PIPE, text=True) for capability in (80, 90)}
-    yield started
-    for process in started.values():
-        process.kill()
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_without_spilling(compilations, capability):
-    output, _ = compilations[capability].communicate(timeout=600)
-    assert compilations[capability].returncode == 0
+def test_kernels_compile_without_spilling():
+    """For A100 and H100, the widest heads and features: they need the most."""
+    output = subprocess.run(
+        [sys.executable, __file__, "128", "4", "80", "90"], check=True, timeout=600, text=True,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        stdout=subprocess.PIPE).stdout
     kernels_used = [json.loads(x) for x in output.splitlines() if x.startswith("{")]
-    assert len(kernels_used) == 17
+    assert len(kernels_used) == 2 * 17
     few = 24 if triton.__version__[:3] == "3.6" else 0  # Triton 3.6, gates_fwd (8 for sm_90)
-    for used in kernels_used:  # STACK, LOCAL: bytes of registers spilled to memory
+    for used in kernels_used:
         assert used["STACK"] <= few and used["LOCAL"] == 0, used
-        assert used["shared"] <= {80: 166912, 90: 232448}[capability], used
-        assert capability == 80 or not used["mma.sync"], used  # Hopper: all products by wgmma
+        assert used["shared"] <= {80: 166912, 90: 232448}[used["capability"]], used
+        assert used["capability"] == 80 or not used["mma.sync"], used  # Hopper: wgmma for all
 
 
 if __name__ == "__main__":

@@ -103,15 +103,15 @@ def worst(found, expected):
     gates at their extremes gradients cancel to nearly nothing."""
     def rms(x):
         return x.double().pow(2).mean().sqrt().item()
-    return max(rms(a.double() - b) / max(rms(b), 0.1) for a, b in zip(found, expected))
+    return max(rms(a.double() - b) / max(rms(b), 0.1) for a, b in zip(found, expected, strict=True))
 
 
-def cases(kernels, model, device, T, D, features, dtype, wild):
-    """(operator, kernels' form, plain form, inputs)."""
-    q, k, v, log_i, log_f = random_inputs(device, 1, 4, 2, T, D, features, dtype, wild)
+def cases(kernels, model, device, K, T, D, features, dtype, wild):
+    """(operator, kernels' form, plain form, inputs), of 2 K query heads."""
+    q, k, v, log_i, log_f = random_inputs(device, 1, 2 * K, K, T, D, features, dtype, wild)
     ids = torch.arange(T, device=device)[None] // 147
     x, plain, w = q[..., :D] * D, k[..., :D].repeat(1, 2, 1, 1), torch.randn(
-        4, D, features * D, device=device, generator=torch.Generator(device).manual_seed(2))
+        2 * K, D, features * D, device=device, generator=torch.Generator(device).manual_seed(2))
     sources = (x, w.to(dtype)) if features == 1 else (x, w.to(dtype), plain)
     yield ("mlstm", lambda *x: kernels.mlstm(*x, document_ids=ids)[:1],
            lambda *x: model.mlstm_chunkwise(*x, document_ids=ids)[:1], (q, k, v, log_i, log_f))
@@ -137,11 +137,12 @@ def check(report, device, tiny):
                  "outputs", "gradients", "limit", "")
     settings = ((torch.float32, False, 1e-4), (torch.float32, True, 1e-4),
                 (torch.bfloat16, False, 3e-2), (torch.bfloat16, True, 2e-1))
+    K, T = (1, 20) if tiny else (2, 300)
     for D, features in WIDTHS[tiny]:
         for dtype, wild, limit in settings[::3] if tiny else settings:
             names = D, features, str(dtype)[6:], "wild" if wild else "ordinary"
-            for operator, ours, plain, inputs in cases(kernels, model, device, 20 if tiny else 300,
-                                                       D, features, dtype, wild):
+            for operator, ours, plain, inputs in cases(kernels, model, device, K, T, D, features,
+                                                       dtype, wild):
                 def errors():
                     pairs = zip(results(ours, inputs, None), results(plain, inputs, torch.float64))
                     return [worst(*pair) for pair in pairs]
