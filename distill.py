@@ -1282,9 +1282,8 @@ def check_finite(run, mixture, stage, step, *values):
 # 8. Memory and time: before a run, and while it goes on
 # ----------------------------------------------------------------------------------------------
 # Both are measured, not guessed. Memory: a step is run on tensors that have a shape and no storage,
-# of a model of few layers, and what is alive is counted. Time: the real steps 2 to 4 of a stage
-# tell its length, with all that a step does: data, both models, the update, other processes. For
-# stage II's before stage I is done, run it alone for a few steps (--align-tokens 0, another --out).
+# of a model of few layers, and what is alive is counted. Time: a micro-batch of each stage is run
+# before the first step.
 
 
 class LiveBytes(TorchDispatchMode):
@@ -1416,41 +1415,67 @@ def describe(run, title, student, trainable, steps):
           f"({train / total:.2%}), the others are frozen")
 
 
-class Progress(tqdm):
-    """What a stage shows while it trains: a bar, and log.jsonl, a line a step.
+def show_time(run, student, teacher, cache, students):
+    """Before training: say how long each stage will take, and what to set if it is beyond a day.
 
-    And after its fourth step in this process how long the stage takes at the speed of the three
-    before (the first warms up, as it compiles kernels), and what to set if it is beyond a day.
+    A micro-batch of each is run without an update, by what `align` and `distil` call for each of
+    theirs: up to three times within a minute, and the best counts, as the first compiles kernels.
+    Under torchrun stage II is sharded, which only its own steps, and their bar, can time.
+    """
+    mixture, part = next(iter(students.values()))[1], my_micro_batches(run, 0)[0]
+    batch = collate(map(mixture.row, part), run.device)
+    distil_steps = sum(own.distil_steps for own, _ in students.values())
+    for stage, which, steps, flag, budget, skipped in (
+            ("align", "new", run.align_steps, "--align-tokens", run.align_tokens,
+             why_no_align(run)),
+            ("distil", run.train, distil_steps, "--tokens", run.tokens, dist.is_initialized())):
+        if skipped:
+            continue
+        select_trainable(student, which)
+        seconds, started = [], time.perf_counter()
+        while len(seconds) < 3 and sum(seconds) < 60:
+            if stage == "align":
+                with autocast(run):
+                    alignment_losses(student, *batch[:2], 1.0)
+            else:
+                targets = teacher_targets(run, teacher, cache, mixture, part, batch)
+                distil_loss(run, student, batch, targets)[0].backward()
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)  # until here its work is queued only
+            seconds.append(time.perf_counter() - started - sum(seconds))
+        student.zero_grad()
+        speed, tokens = batch[0].numel() * run.world / min(seconds), run.batch * run.context
+        days = steps * tokens / speed / 86400
+        print(f"time      {stage}: about {tqdm.format_interval(days * 86400)} "
+              f"(hours:minutes:seconds) at {speed:,.0f} tokens/s")
+        if days > 1:
+            print(f"          That is {days:,.0f} days. {flag} {budget / days:.1e} takes one, in "
+                  f"{steps / days:,.1f} steps: hundreds are needed, with a smaller --batch and "
+                  "--context there are more")
+    student.requires_grad_(False)
+
+
+class Progress(tqdm):
+    """What a stage shows while it trains: a bar with the time left, and log.jsonl, a line a step.
+
+    On a GPU the bar also has the largest memory so far, to hold against --plan.
     """
 
     def __init__(self, run, stage, first, steps):
-        self.run, self.stage, self.steps, self.times = run, stage, steps, []
-        self.tokens = run.batch * run.context
+        self.run, self.stage, self.tokens = run, stage, run.batch * run.context
         super().__init__(desc=stage, total=steps * self.tokens, initial=first * self.tokens,
                          unit="tok", unit_scale=True, dynamic_ncols=True, disable=run.rank > 0)
 
     def log(self, step, **metrics):
         """A step is done: bar and log.jsonl (stage, step from 1, metrics)."""
-        metrics = {key: float(value) for key, value in metrics.items()}  # waits for a GPU
+        metrics = {key: float(value) for key, value in metrics.items()}
+        if self.run.device.type == "cuda":
+            metrics["peak_GB"] = torch.cuda.max_memory_allocated(self.run.device) / 1e9
         self.update(self.tokens)
         self.set_postfix({key: f"{value:.3g}" for key, value in metrics.items()})
         if self.run.rank == 0:
             with open(self.run.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": self.stage, "step": step + 1, **metrics}) + "\n")
-            self.times.append(time.perf_counter())
-            if len(self.times) == 4:
-                self.show_time((self.times[3] - self.times[0]) / 3)
-
-    def show_time(self, seconds):
-        """Print the speed of steps that take so long, and the length of the stage."""
-        days = self.steps * seconds / 86400
-        self.write(f"{self.stage}: {self.tokens / seconds:,.0f} tokens/s, "
-                   f"{self.format_interval(days * 86400)} (hours:minutes:seconds) in all")
-        if days > 1:
-            flag = "--align-tokens" if self.stage == "align" else "--tokens"
-            self.write(f"That is {days:,.0f} days. {flag} {self.total / days:.1e} takes one, in "
-                       f"{self.steps / days:,.0f} steps: hundreds are needed, with a smaller "
-                       "--batch and --context there are more")
 
 
 def report(results):
@@ -1823,8 +1848,10 @@ def main(argv=None):
         mixtures = [mixture for _, mixture in students.values()]
         cache = prepare_targets(run, teacher, tokenizer, mixtures, stop, run.rank, run.world)
         barrier()
-    if run.device.type == "cuda" and not run.resume:  # where memory is short; it takes seconds
-        show_plan(run)
+    if not run.resume:
+        if run.device.type == "cuda":  # where memory is short; it takes seconds
+            show_plan(run)
+        show_time(run, student, teacher, cache, students)
     # Only now: a refused run leaves none.
     once(run, run.out / "run.json", lambda: write_json(run.out / "run.json", settings_of(run)))
 

@@ -2465,6 +2465,8 @@ def run_command(main):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # what shells say of a program that Ctrl-C has ended
 
 
 if __name__ == "__main__":

@@ -824,17 +824,30 @@ def test_a_run_ends_with_a_table_and_a_student(whole, corpus):
     assert again.returncode == 2 and "--resume" in again.stderr
 
 
-def test_a_stage_says_how_long_it_takes(whole, tmp_path, capsys):
+def test_a_run_says_before_it_trains_how_long_each_stage_takes(whole):
     _, done = whole
-    told = done.stderr.replace("\r", "\n") + done.stdout
+    before = done.stdout.split("held-out, teacher")[0]
     for stage in ("align", "distil"):
-        assert re.search(rf"^ *{stage}: [0-9,]+ tokens/s, 00:[0-9][0-9] .* in all", told, re.M)
-    assert "days" not in told
-    run = Namespace(batch=4, context=64, rank=0, out=tmp_path)
-    with distill.Progress(run, "align", 0, 10 ** 9) as progress:
-        progress.show_time(seconds=1.0)
-    assert ("That is 11,574 days. --align-tokens 2.2e+07 takes one, in 86,400 steps"
-            in capsys.readouterr().out)
+        assert re.search(rf"^time      {stage}: about 00:[0-9][0-9] .* at [0-9,]+ tokens/s", before,
+                         re.M)
+    assert "days" not in before
+
+
+def test_more_than_a_day_is_said_with_the_flag_to_set(tmp_path, corpus, capsys):
+    run = Namespace(batch=4, context=64, micro_batch=4, rank=0, world=1, align_tokens=1e12,
+                    align_steps=int(1e12) // 256, tokens=256, start=None, mixer="hybrid",
+                    train="all", device=torch.device("cpu"), dtype=torch.float32, topk=4,
+                    gamma=0.9, beta=0.1, recompute=False)
+    teacher = load_pretrained(TEACHER).requires_grad_(False)
+    student = student_from_teacher(teacher, window=8)
+    source = Source("a", tokenise(corpus, Tokenizer(TEACHER), 1, tmp_path, 1), "train", 64)
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    distill.show_time(run, student, teacher, None,
+                      {"": (Namespace(distil_steps=1), Mixture([source], [1], 4, 0))})
+    assert re.search(r"That is [0-9,]+ days. --align-tokens [0-9.]+e.* takes one, in [0-9,.]+ ",
+                     capsys.readouterr().out)
+    for name, p in student.named_parameters():  # nothing was learnt, nothing is left behind
+        assert torch.equal(p, before[name]) and p.grad is None and not p.requires_grad
 
 
 def test_a_table_never_shows_a_mean_over_nothing(capsys):
