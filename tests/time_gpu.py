@@ -80,7 +80,7 @@ def random_inputs(device, B, H, K, T, D, features, dtype, wild=False):
     return q.softmax(-1), k.softmax(-1), v, log_i * (25 if wild else 1), log_f
 
 
-def feature_map(x, weight, plain):
+def feature_map(x, weight, plain=None):
     """The definition: the second half of the columns reads `plain`, where there is one."""
     if plain is None:
         return (x @ weight).softmax(-1)
@@ -116,7 +116,7 @@ def cases(kernels, model, device, K, T, D, features, dtype, wild):
     yield ("mlstm", lambda *x: kernels.mlstm(*x, document_ids=ids)[:1],
            lambda *x: model.mlstm_chunkwise(*x, document_ids=ids)[:1], (q, k, v, log_i, log_f))
     yield ("feature map", lambda *x: [kernels.feature_map(*x)],
-           lambda x, w, plain=None: [feature_map(x, w, plain)], sources)
+           lambda *x: [feature_map(*x)], sources)
     if features == 1:
         narrow = [x[..., :D] for x in (q * D, k * D, v)]
         options = dict(window=90, sinks=4, document_ids=ids)
