@@ -460,4 +460,4 @@ def test_kernels_compile_without_spilling():
 
 
 if __name__ == "__main__":
-    compile_all(*map(int, sys.argv[1:4]))
+    compile_all(*map(int, sys.argv[1:]))
