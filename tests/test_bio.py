@@ -18,7 +18,6 @@ from distill import (Mixture, Source, alignment_losses, collate, learning_rate, 
 import evaluate
 from evaluate import (Scorer, base_embeddings, canonical_smiles, evaluate_rows, family_nats,
                       molecule_shares, ridge_probe, sample_sequences, strand_scores)
-from make_teacher import is_held_out
 from model import (Cache, ModelConfig, Tokenizer, Transformer, generate, load_pretrained,
                    reverse_complement, save_pretrained, student_from_teacher)
 
@@ -491,7 +490,7 @@ def test_bad_rows_of_sequences_are_named(tmp_path, scorer, row, words):
 
 
 def test_tasks_are_held_out_and_come_from_their_seeds(tmp_path):
-    make_bio.write_tasks(tmp_path / "tasks", is_held_out)
+    make_bio.write_tasks(tmp_path / "tasks")
     data = "".join(path.read_text() for path in (TEACHER / "data").glob("*.jsonl"))
     shipped = sorted((ROOT / "tests/bio_tasks").glob("*.jsonl"))
     assert len(shipped) == 8
