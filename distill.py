@@ -1625,14 +1625,13 @@ def export_student(run, seed, final):
 # The shipped teacher's preset: what differs from the paper's settings below when --teacher is not
 # given. A window of 16 makes its context of 512 tokens long. Paper: loss .9 CE + .1 KL. Here: the
 # reverse, because this teacher was trained on this very text: CE teaches the student things that
-# the teacher does not do, and pulls it away (README, "How stage II weighs its losses"). Paper: a
-# constant rate in stage II. Here: it falls to 0, which lets a short run start higher (KL .104 at
+# the teacher does not do, and pulls it away. Paper: a constant rate in stage II. Here: it falls to 0, which lets a short run start higher (KL .104 at
 # a constant 3e-4, .099 at 5e-4 falling).
 SMALL = dict(
     teacher=HERE / "tests/teacher", out=Path("out"), context=512, window=16, batch=4,
     micro_batch=4, align_tokens=819_200, align_lr=3e-2, tokens=819_200, lr=5e-4, final_lr=0.0,
     gamma=0.1, beta=0.9, warmup=20, eval_every=100, save_every=100, recompute=False,
-    data=sorted(str(p) for p in (HERE / "tests/teacher/data").glob("*.jsonl")))
+    data=[(p, None) for p in sorted((HERE / "tests/teacher/data").glob("*.jsonl"))])
 SMALL_EXPERTS = dict(
     out=Path("out-experts"), tokens=204_800,
     tasks=sorted(str(p) for p in (HERE / "tests/tasks").glob("*.jsonl")))

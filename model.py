@@ -1069,7 +1069,7 @@ def initialise_mixer(attention):
     Stage I then need only find what the window lacks. Feature maps start as (rotated) copies of q
     and k, so that near means similar from the first step; input gates write all tokens alike;
     forget gates differ by head, because a head that forgets at once learns nothing of the distant
-    past. Our choice, by measurement on the shipped teacher (README, "How the student starts").
+    past. Our choice, by measurement on the shipped teacher.
     """
     for name, p in attention.named_parameters():
         if "feature_map" in name:

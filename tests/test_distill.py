@@ -824,6 +824,18 @@ def test_a_run_ends_with_a_table_and_a_student(whole, corpus):
     assert again.returncode == 2 and "--resume" in again.stderr
 
 
+@pytest.mark.parametrize("flags", [[], ["--experts"]])
+def test_without_a_teacher_the_shipped_one_and_its_texts_are_used(flags, tmp_path):
+    run = distill.parse_arguments([*flags, "--out", str(tmp_path / "run")])
+    distill.check_arguments(run)
+    assert run.teacher == TEACHER and len(run.data) == 4 and not run.tasks == bool(flags)
+    assert len(distill.settings_of(run)["data_sha256"]) == 4
+    run.context, run.device = 64, torch.device("cpu")
+    train, weights, heldout = distill.open_data(run, Tokenizer(TEACHER), 1023)
+    assert [s.name for s in train] == ["code", "math", "prose", "recall"] == [
+        s.name for s in heldout] and all(w > 0 for w in weights)
+
+
 def test_a_run_says_before_it_trains_how_long_each_stage_takes(whole):
     _, done = whole
     before = done.stdout.split("held-out, teacher")[0]
