@@ -74,8 +74,8 @@ import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, check_device,
                    generate, is_new, load_pretrained, load_with_tokenizer, local_rows, read_json,
-                   read_rows, reverse_complement, save_pretrained, save_tensors, sha256,
-                   student_config, student_from_teacher, write_json)
+                   read_rows, reverse_complement, run_command, save_pretrained, save_tensors,
+                   sha256, student_config, student_from_teacher, write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -673,7 +673,7 @@ def start_processes(run):
 
 
 def leave(status):
-    """End this process with exit status 0 (all is done or saved) or 2 (bad input).
+    """End this process with exit status 0 (all is done or saved) or another (`run_command`'s).
 
     Under torchrun without Python's own shutdown: a thread of gloo's may still hold tensors of a sum
     long done, and if it frees them while Python shuts down, the process aborts, its work done. To
@@ -1625,8 +1625,8 @@ def export_student(run, seed, final):
 # The shipped teacher's preset: what differs from the paper's settings below when --teacher is not
 # given. A window of 16 makes its context of 512 tokens long. Paper: loss .9 CE + .1 KL. Here: the
 # reverse, because this teacher was trained on this very text: CE teaches the student things that
-# the teacher does not do, and pulls it away. Paper: a constant rate in stage II. Here: it falls to 0, which lets a short run start higher (KL .104 at
-# a constant 3e-4, .099 at 5e-4 falling).
+# the teacher does not do, and pulls it away. Paper: a constant rate in stage II. Here: it falls to
+# 0, which lets a short run start higher (KL .104 at a constant 3e-4, .099 at 5e-4 falling).
 SMALL = dict(
     teacher=HERE / "tests/teacher", out=Path("out"), context=512, window=16, batch=4,
     micro_batch=4, align_tokens=819_200, align_lr=3e-2, tokens=819_200, lr=5e-4, final_lr=0.0,
@@ -1893,19 +1893,13 @@ def finish(run, folders, results, tokenizer, heldout, started):
 
 
 def command(argv=None):
-    """`main` for a shell: its errors are one sentence and exit status 2. Ends the process.
-
-    Other exceptions are our mistakes, and keep their traceback.
-    """
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character ends no run
-        stream.reconfigure(errors="replace")
+    """`main` for a shell, by `model.run_command`; a stopped run is no error. Ends the process."""
     try:
-        main(argv)
+        run_command(partial(main, argv))
     except Stopped as where:
         print(f"stopped after {where}; go on with the same command and --resume")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        leave(2)
+    except SystemExit as end:
+        leave(end.code)
     leave(0)
 
 

@@ -446,7 +446,7 @@ class Scorer:
         ids = self.encode(text) or list(self.prefix)
         room = self.max_tokens - max_new_tokens
         if room < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens} of {self.max_tokens}: no prompt fits")
+            raise ValueError(f"max_new_tokens {max_new_tokens} of {self.max_tokens}: no text fits")
         return ids[-room:], max(0, len(ids) - room)
 
 

@@ -1447,9 +1447,8 @@ class HybridCache(KVCache):
             (self.k[:, :, slots], k), (self.v[:, :, slots], v)))
         q = F.pad(q, (0, 0, len(slots), 0))  # remembered tokens ask nothing: rows dropped below
         h = attend(q, k_all, v_all, window=W, sinks=sinks)[:, :, len(slots):]
-        # Two tokens that share a slot may both be among the new ones, and which of two writes to one
-        # place wins is not defined. So those that another new one would overwrite are left out.
-        # Of many tokens the first ones of the text and the last W stay.
+        # Of the new tokens the first ones of the text and the last W stay. Those between are left
+        # out and not overwritten: which of two writes to one slot would win is not defined.
         end = old + k.shape[2]
         positions = torch.arange(old, end, device=k.device)
         kept = (positions < sinks) | (positions >= end - W)
@@ -1523,8 +1522,8 @@ def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=No
     random.manual_seed(seed) if seed is not None else random.seed()
     cache = Cache(model, B, T + max_new_tokens) if cache is None else cache
     step = _compiled_step(cache, tokens.device) if compile else decode_step
-    # Prefill in pieces, so that memory does not grow with the prompt. The prompt's last token is not
-    # among them: it is the first step's, which gives the first logits that anyone needs.
+    # Prefill in pieces, so that memory does not grow with the prompt. The prompt's last token is
+    # not among them: it is the first step's, which gives the first logits that anyone needs.
     for a in range(0, T - 1, 2048):
         model.hidden(tokens[:, a:min(a + 2048, T - 1)], cache=cache)
     new, done = tokens[:, -1].contiguous(), torch.zeros(B, dtype=torch.bool, device=tokens.device)
