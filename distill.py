@@ -1748,6 +1748,9 @@ def check_arguments(run):
     if len(set(names)) < len(names) or taken & set(names):
         raise ValueError(f"--data: the files' names {names} name sources and folders of the run; "
                          f"they must differ and be none of {sorted(taken)}: rename a file")
+    if len({weight is None for _, weight in run.data or ()}) > 1:
+        raise ValueError("--data: give every file a =WEIGHT or none (those without are weighed by "
+                         "their tokens, beside which a weight of 2 is nothing)")
     if run.experts and len(names) < 2:
         raise ValueError("--experts needs two --data files or more: an expert for each")
     if run.tasks:

@@ -1292,6 +1292,8 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, corpus, tokenizer):
     assert "not of one model" in refused(*tiny(out, corpus, "--teacher", tmp_path / "mixed"))
     seed = write_rows(tmp_path / "seed.jsonl", ["one", "two"])
     assert "rename" in refused(*tiny(out, seed))
+    assert "=WEIGHT or none" in refused(
+        *tiny(out, corpus, "--data", f"{corpus}=2", tmp_path / "short.txt"))
     assert "--window" in refused(*tiny(out, corpus, "--window", 0))
     for device in ("mps", "cuda:7", "gpu", "meta"):
         assert f"--device {device}: this torch cannot use it" in refused(
