@@ -1637,20 +1637,6 @@ SMALL_EXPERTS = dict(
     tasks=sorted(str(p) for p in (HERE / "tests/tasks").glob("*.jsonl")))
 
 
-def number(kind, low, high=1e13):
-    """An argparse type: an int or a float from `low` to `high`, and neither nan nor infinite.
-
-    A negative learning rate would train uphill without a word, and nan would blame the data.
-    """
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:  # nan is neither
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' if kind is int else ''} "
-                                         f"number from {low:g} to {high:g}")
-    return parse
-
-
 def data_file(spec):
     """An argparse type: FILE[=WEIGHT] -> (path, weight or None)."""
     found = re.fullmatch(r"(.+\.(?:txt|jsonl))(?:=(.*))?", spec)
@@ -1658,11 +1644,11 @@ def data_file(spec):
         raise argparse.ArgumentTypeError(f"{spec}: expected FILE.txt or FILE.jsonl, or FILE=WEIGHT")
     if not Path(found[1]).is_file():
         raise argparse.ArgumentTypeError(f"{spec}: there is no file {found[1]}")
-    return Path(found[1]), None if found[2] is None else number(float, 1e-9)(found[2])
+    return Path(found[1]), None if found[2] is None else evaluate.number(float, 1e-9)(found[2])
 
 
-COUNT = dict(type=number(int, 1), metavar="N")
-AMOUNT = dict(type=number(float, 0), metavar="N")
+COUNT = dict(type=evaluate.number(int, 1), metavar="N")
+AMOUNT = dict(type=evaluate.number(float, 0), metavar="N")
 
 
 def parse_arguments(argv):
@@ -1680,7 +1666,8 @@ def parse_arguments(argv):
     add = p.add_argument_group("student").add_argument
     add("--mixer", default="hybrid", choices=MIXERS, help="the paper's, or a part of it alone")
     add("--window", default=512, help="tokens that the window sees", **COUNT)
-    add("--sinks", default=4, type=number(int, 0), metavar="N", help="first tokens, seen as well")
+    add("--sinks", default=4, type=evaluate.number(int, 0), metavar="N",
+        help="first tokens, seen as well")
     add("--features", default=4, type=int, choices=(1, 2, 4, 8), help="mLSTM width, in head widths")
     add = p.add_argument_group("both stages").add_argument
     add("--context", default=4096, help="tokens a row", **COUNT)
@@ -1714,7 +1701,8 @@ def add_run_flags(add):
         help="of matrix products; auto: bfloat16 on GPUs and on CPUs with AMX")
     add("--kernels", default="auto", choices=("auto", "torch", "triton"),
         help="what computes mLSTM and window; auto: Triton on a GPU")
-    add("--seed", default=0, type=number(int, 0), metavar="N", help="of the order of the data")
+    add("--seed", default=0, type=evaluate.number(int, 0), metavar="N",
+        help="of the order of the data")
     add("--tasks", default=[], nargs="+", metavar="FILE", help="score the students on these")
     add("--eval-every", default=500, help="stage II's steps between held-out checks", **COUNT)
     add("--eval-rows", default=16, help="held-out rows a source", **COUNT)
@@ -1725,7 +1713,7 @@ def add_distil_flags(add):
 
     --gamma and --beta matter by their ratio above all, as AdamW divides by the gradient's size.
     """
-    add("--tokens", default="5e9", type=number(float, 1), metavar="N", help="to train on")
+    add("--tokens", default="5e9", type=evaluate.number(float, 1), metavar="N", help="to train on")
     add("--lr", default=1e-5, help="learning rate after warm-up", **AMOUNT)
     add("--final-lr", help="what a cosine takes it to; None: --lr, so constant", **AMOUNT)
     add("--train", default="all", choices=TRAIN, help="new parameters, all of the mixer, or all")

@@ -1234,18 +1234,20 @@ def run_speed(run):
     draw_speed(cells, run.out / "speed.png")
 
 
-def at_least(least, kind=int):
-    """An argparse type: a number of `least` or more. A final k stands for 1024.
+def number(kind, low):
+    """An argparse type: an int or a float from `low` to 1e13, neither nan nor infinite.
 
-    The inner function's name is what argparse calls the kind of value in its own messages.
+    A final k stands for 1024. A negative learning rate would train uphill without a word.
     """
-    def number(text):
-        value = kind(text[:-1]) * 1024 if text.endswith("k") else kind(text)
-        if not least <= value < 1 << 63:  # nan is not
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
-        return value
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text.removesuffix("k")) * (1024 if text.endswith("k") else 1)
+            if low <= value <= 1e13:  # nan is neither
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' if kind is int else ''} "
+                                         f"number from {low:g} to 1e+13")
 
-    return number
+    return parse
 
 
 def parse_arguments(argv):
@@ -1268,43 +1270,43 @@ def parse_arguments(argv):
     add("--student", action="append", help="may be given several times", **folder, **need)
     add("--tasks", nargs="+", **file, **need)
     add("--out", help="the report; the same command again goes on there", **folder, **need)
-    add("--limit", type=at_least(1), help="rows a task")
+    add("--limit", type=number(int, 1), help="rows a task")
     add("--allow-code-execution", action="store_true", help="run what the model writes")
 
     add = command("gates", run_gates, "the map of the output gates")
     add("--student", **folder, **need)
     add("--data", help=".txt or .jsonl", **file, **need)
     add("--picture", help="such as gates.png", **file)
-    add("--context", type=at_least(1), default=1024, help="tokens a row")
-    add("--rows", type=at_least(1), default=128, help="rows to read")
+    add("--context", type=number(int, 1), default=1024, help="tokens a row")
+    add("--rows", type=number(int, 1), default=128, help="rows to read")
 
     add = command("molecules", run_molecules, "sample SMILES: valid, unique and novel shares")
     add("--model", help="teacher or student", **folder, **need)
     add("--data", help="families, rows of `sequences`; none is novel", **file, **need)
-    add("--shots", type=at_least(0), default=4, help="members before a sample")
-    add("--rows", type=at_least(1), default=100, help="families")
-    add("--number", type=at_least(1), default=10, help="samples a family")
-    add("--temperature", type=at_least(0, float), default=1.0, help="of the sampling")
-    add("--seed", type=at_least(0), default=0, help="of the sampling")
+    add("--shots", type=number(int, 0), default=4, help="members before a sample")
+    add("--rows", type=number(int, 1), default=100, help="families")
+    add("--number", type=number(int, 1), default=10, help="samples a family")
+    add("--temperature", type=number(float, 0), default=1.0, help="of the sampling")
+    add("--seed", type=number(int, 0), default=0, help="of the sampling")
 
     add = command("lm-eval", run_lm_eval, "published benchmarks, in lm-evaluation-harness")
     add("--model", help="teacher or student", **folder, **need)
     add("--tasks", help="names, with commas between", **need)
-    add("--shots", type=at_least(0), help="examples in the prompt; None: as the task says")
+    add("--shots", type=number(int, 0), help="examples in the prompt; None: as the task says")
     add("--chat", action="store_true", help="in the model's chat format")
     add("--include-path", help="folder with tasks of your own (YAML)")
-    add("--limit", type=at_least(1), help="rows a task")
+    add("--limit", type=number(int, 1), help="rows a task")
     add("--allow-code-execution", action="store_true", help="run what the model writes")
 
     add = command("speed", run_speed, "prefill, first token, decoding and memory")
     add("--teacher", default=Path(__file__).parent / "tests/teacher", help="its folder", **folder)
     add("--student", help="None: an untrained one of the teacher, which is as fast", **folder)
-    add("--random-layers", type=at_least(1), metavar="N", help="in the shape of its config.json")
-    add("--window", type=at_least(1), default=512, help="W of an untrained student")
-    add("--contexts", type=at_least(1), nargs="+", default=[1024, 4096, 16384], help="4k is 4096")
-    add("--batches", type=at_least(1), nargs="+", default=[1, 8], help="rows together")
-    add("--new-tokens", type=at_least(1), default=64, help="decoded in every pass")
-    add("--seconds", type=at_least(0, float), default=20.0, help="of a cell, about")
+    add("--random-layers", type=number(int, 1), metavar="N", help="in the shape of its config.json")
+    add("--window", type=number(int, 1), default=512, help="W of an untrained student")
+    add("--contexts", type=number(int, 1), nargs="+", default=[1024, 4096, 16384], help="4k is 4096")
+    add("--batches", type=number(int, 1), nargs="+", default=[1, 8], help="rows together")
+    add("--new-tokens", type=number(int, 1), default=64, help="decoded in every pass")
+    add("--seconds", type=number(float, 0), default=20.0, help="of a cell, about")
     add("--out", help="speed.json and speed.png", **folder, **need)
     return p.parse_args(argv)
 

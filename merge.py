@@ -272,8 +272,9 @@ def simplex_grid(count, step):
     n = round(1 / step) if 0 < step <= 1 else 0
     if not abs(n * step - 1) <= 1e-6:
         raise ValueError(f"--step {step}: 1 is not a multiple of it; give for example 0.25")
-    steps = itertools.product(range(n + 1), repeat=count)
-    return [tuple(k / n for k in ks) for ks in steps if sum(ks) == n]
+    # n stars in a row and count - 1 bars between them: a weight is the stars between two bars.
+    return [tuple((b - a - 1) / n for a, b in itertools.pairwise((-1, *bars, n + count - 1)))
+            for bars in itertools.combinations(range(n + count - 1), count - 1)]
 
 
 def sweep(directories, output, score, *, greedy=False, step=0.25, method="linear", seed=None,

@@ -277,6 +277,7 @@ def skill_example(skill, rng, filler, gap):
 
 SKILLS = ("add2", "add3", "sub", "mul", "max", "copy", "reverse")
 FAR_SKILLS, GAPS = ("lookup", "repeat"), (0, 64, 128, 256, 384)
+BEYOND = (896, 1920)                   # gaps that make texts of 2 and 4 times CONTEXT: measured last
 
 
 # ------------------------------------------------------------------------------------------------
@@ -437,7 +438,7 @@ def exact_match(model, tokenizer, pairs):
     right, distances = 0, []
     for i in range(0, len(pairs), 25):
         rows = [tokenizer.encode(prompt + answer) for prompt, answer in pairs[i:i + 25]]
-        tokens, labels = padded(rows, CONTEXT)
+        tokens, labels = padded(rows, max(CONTEXT, *map(len, rows)))
         guesses = model(tokens).argmax(-1)                 # (B, T)
         for row, (prompt, _) in enumerate(pairs[i:i + 25]):
             last, end = len(tokenizer.encode(prompt)) - 1, len(rows[row]) - 1
@@ -451,7 +452,8 @@ def measure(model, tokenizer, text, examples):
     found = {(domain, None): held_out_loss(model, tokenizer, text[domain, True][:examples])
              for domain in ("code", "prose")}
     rng = random.Random("measure")
-    for skill, gap in [(s, 0) for s in SKILLS] + [(s, g) for s in FAR_SKILLS for g in GAPS]:
+    for skill, gap in [(s, 0) for s in SKILLS] + [
+            (s, g) for gaps in (GAPS, BEYOND) for s in FAR_SKILLS for g in gaps]:
         pairs = [skill_example(skill, rng, text["filler", True], gap) for _ in range(examples)]
         share, distance = exact_match(model, tokenizer, pairs)
         found[skill, round(distance) if skill in FAR_SKILLS else None] = share

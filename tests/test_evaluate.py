@@ -507,7 +507,7 @@ def test_speed_measures_every_cell(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(shown.count(f"\n{name} ") == 4 for name in evaluate.QUANTITIES[:-1])
     assert "pip install matplotlib" in shown or (tmp_path / "speed.png").stat().st_size > 10_000
-    assert evaluate.at_least(1)("4k") == 4096
+    assert evaluate.number(int, 1)("4k") == 4096
 
 
 def test_medians_leave_the_warm_up_out(monkeypatch):
@@ -572,9 +572,9 @@ def test_random_layers_have_the_shape_of_the_config(tmp_path, monkeypatch):
 
 def test_speed_refuses_what_it_cannot_measure(tmp_path, student_dir, capsys):
     out = tmp_path / "out"
-    for flags, words in ((["--contexts", "0"], "0 must be at least 1"),
-                         (["--contexts", "4q"], "'4q'"), (["--seconds", "nan"], "at least 0"),
-                         (["--batches", "1", "-1"], "--batches: -1 must be")):
+    for flags, words in ((["--contexts", "0"], "from 1 to"),
+                         (["--contexts", "4q"], "'4q'"), (["--seconds", "nan"], "from 0 to"),
+                         (["--batches", "1", "-1"], "--batches: '-1' is not")):
         with pytest.raises(SystemExit) as status:
             speed(out, *flags)
         assert status.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
