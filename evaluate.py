@@ -1303,7 +1303,8 @@ def parse_arguments(argv):
     add("--student", help="None: an untrained one of the teacher, which is as fast", **folder)
     add("--random-layers", type=number(int, 1), metavar="N", help="in the shape of its config.json")
     add("--window", type=number(int, 1), default=512, help="W of an untrained student")
-    add("--contexts", type=number(int, 1), nargs="+", default=[1024, 4096, 16384], help="4k is 4096")
+    add("--contexts", type=number(int, 1), nargs="+", default=[1024, 4096, 16384],
+        help="4k is 4096")
     add("--batches", type=number(int, 1), nargs="+", default=[1, 8], help="rows together")
     add("--new-tokens", type=number(int, 1), default=64, help="decoded in every pass")
     add("--seconds", type=number(float, 0), default=20.0, help="of a cell, about")

@@ -572,9 +572,10 @@ def test_random_layers_have_the_shape_of_the_config(tmp_path, monkeypatch):
 
 def test_speed_refuses_what_it_cannot_measure(tmp_path, student_dir, capsys):
     out = tmp_path / "out"
-    for flags, words in ((["--contexts", "0"], "from 1 to"),
-                         (["--contexts", "4q"], "'4q'"), (["--seconds", "nan"], "from 0 to"),
-                         (["--batches", "1", "-1"], "--batches: '-1' is not")):
+    for flags, words in ((["--contexts", "0"], "'0' is not a whole number from 1 to"),
+                         (["--contexts", "4q"], "'4q'"),
+                         (["--seconds", "nan"], "'nan' is not a number from 0 to"),
+                         (["--batches", "1", "-1"], "--batches: '-1' is not a whole number from 1")):
         with pytest.raises(SystemExit) as status:
             speed(out, *flags)
         assert status.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
