@@ -256,8 +256,39 @@ def copying(rng, prose, distance, shown=5, asked=4):
                 f" {word}" for word in words[shown:shown + asked]))
 
 
+def repetition(rng, prose):
+    """A passage, prose, and the passage once more, twice in half of the cases.
+
+    Of the repetition every token has to be remembered, and is: induction is what a Transformer does
+    best. A look-up has one such token in a hundred.
+    """
+    passage = prose_of(rng, prose, 2 ** rng.uniform(5.5, 8.5))
+    between = prose_of(rng, prose, rng.choice((0, 50, 100, 200)))
+    return "\n\n".join([passage, between] + [passage] * rng.choice((1, 2))) + "\n\n"
+
+
+FORMS = ("The favourite thing of {} is the {}.", "{} has the {}.", "{}: {}",
+         "{} went out to buy a {}.", "What did {} bring? The {}.")
+
+
+def questions(rng, prose):
+    """Facts about 4 to 24 names, told once and then asked twice, in other orders, with prose between.
+
+    One form of sentence a list, from FORMS; things are words or numbers of four digits.
+    """
+    form, names = rng.choice(FORMS), rng.sample(NAMES, rng.randrange(4, 25))
+    things = rng.choice((rng.sample(THINGS, len(names)),
+                         [rng.randrange(1000, 10000) for _ in names]))
+    facts, text = [form.format(*fact) for fact in zip(names, things)], ""
+    for _ in range(3):
+        rng.shuffle(facts)
+        text += "\n".join(facts) + "\n\n" + prose_of(rng, prose, rng.choice((0, 50, 100, 200)))
+        text = text.rstrip() + "\n\n"
+    return text
+
+
 def recall_documents(prose, characters):
-    """Look-ups and copies, several a document, until there are so many characters.
+    """Look-ups, copies, repetitions and lists of questions, until there are so many characters.
 
     Distances are even in their logarithm, 32 to 1450 tokens: short ones are learnt first.
     """
@@ -265,9 +296,12 @@ def recall_documents(prose, characters):
     while sum(map(len, documents)) < characters:
         text = ""
         while len(text) < LONGEST * rng.random():
-            make = rng.choice((lookup, copying))
-            prompt, answer, *_ = make(rng, prose, round(2 ** rng.uniform(5, 10.5)))
-            text += f"{prompt}{answer}\n\n"
+            make = rng.choice((lookup, copying, repetition, questions))
+            if make in (repetition, questions):
+                text += make(rng, prose)
+            else:
+                prompt, answer, *_ = make(rng, prose, round(2 ** rng.uniform(5, 10.5)))
+                text += f"{prompt}{answer}\n\n"
         documents += [text] if text else []
     return documents
 
