@@ -549,12 +549,12 @@ def test_both_losses_under_bf16_autocast_stay_near_fp32(teacher):
         assert (a - b).norm() < 0.05 * b.norm()
 
 
-@pytest.mark.parametrize("wanted, device, amx, dtype", [
-    ("auto", "cuda", False, torch.bfloat16), ("auto", "cpu", True, torch.bfloat16),
-    ("auto", "cpu", False, torch.float32), ("float32", "cuda", True, torch.float32),
-    ("bfloat16", "cpu", False, torch.bfloat16)])
-def test_dtype_is_bf16_where_products_of_it_are_fast(monkeypatch, wanted, device, amx, dtype):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx} if amx else {})
+@pytest.mark.parametrize("wanted, device, unit, dtype", [
+    ("auto", "cuda", None, torch.bfloat16), ("auto", "cpu", "amx_bf16", torch.bfloat16),
+    ("auto", "cpu", "avx512_bf16", torch.bfloat16), ("auto", "cpu", None, torch.float32),
+    ("float32", "cuda", "amx_bf16", torch.float32), ("bfloat16", "cpu", None, torch.bfloat16)])
+def test_dtype_is_bf16_where_products_of_it_are_fast(monkeypatch, wanted, device, unit, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
     assert distill.choose_dtype(wanted, torch.device(device)) == dtype
 
 
