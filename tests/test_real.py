@@ -212,6 +212,12 @@ def test_recall_asks_for_what_was_told(python_only):
         prompt, answer = make_real_data.copying(rng, prose, distance)
         shown = prompt.rpartition("Remember: ")[2]
         assert shown + answer in prompt
+    for _ in range(10):
+        passage, _, *again = make_real_data.repetition(rng, prose).strip().split("\n\n")
+        assert again and set(again) == {passage}
+        lists = [block.split("\n") for block in make_real_data.questions(rng, prose).split("\n\n")
+                 if "\n" in block]
+        assert len(lists) == 3 and len({tuple(sorted(told)) for told in lists}) == 1
 
 
 def test_the_sides_do_not_meet(python_only):
