@@ -272,7 +272,7 @@ FORMS = ("The favourite thing of {} is the {}.", "{} has the {}.", "{}: {}",
 
 
 def questions(rng, prose):
-    """Facts about 4 to 24 names, told once and then asked twice, in other orders, with prose between.
+    """Facts about 4 to 24 names, told once and asked twice, in other orders, with prose between.
 
     One form of sentence a list, from FORMS; things are words or numbers of four digits.
     """
