@@ -1700,7 +1700,7 @@ def add_run_flags(add):
     add("--plan", action="store_true", help="print the memory that a step needs, and stop")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-        help="of matrix products; auto: bfloat16 on GPUs and CPUs with products of it")
+        help="of products; auto: bfloat16 on GPUs and on CPUs with AMX or AVX512's bf16")
     add("--kernels", default="auto", choices=("auto", "torch", "triton"),
         help="what computes mLSTM and window; auto: Triton on a GPU")
     add("--seed", default=0, type=evaluate.number(int, 0), metavar="N",

@@ -290,7 +290,8 @@ def questions(rng, prose):
 def recall_documents(prose, characters):
     """Look-ups, copies, repetitions and lists of questions, until there are so many characters.
 
-    Distances are even in their logarithm, 32 to 1450 tokens: short ones are learnt first.
+    Distances of the first two are even in their logarithm, 32 to 1450 tokens: short ones are
+    learnt first.
     """
     rng, documents = random.Random("recall"), []
     while sum(map(len, documents)) < characters:
