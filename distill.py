@@ -604,7 +604,10 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
                 h = attention.mix(heads, document_ids=document_ids)
                 loss = (h.float() - target.float()).square().mean()
                 if backward_scale is not None:
-                    (loss * backward_scale).backward()
+                    # Not under `autocast`, which would round the mLSTM's fp32 products on the way
+                    # back: 12 % slower on a CPU, for gradients of bf16.
+                    with torch.autocast(x.device.type, enabled=False):
+                        (loss * backward_scale).backward()
             losses.append(loss.detach())
             if block is not layers[-1]:  # nobody reads what leaves the last
                 x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
