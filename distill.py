@@ -73,9 +73,9 @@ from tqdm import tqdm
 import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, check_device,
-                   generate, is_new, load_pretrained, load_with_tokenizer, local_rows, read_json,
-                   read_rows, reverse_complement, run_command, save_pretrained, save_tensors,
-                   sha256, student_config, student_from_teacher, write_json)
+                   generate, is_new, load_pretrained, load_with_tokenizer, local_rows, number,
+                   read_json, read_rows, reverse_complement, run_command, save_pretrained,
+                   save_tensors, sha256, student_config, student_from_teacher, write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -380,11 +380,13 @@ class Source:
 
         order: integers that decide how each family's members are ordered; None: as in the file.
         """
+        # The documents of this split end to end are "the stream". The row is its tokens a..b - 1,
+        # and `docs` are the documents that have one there.
         a, b = i * self.T, (i + 1) * self.T + 1
-        ids = np.arange(np.searchsorted(self.ends, a, "right"),
-                        np.searchsorted(self.ends, b, "left") + 1)
-        pieces = []
-        for d in ids:  # all documents of this split in a row are "the stream": a..b is cut from it
+        docs = np.arange(np.searchsorted(self.ends, a, "right"),
+                         np.searchsorted(self.ends, b, "left") + 1)
+        pieces = []  # where they lie in the files: slices, or indices of a shuffled family
+        for d in docs:
             shift = self.starts[d] - (self.ends[d] - self.lengths[d])  # stream -> file
             piece = slice(max(a + shift, self.starts[d]),
                           min(b + shift, self.starts[d] + self.lengths[d]))
@@ -393,7 +395,7 @@ class Source:
                 piece = self.shuffled(d, order)[piece.start - first:piece.stop - first]
             pieces.append(piece)
         tokens = [self.tokens[piece] for piece in pieces]
-        return (np.concatenate(tokens), np.repeat(ids, [len(t) for t in tokens]),
+        return (np.concatenate(tokens), np.repeat(docs, [len(t) for t in tokens]),
                 np.concatenate([self.loss[piece] for piece in pieces]))
 
     def shuffled(self, d, order):
@@ -414,10 +416,10 @@ def collate(rows, device):
     labels[t] is the token at t + 1. The last token of a document has none: the next one belongs to
     another text. Nor has a token before one that is not in the loss, as a user's words in a chat.
     """
-    tokens, ids, loss = (torch.from_numpy(np.stack(x)) for x in zip(*rows))
+    tokens, docs, loss = (torch.from_numpy(np.stack(x)) for x in zip(*rows))
     tokens = tokens.long()
-    labels = torch.where((ids[:, 1:] == ids[:, :-1]) & loss[:, 1:], tokens[:, 1:], -100)
-    return tuple(x.to(device) for x in (tokens[:, :-1], ids[:, :-1].long(), labels))
+    labels = torch.where((docs[:, 1:] == docs[:, :-1]) & loss[:, 1:], tokens[:, 1:], -100)
+    return tuple(x.to(device) for x in (tokens[:, :-1], docs[:, :-1].long(), labels))
 
 
 class Mixture:
@@ -425,7 +427,7 @@ class Mixture:
 
     So resuming needs one integer. After n rows, for every n, each source has given its share of n
     to within one row; a source that runs out starts over in a new order. Attributes, for each row:
-    which (its source), nth (its how-manieth row).
+    which (its source), nth (which row of that source, from 0, counted over its epochs).
 
     reorder: each epoch reads a family's members in an order of its own. False keeps the files'
     order, for which teacher targets are stored.
@@ -453,7 +455,7 @@ class Mixture:
 
 
 def interleave(weights, n):
-    """(n,) uint16, (n,) int64: the source of each row, and its how-manieth of that source it is.
+    """(n,) uint16, (n,) int64: the source of each row, and which row of that source it is, from 0.
 
     Any first m rows hold m * share of each source to within one row. The quota method (Balinski and
     Young, 1975): of the sources that are behind their share, the one whose next row is due first.
@@ -581,8 +583,10 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
 
 
 def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
-    """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of ||h_T - h_S||^2.
+    """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of (h_T - h_S)^2.
 
+    Paper: sums. Here: means, so that gradients, which are clipped at 1, have one size at every
+    context and width.
     h is what a mixer returns for its heads, before o_proj mixes them (model.Attention.mix).
     The teacher's forward pass, made inside its student, whose frozen weights are the teacher's own.
     Each layer gets the TEACHER's input; its softmax output is the target, its hybrid output the
@@ -599,6 +603,8 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
         for block, tables in zip(layers, student.rope_tables(positions, x.dtype)):
             attention = block.self_attn
             heads = attention.heads(block.attention_input(x), tables)
+            # The teacher's `mix` called on the student's module: the same projections, but the
+            # teacher's own window (`attention.window`), no sinks and no state.
             target = Attention.mix(attention, heads, document_ids=document_ids)  # (B, H, T, D)
             with torch.set_grad_enabled(backward_scale is not None):
                 h = attention.mix(heads, document_ids=document_ids)
@@ -646,9 +652,9 @@ def autocast(run):
     return torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
-# Nothing below depends on how many processes there are: a step has --batch rows whatever their
-# number, losses and gradients are sums over all rows divided by the step's count. Without torchrun
-# every function from here to section 4 is the identity.
+# A step has --batch rows however many processes share them, and losses and gradients are sums over
+# all rows divided by the step's count. So results do not depend on the number of processes. Without
+# torchrun there is one: it has all rows, and sums and barriers do nothing.
 
 
 def start_processes(run):
@@ -749,7 +755,7 @@ def shard(model, device, dtype):
     half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                 cast_forward_inputs=False)
     for block in model.model["layers"]:
-        new = [m for name, m in block.self_attn.named_children() if is_new(f".{name}.")]
+        new = [m for name, m in block.self_attn.named_children() if is_new(name)]
         if new:
             fully_shard(new, mesh=mesh, mp_policy=exact)
         fully_shard(block, mesh=mesh, mp_policy=half)
@@ -839,7 +845,7 @@ class TargetCache:
         out = np.zeros(len(where), self.row_type)
         targets, shape = out["targets"], out["targets"]["low"].shape  # (N, T, k)
         batch = collate([self.sources[s].row(j) for s, j in where], run.device)
-        ids, logprobs = teacher_targets(run, teacher, None, None, where, batch)
+        ids, logprobs = teacher_targets(run, teacher, batch)
         ids = ids.cpu().numpy().reshape(shape)
         targets["low"] = ids & 0xFFFF
         if "high" in targets.dtype.names:
@@ -921,14 +927,18 @@ def compare(run, student, teacher, sources):
         for a in range(0, n, run.micro_batch * run.world):
             a += run.rank * run.micro_batch
             rows = [source.row(i) for i in range(a, min(a + run.micro_batch, n))]
-            tokens, ids, labels = collate(rows or [source.row(0)], run.device)
+            tokens, docs, labels = collate(rows or [source.row(0)], run.device)
             labels = labels if rows else torch.full_like(labels, -100)
-            # One model's head runs inside the other's: both lm_heads are gathered then.
+
+            # As the teacher's `head`, so inside its forward pass: there both lm_heads are gathered.
+            def agree(h_t, w_t):
+                if student is teacher:
+                    return agreement(h_t, w_t, h_t, w_t, labels)
+                return student(tokens, document_ids=docs,
+                               head=partial(agreement, h_t, w_t, labels=labels))
+
             with autocast(run):
-                sums += teacher(tokens, document_ids=ids, head=lambda h_t, w_t: (
-                    agreement(h_t, w_t, h_t, w_t, labels) if student is teacher else
-                    student(tokens, document_ids=ids, head=lambda h_s, w_s: (
-                        agreement(h_t, w_t, h_s, w_s, labels)))))
+                sums += teacher(tokens, document_ids=docs, head=agree)
         *sums, count = all_sum(sums).tolist()
         results[source.name] = {key: x / count if count else None for key, x in zip(METRICS, sums)}
     known = [r for r in results.values() if r["ce"] is not None]
@@ -1085,6 +1095,8 @@ def load_checkpoint(run, stage, trainable, optimizer):
     A torn one is named and passed over. One of another number of processes is read whole and cut
     into rows; the losses then go on equal up to the order of sums.
     """
+    # AdamW makes its state in its first step; it must be there before, to be read into. A new run
+    # starts from the same zeros.
     for p in trainable.values():
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -1162,10 +1174,10 @@ def align(run, student, mixture, stop):
                 group["lr"] = lr
             losses = 0.0  # per layer, the mean over the whole batch
             for part in my_micro_batches(run, step):
-                tokens, ids, _ = collate(map(mixture.row, part), run.device)
+                tokens, docs, _ = collate(map(mixture.row, part), run.device)
                 with autocast(run):
                     scale = len(part) / run.batch
-                    losses = losses + scale * alignment_losses(student, tokens, ids, scale)
+                    losses = losses + scale * alignment_losses(student, tokens, docs, scale)
             sum_gradients(trainable)
             norm = clip_gradients(trainable)
             # Whether to stop is summed as well: all processes leave after the same step, or none.
@@ -1176,7 +1188,7 @@ def align(run, student, mixture, stop):
             optimizer.zero_grad()
             # --------------------
             progress.log(step, lr=lr, loss=sum(losses), norm=norm)
-            done = step + 1
+            done = step + 1  # no checkpoint after the last step: seed/ takes its place
             if done < run.align_steps and (done % run.save_every == 0 or stopping):
                 save_checkpoint(run, "align", done, trainable, optimizer)
                 if stopping:
@@ -1184,36 +1196,31 @@ def align(run, student, mixture, stop):
     tqdm.write("loss per layer: " + " ".join(f"{x:.2e}" for x in losses))
 
 
-def teacher_targets(run, teacher, cache, mixture, part, batch):
-    """What the teacher says of rows `part` of the mixture: ids and log-probabilities of its top k.
-
-    From `cache`, a TargetCache, or else from the teacher, which reads `batch` = (tokens, ids,
-    labels) as they go.
-    """
-    if cache:
-        return cache.rows([mixture.locate(i) for i in part], run.device)
-    tokens, ids, _ = batch
+def teacher_targets(run, teacher, batch):
+    """The teacher's top k of a micro-batch (tokens, document ids, labels), as `teacher_topk`."""
+    tokens, docs, _ = batch
     with torch.no_grad(), autocast(run):
-        return teacher(tokens, document_ids=ids, head=partial(teacher_topk, k=run.topk))
+        return teacher(tokens, document_ids=docs, head=partial(teacher_topk, k=run.topk))
 
 
 def distil_loss(run, student, batch, targets):
-    """Eq. 13 of a micro-batch `batch` = (tokens, ids, labels): what `sparse_kd_loss` returns.
+    """Eq. 13 of a micro-batch (tokens, document ids, labels): what `sparse_kd_loss` returns.
 
     With --recompute a block keeps its input only, and runs a second time in the backward pass: four
     passes' work in the place of three.
     """
     for block in student.model["layers"]:
         block.recompute = run.recompute
-    tokens, ids, labels = batch
+    tokens, docs, labels = batch
     with autocast(run):
-        return student(tokens, document_ids=ids, head=lambda h, w: (
+        return student(tokens, document_ids=docs, head=lambda h, w: (
             sparse_kd_loss(h, w, labels, *targets, gamma=run.gamma, beta=run.beta)))
 
 
-def distil(run, student, teacher, cache, mixture, heldout, stop):
+def distil(run, student, teacher, stored, mixture, heldout, stop):
     """Stage II: train run.train's parameters on `distil_loss` for run.distil_steps steps, in place.
 
+    The teacher's targets are those `stored` (a TargetCache) or, if None, made as they are needed.
     Raises as `align`. A step in which no token is a label is said and changes nothing.
     """
     trainable = select_trainable(student, run.train)
@@ -1233,7 +1240,8 @@ def distil(run, student, teacher, cache, mixture, heldout, stop):
             valid = all_sum(sum((labels != -100).sum() for _, _, labels in batches))
             sums = torch.zeros(3, device=run.device)  # ce, kl, whether to stop
             for part, batch in zip(parts, batches):
-                targets = teacher_targets(run, teacher, cache, mixture, part, batch)
+                targets = (stored.rows(map(mixture.locate, part), run.device) if stored else
+                           teacher_targets(run, teacher, batch))
                 loss, terms = distil_loss(run, student, batch, targets)
                 share = (batch[2] != -100).sum() / valid.clamp_min(1)
                 (loss * share * run.world).backward()  # FSDP2 takes the mean over processes
@@ -1246,8 +1254,8 @@ def distil(run, student, teacher, cache, mixture, heldout, stop):
                 optimizer.step()
                 progress.log(step, lr=lr, norm=norm, ce=ce, kl=kl)
             else:
-                for state in optimizer.state.values():  # it counts steps, as a resumed run does
-                    state["step"] += 1
+                for state in optimizer.state.values():  # AdamW's count is the run's step, to
+                    state["step"] += 1                  # which `load_checkpoint` sets it
                 progress.log(step, labels=0)
                 tqdm.write(f"distil step {step + 1}: no token is a label, nothing was learnt from "
                            f"rows {rows_of_step(mixture, run, step)}")
@@ -1348,7 +1356,7 @@ def working_bytes(run, config, stage, layers, weight_dtype):
                 with autocast(run):
                     alignment_losses(student, *batch[:2], 1.0)
                 return live.peak, live.peak
-            targets = targets or teacher_targets(run, teacher, None, None, (), batch)
+            targets = targets or teacher_targets(run, teacher, batch)
             loss, _ = distil_loss(run, student, batch, targets)
             forward, live.peak = live.peak, live.now
             loss.backward()
@@ -1363,7 +1371,7 @@ def plan_memory(run, config, stage, stored=None):
     the embeddings whole.
     "at work": activations, logits, casts of weights, temporary gradients (`working_bytes`).
     """
-    sharded, half = stage == "distil" and "RANK" in os.environ, run.dtype.itemsize
+    sharded, itemsize = stage == "distil" and "RANK" in os.environ, run.dtype.itemsize
     share = run.world if sharded else 1
     with torch.device("meta"):
         student = Transformer(config)
@@ -1371,14 +1379,15 @@ def plan_memory(run, config, stage, stored=None):
     total, copied = sum(sizes.values()), sum(n for name, n in sizes.items() if not is_new(name))
     trains = TRAIN["new" if stage == "align" else run.train]
     train = sum(n for name, n in sizes.items() if trains(name))
-    frozen = 4 if stored == "float32" else half
+    frozen = 4 if stored == "float32" else itemsize
     needs = {"weights": (4 * train + frozen * (total - train)) // share,
              "gradients": 4 * train // share, "AdamW": 8 * train // share}
     if stage == "distil" and not run.targets:
         needs["teacher"] = frozen * copied // share
     if sharded:
         blocks = [sum(p.numel() for p in b.parameters()) for b in student.model["layers"]]
-        needs["gathered"] = half * (2 * (total - sum(blocks)) + 4 * max(blocks))
+        # Whole, each with its gradients: embeddings and lm_head, and the two blocks.
+        needs["gathered"] = itemsize * (2 * (total - sum(blocks)) + 4 * max(blocks))
     # By running few layers; all would take many minutes, at a third of a millisecond an operation.
     # Each peak grows by as much with every layer, the first aside: 2 and 3 tell of them all.
     weight_dtype, few = run.dtype if sharded else torch.float32, min(2, config.num_layers)
@@ -1394,9 +1403,11 @@ def why_no_align(run):
     Only for a reason that the user gave, and that is printed: stage II on maps and gates that were
     never aligned starts from a worse student.
     """
-    return f"the run starts from {run.start}" if run.start else (
-        "--align-tokens 0" if not run.align_tokens else
-        "the mixer has no new parameters" if run.mixer == "swa" else None)
+    if run.start:
+        return f"the run starts from {run.start}"
+    if not run.align_tokens:
+        return "--align-tokens 0"
+    return "the mixer has no new parameters" if run.mixer == "swa" else None
 
 
 def show_plan(run):
@@ -1420,7 +1431,7 @@ def describe(run, title, student, trainable, steps):
           f"({train / total:.2%}), the others are frozen")
 
 
-def show_time(run, student, teacher, cache, students):
+def show_time(run, student, teacher, stored, students):
     """Before training: say how long each stage will take, and what to set if it is beyond a day.
 
     A micro-batch of each is run without an update, by what `align` and `distil` call for each of
@@ -1443,7 +1454,8 @@ def show_time(run, student, teacher, cache, students):
                 with autocast(run):
                     alignment_losses(student, *batch[:2], 1.0)
             else:
-                targets = teacher_targets(run, teacher, cache, mixture, part, batch)
+                targets = (stored.rows(map(mixture.locate, part), run.device) if stored else
+                           teacher_targets(run, teacher, batch))
                 distil_loss(run, student, batch, targets)[0].backward()
             if run.device.type == "cuda":
                 torch.cuda.synchronize(run.device)  # until here its work is queued only
@@ -1595,14 +1607,14 @@ def stage_one(run, student, sources, weights, stop):
     return seed
 
 
-def stage_two(run, seed, teacher, cache, mixture, heldout, stop):
+def stage_two(run, seed, teacher, stored, mixture, heldout, stop):
     """Stage II: the student folder `seed` -> run.out/student, unless that exists; returns it.
 
     Its weights are loaded anew: stage I's student shares the teacher's, which must not train.
     """
     final = run.out / "student"
     if not final.exists():
-        distil(run, open_model(run, seed, run.train), teacher, cache, mixture, heldout, stop)
+        distil(run, open_model(run, seed, run.train), teacher, stored, mixture, heldout, stop)
     once(run, final, lambda: export_student(run, seed, final))
     return final
 
@@ -1649,11 +1661,11 @@ def data_file(spec):
         raise argparse.ArgumentTypeError(f"{spec}: expected FILE.txt or FILE.jsonl, or FILE=WEIGHT")
     if not Path(found[1]).is_file():
         raise argparse.ArgumentTypeError(f"{spec}: there is no file {found[1]}")
-    return Path(found[1]), None if found[2] is None else evaluate.number(float, 1e-9)(found[2])
+    return Path(found[1]), None if found[2] is None else number(float, 1e-9)(found[2])
 
 
-COUNT = dict(type=evaluate.number(int, 1), metavar="N")
-AMOUNT = dict(type=evaluate.number(float, 0), metavar="N")
+COUNT = dict(type=number(int, 1), metavar="N")
+AMOUNT = dict(type=number(float, 0), metavar="N")
 
 
 def parse_arguments(argv):
@@ -1671,7 +1683,7 @@ def parse_arguments(argv):
     add = p.add_argument_group("student").add_argument
     add("--mixer", default="hybrid", choices=MIXERS, help="the paper's, or a part of it alone")
     add("--window", default=512, help="tokens that the window sees", **COUNT)
-    add("--sinks", default=4, type=evaluate.number(int, 0), metavar="N",
+    add("--sinks", default=4, type=number(int, 0), metavar="N",
         help="first tokens, seen as well")
     add("--features", default=4, type=int, choices=(1, 2, 4, 8), help="mLSTM width, in head widths")
     add = p.add_argument_group("both stages").add_argument
@@ -1706,7 +1718,7 @@ def add_run_flags(add):
         help="of products; auto: bfloat16 on GPUs and on CPUs with AMX or AVX512's bf16")
     add("--kernels", default="auto", choices=("auto", "torch", "triton"),
         help="what computes mLSTM and window; auto: Triton on a GPU")
-    add("--seed", default=0, type=evaluate.number(int, 0), metavar="N",
+    add("--seed", default=0, type=number(int, 0), metavar="N",
         help="of the order of the data")
     add("--tasks", default=[], nargs="+", metavar="FILE", help="score the students on these")
     add("--eval-every", default=500, help="stage II's steps between held-out checks", **COUNT)
@@ -1718,7 +1730,7 @@ def add_distil_flags(add):
 
     --gamma and --beta matter by their ratio above all, as AdamW divides by the gradient's size.
     """
-    add("--tokens", default="5e9", type=evaluate.number(float, 1), metavar="N", help="to train on")
+    add("--tokens", default="5e9", type=number(float, 1), metavar="N", help="to train on")
     add("--lr", default=1e-5, help="learning rate after warm-up", **AMOUNT)
     add("--final-lr", help="what a cosine takes it to; None: --lr, so constant", **AMOUNT)
     add("--train", default="all", choices=TRAIN, help="new parameters, all of the mixer, or all")
@@ -1834,19 +1846,20 @@ def main(argv=None):
         return show_plan(run)
     run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
     run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
+    # One warm-up for both stages, no longer than the shorter of those that run.
     run.warmup = min(run.warmup, run.align_steps or run.distil_steps, run.distil_steps)
     # Everything that can be refused comes before anything is written into --out but the data.
     results = open_run(run)
     teacher, tokenizer, student, sources, weights, heldout = load(run)
-    students, stop, cache = plan_students(run, sources, weights), catch_stop(), None
+    students, stop, stored = plan_students(run, sources, weights), catch_stop(), None
     if run.targets:
         mixtures = [mixture for _, mixture in students.values()]
-        cache = prepare_targets(run, teacher, tokenizer, mixtures, stop, run.rank, run.world)
+        stored = prepare_targets(run, teacher, tokenizer, mixtures, stop, run.rank, run.world)
         barrier()
     if not run.resume:
         if run.device.type == "cuda":  # where memory is short; it takes seconds
             show_plan(run)
-        show_time(run, student, teacher, cache, students)
+        show_time(run, student, teacher, stored, students)
     # Only now: a refused run leaves none.
     once(run, run.out / "run.json", lambda: write_json(run.out / "run.json", settings_of(run)))
 
@@ -1854,17 +1867,17 @@ def main(argv=None):
     if not run.start:
         measure(run, results, "entry", student, teacher, heldout)
     seed = stage_one(run, student, sources, weights, stop)
-    if run.start or not why_no_align(run):
+    if run.start or not why_no_align(run):  # of --start too: what stage II begins with
         measure(run, results, "after stage I", open_model(run, seed), teacher, heldout)
 
     # Stage I needed the teacher whole. Stage II shards it, or does without.
     student, folders = None, {}
-    teacher = None if cache else open_model(run, run.teacher) if dist.is_initialized() else teacher
+    teacher = None if stored else open_model(run, run.teacher) if dist.is_initialized() else teacher
     for name, (own, mixture) in students.items():
         if run.experts:
             print(f"\n===== {name} =====")
             once(run, own.out, own.out.mkdir)
-        folders[name] = stage_two(own, seed, teacher, cache, mixture, heldout, stop)
+        folders[name] = stage_two(own, seed, teacher, stored, mixture, heldout, stop)
         measure(run, results, name, open_model(run, folders[name]), teacher, heldout)
     if run.experts:  # the mean of the experts, without the generalist that they are compared with
         experts, folders["merged"] = list(folders.values())[:-1], run.out / "merged"

@@ -51,8 +51,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (MIXERS, Cache, HybridAttention, ModelConfig, Transformer, check_device, generate,
-                   load_pretrained, load_with_tokenizer, read_rows, reverse_complement, run_command,
-                   sha256, stream, student_from_teacher, write_json)
+                   load_pretrained, load_with_tokenizer, number, read_rows, reverse_complement,
+                   run_command, sha256, stream, student_from_teacher, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -847,7 +847,7 @@ def gate_map(scorer, texts, *, tokens=1024, rows=128):
     cut = (row[a:a + tokens] for row in ids for a in range(0, len(row), tokens))
     gates = [[] for _ in scorer.model.model["layers"]]
     hooks = [block.self_attn.output_gate.register_forward_hook(
-        # fp16 has steps of 0.0005 near 1, and the median of 128 x 1024 tokens needs all of them
+        # All 128 x 1024 gates are kept, for the median: in fp16, whose steps near 1 are 0.0005.
         lambda module, inputs, logits, kept=kept: kept.append(logits[0].sigmoid().half().cpu()))
         for block, kept in zip(scorer.model.model["layers"], gates)]
     for row in tqdm(itertools.islice(cut, rows), total=rows, desc="gates", unit="row", leave=False):
@@ -930,6 +930,7 @@ def lm_eval_model(scorer):
 def compare(teacher, students):
     """The paper's statistics of students against their teacher, as a dict for JSON.
 
+    Of tasks' scores; the KL on held-out text is `distill.compare`'s.
     teacher: results of `evaluate_rows`; students: name -> results on the same tasks. Recovery is
     given plain and above chance; None stands for infinite, which JSON does not know.
     """
@@ -1232,22 +1233,6 @@ def run_speed(run):
         show_speed(cells[-1])
     print(f"\nreport: {run.out / 'speed.json'}")
     draw_speed(cells, run.out / "speed.png")
-
-
-def number(kind, low):
-    """An argparse type: an int or a float from `low` to 1e13, neither nan nor infinite.
-
-    A final k stands for 1024. A negative learning rate would train uphill without a word.
-    """
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text.removesuffix("k")) * (1024 if text.endswith("k") else 1)
-            if low <= value <= 1e13:  # nan is neither
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' if kind is int else ''} "
-                                         f"number from {low:g} to 1e+13")
-
-    return parse
 
 
 def parse_arguments(argv):

@@ -10,10 +10,10 @@ Four operators, each the same function as its plain PyTorch form in model.py (th
     feature_map        model.FeatureMap             feature_fwd; softmax_bwd
     gate_mix           o mlstm + (1 - o) window     mix_fwd; mix_bwd
 
-The key idea: all four are bound by memory or by tensor cores, never by anything between. So each
-reads its inputs once a pass, keeps what lies between on the chip, and hands the tensor cores tiles
-of 64 to 128. Whoever knows Triton's tutorials on softmax and flash attention knows the window; new
-is the mLSTM, whose state makes it linear in T (section 2).
+The key idea: all four are limited by memory traffic or by the tensor cores. So each reads its
+inputs once a pass, keeps what lies between on the chip, and hands the tensor cores tiles of 64 to
+128. Whoever knows Triton's tutorials on softmax and flash attention knows the window; new is the
+mLSTM, whose state makes it linear in T (section 2).
 
 What is kept, so that a fast kernel is a right one:
 * Gates, S, z, stabilisers, softmax, every sum: fp32 (sums of forget gates: fp64). Operands of
@@ -227,6 +227,7 @@ def check(name, widths=WIDTHS, **tensors):
 # the state at the chunk's end. W may exceed any float (input gates are exponentials), so all are
 # kept as logarithms and divided by the largest in sight before the exponential: m for a state
 # (the true one is S e^m), r inside a chunk, lse = log of the denominator in the backward pass.
+# (r_t holds b_t here, and not m: what model.py calls b_t + r_t is `top` in out_fwd.)
 #
 # Documents: a token sees s >= start, the first token of its document, and the state only if its
 # document was open when the chunk began: start lies before the chunk. Start is -1 in the first

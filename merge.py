@@ -142,7 +142,8 @@ def check(directories, output, weights, method, seed, density):
     inputs = [Path(path) for path in (*directories, seed) if path]
     check_settings(inputs, output, weights, method, seed, density)
     folders = [open_folder(path) for path in tqdm(inputs, desc="read", unit="folder", leave=False)]
-    experts, (first, *others) = folders[:len(weights)], folders
+    experts = folders[:len(weights)]  # a seed is the last folder
+    first, *others = folders
     found = [f"{other.path}: {key} is {other.facts.get(key, 'missing')}, in {first.path} "
              f"{first.facts.get(key, 'missing')}" for other in others
              for key in {**first.facts, **other.facts}
@@ -293,6 +294,7 @@ def sweep(directories, output, score, *, greedy=False, step=0.25, method="linear
     """
     count, output = len(directories), Path(output)
     grid = simplex_grid(count, step)
+    # The weights do not matter yet: any point of the grid will do.
     experts, seed = check(directories, output, grid[0], method, seed, density)
     candidate, results = Path(f"{output}.sweep/candidate"), Path(f"{output}.sweep/results.jsonl")
     results.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,11 @@ Glossary (code: meaning, symbol in the paper)
     F, width        features of a query or key in the mLSTM (the paper's: D; F is also torch's)
     S, z, m         mLSTM matrix state, normaliser, stabiliser; the true state is (S, z) * e^m
     log_i, log_f    log input gate (its preactivation), log forget gate (log sigmoid of its own)
-    W, L            tokens a window sees; tokens of a chunk or block computed at once
+    phi             feature map of queries and keys; the functions mlstm_* take them mapped
+    mlstm, swa      the two readers' outputs; swa is attention in a sliding window, with sinks
+    W, L            tokens a window sees; tokens of a chunk or block computed at once. (In section
+                    3 W_ts is a weight, in FeatureMap W the matrix.)
+    N               chunks or blocks; in softmax attention keys
     o               output gate, o_t: 0 the window speaks, 1 the mLSTM
 
 Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), scoring
@@ -100,7 +104,7 @@ class Hybrid:
     window: int = 512  # W: tokens the softmax branch sees, the current one included
     sinks: int = 4  # first tokens of the document that every later token sees
     mixer: str = "hybrid"  # a key of MIXERS
-    features: int = 1  # width of the mLSTM's keys as a multiple of D (`FeatureMap`); paper: 1
+    features: int = 1  # F / D (`FeatureMap`). Where the file is silent: 1, as in the paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -481,7 +485,7 @@ def rope_tables(rope, positions, head_dim):
 
 def rotate(x, tables):
     """Rotate x (B, H, T, D) by its positions: (x1, x2) cos + (-x2, x1) sin."""
-    cos, sin = tables
+    cos, sin = tables  # sin is negative in its first half (`rope_tables`); `roll` swaps x1 and x2
     return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
@@ -498,10 +502,10 @@ def document_starts(document_ids):
 
 
 def _grouped_attention(q, k, v, visible):
-    """Softmax attention of q (B, H, L, D) on fewer heads k, v (B, K, N, D), as mask says.
+    """Softmax attention of q (B, H, L, D) on fewer heads k, v (B, K, N, D), as `visible` says.
 
-    The query heads that share a key/value head are laid along the query axis, so k and v are
-    read once and never copied G times. visible: bool, broadcastable to (B, L, N), or None.
+    The H / K query heads that share a key/value head are laid along the query axis, so k and v are
+    read once and never copied. visible: bool, broadcastable to (B, L, N), or None for all.
     """
     B, H, L, D = q.shape
     K = k.shape[1]
@@ -525,9 +529,11 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
     """
     T, N = q.shape[2], k.shape[2]
     if T == N and document_ids is None and (window is None or window >= N):
+        # `is_causal` wants as many queries as keys, so a group's heads cannot be laid along the
+        # query axis as above, and k and v are copied for each.
         group = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # never forms (T, T)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     starts = None if document_ids is None else document_starts(document_ids)
     outputs = []
     L = min(512, max(128, N // 16))  # blocks of queries: memory O(L N), not O(T N)
@@ -540,8 +546,10 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
             visible = visible & (s > t - window)
         if starts is not None:
             visible = visible & (s >= starts[:, a:b, None])
+        if T == 1 and starts is None:  # a step with a cache: it sees all from `low` on, no mask
+            visible = None
         outputs.append(_grouped_attention(q[:, :, a - (N - T):b - (N - T)], k[:, :, low:b],
-                                          v[:, :, low:b], None if T == 1 else visible))
+                                          v[:, :, low:b], visible))
     return torch.cat(outputs, dim=2)
 
 
@@ -595,7 +603,7 @@ class Attention(nn.Module):
 
     def mix(self, heads, *, document_ids=None, cache=None):
         """How heads look back: `Heads` -> h (B, H, T, D). cache: this layer's, or None."""
-        _, _, _, _, q, k, v = heads
+        q, k, v = heads.q, heads.k, heads.v
         if cache is not None:
             return cache.attention(q, k, v, window=self.window)
         return softmax_attention(q, k, v, window=self.window, document_ids=document_ids)
@@ -667,11 +675,11 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
     log_i, log_f = log_i.to(wide), log_f.to(wide)
     h = []
     for t in range(T):
-        i, f, k_t, v_t, q_t = log_i[:, :, t], log_f[:, :, t], k[:, :, t], v[:, :, t], q[:, :, t]
-        # The state's exponent is m + f once it has faded, the new token's is i. The larger one is
-        # the new m; keep and write are the two gates in its unit, and the larger of them is 1.
-        m_new = torch.maximum(m + f, i)
-        keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()[..., None]
+        li, lf, k_t, v_t, q_t = (x[:, :, t] for x in (log_i, log_f, k, v, q))
+        # The state's exponent is m + lf once it has faded, the new token's is li. The larger one is
+        # the new m; keep and write are e^(exponent - new m), so the larger of them is 1.
+        m_new = torch.maximum(m + lf, li)
+        keep, write = (m + lf - m_new).exp()[..., None], (li - m_new).exp()[..., None]
         S = keep[..., None] * S + (write * k_t)[..., None] * v_t[..., None, :]  # Eq. 8
         z = keep * z + write * k_t                                              # Eq. 9
         m = m_new
@@ -688,10 +696,10 @@ def mlstm_step(q, k, v, log_i, log_f, state):
     allow; the definition's line would write three more tensors of its size.
     """
     (S, z, m), dtype = state, v.dtype
-    q, k, v, i, f = (x.squeeze(2).to(S.dtype) for x in (q, k, v, log_i, log_f))
+    q, k, v, li, lf = (x.squeeze(2).to(S.dtype) for x in (q, k, v, log_i, log_f))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    m_new = torch.maximum(m + f, i)
-    keep, write = (m + f - m_new).exp()[..., None], (i - m_new).exp()[..., None]
+    m_new = torch.maximum(m + lf, li)
+    keep, write = (m + lf - m_new).exp()[..., None], (li - m_new).exp()[..., None]
     m.copy_(m_new)
     k = write * k
     S.mul_(keep[..., None]).addcmul_(k[..., None], v[..., None, :])
@@ -703,9 +711,10 @@ def mlstm_step(q, k, v, log_i, log_f, state):
 # The definition does little work a token, in T serial steps: far too many to train with. Now let a
 # chunk of L tokens be one step. What a query gets from tokens of its own chunk is an attention with
 # a small (L, L) matrix of weights; what it gets from all before comes from the state at the
-# chunk's start. Both are matrix products. With b_t the sum of log_f from the chunk's start up to
-# and with t, token s has at time t the log-weight b_t + c_s, where c_s = log_i_s - b_s; b_t is the
-# same for the whole row and cancels in the ratio, as any r_t does that is put in its place:
+# chunk's start. Both are matrix products. Let b_t be the sum of log_f from the chunk's start up to
+# and including t. At time t, token s has the log-weight b_t + c_s, where c_s = log_i_s - b_s, and
+# what the state holds has b_t + m. So b_t stands in every term of row t and cancels in the ratio.
+# Row t is divided by e^(r_t) besides, with r_t chosen so that its largest exponent is 0:
 #
 #     W_ts = e^(c_s - r_t) for s <= t      carry_t = e^(m - r_t)       r_t = max(m, c_1 .. c_t)
 #     h_t = (sum_s W_ts (q_t.k_s) v_s + carry_t q_t S) / (the same with 1 for v_s, z for S)
@@ -722,9 +731,9 @@ def mlstm_step(q, k, v, log_i, log_f, state):
 # A token costs about L (F + E) products inside its chunk, and F E each to read and to write S.
 # Small chunks save the first and large ones serial steps; near L = 64 neither weighs much.
 #
-# No exponent is above 0. The gates' part has no products of widths in it, only numbers a head and
-# token, so it is done for all chunks at once, in float64: b reaches thousands where forget gates
-# are nearly closed, while its differences matter to 1e-6.
+# No exponent is above 0. Gates are one number a head and token, where keys are F, so they are
+# worked out for all chunks at once, and in float64: b reaches thousands where forget gates are
+# nearly closed, while differences of it matter to 1e-6.
 
 
 def _chunk_gates(log_i, log_f, m, document_ids, L):
@@ -772,8 +781,9 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
         carry = (m[..., :-1, None] - r).exp()
         write = (c + (total - m[..., 1:])[..., None]).exp()
         keep = (m[..., :-1] + total - m[..., 1:]).exp()[..., None, None]
+        # c and r stay float64 until their difference is taken.
         gates = [x.flatten(0, 1).unbind(1) for x in (
-            c, r, *(x.to(wide) for x in (carry, write, keep)))]  # each: N of (B H, L)
+            c, r, *(x.to(wide) for x in (carry, write, keep)))]  # N of (B H, L); keep (B H, 1, 1)
         v = F.pad(v, (0, 1), value=1.0)  # the normaliser z is the state of one more value, 1
         q, k, v = (x.flatten(0, 1).split(L, dim=1) for x in (q, k, v))  # each: N of (B heads, L, .)
         future = torch.ones(L, L, dtype=torch.bool, device=c.device).triu(1)
@@ -783,8 +793,9 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
             q_n, k_n, v_n = q_n.to(wide), *(  # (B H, l, F or E + 1)
                 x.to(wide).repeat_interleave(H // K, dim=0) for x in (k_n, v_n))
             # Mask before the exponential: behind it the future overflows, and its gradient is NaN.
-            W = (c_n[:, None, :l] - r_n[:, :l, None]).to(wide)
-            P = (q_n @ k_n.transpose(1, 2)) * W.masked_fill(future[:l, :l], -torch.inf).exp()
+            log_W = (c_n[:, None, :l] - r_n[:, :l, None]).to(wide)
+            W = log_W.masked_fill(future[:l, :l], -torch.inf).exp()  # (B H, l, l)
+            P = W * (q_n @ k_n.transpose(1, 2))
             h.append(torch.baddbmm(carry_n[:, :l, None] * (q_n @ S), P, v_n))
             S = torch.baddbmm(keep_n * S, (write_n[:, :l, None] * k_n).transpose(1, 2), v_n)
         h, S = torch.cat(h, dim=1).unflatten(0, (B, H)), S.unflatten(0, (B, H))
@@ -822,6 +833,7 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
     keys: the band of L + W tokens that ends with it, and in front of them the sinks of the document
     that its first query belongs to. (Documents that begin later have theirs inside the band.)
     """
+    # A window longer than the text is the text.
     (B, _, T, D), K, W = q.shape, k.shape[1], min(window, q.shape[2])
     L = max(32, min(W, 256))  # wide blocks waste products, small ones copy keys more often
     N = -(-T // L)  # blocks
@@ -830,6 +842,7 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
         document_starts(document_ids))
     t = torch.arange(N * L, device=q.device).view(N, L, 1)
     s = t[:, :1] - W + torch.arange(W + L, device=q.device)  # (N, 1, W + L): the band
+    # value=T: padding is a document of its own, which sees itself. A row without keys is NaN.
     start = F.pad(starts, (0, pad), value=T).view(-1, N, L, 1)  # (B or 1, N, L, 1)
     sink = start[:, :, :1] + torch.arange(sinks, device=q.device)  # (B or 1, N, 1, sinks)
     see_sink = (sink >= start) & (sink < s[..., :1])  # unless it is in the band already
@@ -907,7 +920,8 @@ class OutputGate(nn.Module):
     """Logit of o_t per head from that head's [q; k; v], before norm and rotation (Eq. 11).
 
     Its own projections tell a head what it looks for and what stands here, so 3 D numbers a head
-    are enough. Without norm and rotation they are linear in x: one more linear map of the input.
+    are enough. Paper: q, k, v before rotation. Here: before Qwen's and Olmo's norm of q and k as
+    well, so that the logit stays linear in x: one more linear map of the input.
     """
 
     def __init__(self, config):
@@ -932,6 +946,9 @@ class Gate(nn.Linear):
 
     A forget gate of 0.999 has a preactivation of 7, which bf16 would round by up to 0.016: the head
     would forget 1.6 % faster or slower, and what is multiplied thousands of times shows that.
+
+    Paper: exp(x w_i), sigmoid(x w_f). Here: and a bias, since it says where a head starts
+    (`initialise_mixer`); the output gate likewise.
     """
 
     def forward(self, x):
@@ -970,7 +987,7 @@ class WindowAttention(StudentAttention):
 
     def window_branch(self, heads, document_ids, cache):
         """`Heads` -> (B, H, T, D): exact softmax over the window and the sinks."""
-        _, _, _, _, q, k, v = heads
+        q, k, v = heads.q, heads.k, heads.v
         attend = _kernels().window_attention if self.kernels == "triton" else window_attention
         if cache is not None:
             return cache.window_attention(q, k, v, attend)
@@ -1039,7 +1056,9 @@ class HybridAttention(MLSTMAttention, WindowAttention):
     """
 
     def __init__(self, config, layer):
-        super().__init__(config, layer)  # both parents'
+        # `super` walks Hybrid, MLSTM, Linear, Window, StudentAttention: the super() of
+        # LinearAttention is here WindowAttention, so each __init__ runs once and adds its part.
+        super().__init__(config, layer)
         self.output_gate = OutputGate(config)
 
     def mix(self, heads, *, document_ids=None, cache=None):
@@ -1056,10 +1075,12 @@ MIXERS = {"hybrid": HybridAttention, "mlstm+swa": HybridAttention, "mlstm": MLST
           "linear": LinearAttention, "swa": WindowAttention}
 
 
+NEW = {"feature_map_q", "feature_map_k", "input_gate", "forget_gate", "output_gate"}
+
+
 def is_new(name):
-    """Whether a parameter was added by the student (and is not a copy of the teacher's)."""
-    return any(f".{part}." in name for part in (
-        "feature_map_q", "feature_map_k", "input_gate", "forget_gate", "output_gate"))
+    """Whether a parameter or module was added by the student (and is no copy of the teacher's)."""
+    return not NEW.isdisjoint(name.split("."))
 
 
 @torch.no_grad()
@@ -1068,8 +1089,9 @@ def initialise_mixer(attention):
 
     Stage I then need only find what the window lacks. Feature maps start as (rotated) copies of q
     and k, so that near means similar from the first step; input gates write all tokens alike;
-    forget gates differ by head, because a head that forgets at once learns nothing of the distant
-    past. Our choice, by measurement on the shipped teacher.
+    forget gates start nearly open, because a head that forgets at once learns nothing of the
+    distant past, and differ by head, because one span does not suit all. Our choice, by measurement
+    on the shipped teacher.
     """
     for name, p in attention.named_parameters():
         if "feature_map" in name:
@@ -1080,7 +1102,7 @@ def initialise_mixer(attention):
             rotation = torch.linalg.qr(random).Q
             blocks = [torch.eye(D), -torch.eye(D), rotation, -rotation][:max(1, features // 2)]
             p.copy_(torch.cat(blocks * min(features, 2), dim=-1).expand_as(p))  # both halves alike
-        elif is_new(f".{name}"):
+        elif is_new(name):
             p.zero_()
     if hasattr(attention, "forget_gate"):  # heads forget half after 256 ... 4096 tokens
         keep = 0.5 ** (1 / torch.logspace(8, 12, attention.config.num_heads, base=2))
@@ -1103,10 +1125,6 @@ def initialise_mixer(attention):
 # would make logits of them: 128k words x 4096 tokens in fp32 are 2 GB, and a loss needs a slice.
 
 
-# The block of every family here: x += attention(norm(x)), then x += mlp(norm(x)). What differs is
-# where the norms stand and how branches are scaled.
-
-
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
@@ -1123,10 +1141,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with residuals. `forward` is three steps so that stage I can walk them.
+    """x += attention(norm(x)), x += mlp(norm(x)): in steps, so that stage I can walk them.
 
-    The same norm names stand for other places: Llama, Qwen and Mistral normalise what a branch
-    reads (input_layernorm, post_attention_layernorm); Olmo what it writes.
+    Families differ in where the norms stand, under like names: Llama, Qwen and Mistral normalise
+    what a branch reads (input_layernorm, post_attention_layernorm), Olmo what it writes
+    (post_attention_layernorm, post_feedforward_layernorm).
     """
 
     def __init__(self, config, layer):
@@ -1210,6 +1229,8 @@ class Transformer(nn.Module):
         """
         separator = self.config.separator_id
         index = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        # start: where position 0 lies, as an index into these tokens (negative: in an earlier
+        # call). A separator moves it, and cummax hands the last one on to all that follow.
         start = -cache.position if cache is not None else torch.zeros_like(index[:, :1])
         if document_ids is not None:
             start = document_starts(document_ids)
@@ -1246,13 +1267,14 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.position.copy_(positions[:, -1:] + 1)
         x = self.model["norm"](x)
+        # Granite divides the logits; dividing here is the same, and reaches a loss in `head` too.
         return x / self.config.logits_scaling if self.config.family == "granite" else x
 
     def forward(self, tokens, *, document_ids=None, positions=None, cache=None, head=F.linear):
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype.
 
         document_ids (B, T): packed documents, which do not see each other. positions (B or 1, T)
-        int64: rotate by these (None: `Transformer.positions`); they move no memory's border.
+        int64: rotate by these (None: `Transformer.positions`); who sees whom does not change.
         cache: a `Cache` whose tokens come before these; it takes these in. Any T works after any
         length. head(hidden, lm_head_weight): what to return instead of logits. A loss goes here,
         so that (tokens, V) logits never exist, and FSDP, which gathers sharded weights for the
@@ -1326,8 +1348,9 @@ def student_from_teacher(teacher, *, window=512, sinks=4, mixer="hybrid", featur
     the teacher: stage I trains the new ones only, and before stage II save and load the student,
     or `copy.deepcopy` it.
     mixer: a key of MIXERS; "linear" and "mlstm" have no window, "mlstm+swa" no sinks.
+    features: width of the mLSTM's q and k in multiples of D: 1 (the paper's), 2, 4 or 8.
     kernels: `choose_kernels`. Raises ValueError for an unknown mixer, a window below 1, negative
-    sinks, or kernels that cannot run.
+    sinks, other features, a teacher that is a student, or kernels that cannot run.
     """
     config = student_config(teacher.config, window, sinks, mixer, features)
     device = teacher.lm_head_weight.device
@@ -2433,12 +2456,10 @@ def main(argv=None):
     option("--raw", action="store_true", help="continue plain text, without the chat template")
     option("--temperature", type=float, default=0.0, help="0: always the most likely token")
     option("--top-p", type=float, default=1.0, help="sample from so much of the probability")
-    option("--max-new-tokens", type=int, default=256, help="an answer (default: 256)")
+    option("--max-new-tokens", type=number(int, 1), default=256, help="an answer (default: 256)")
     option("--seed", type=int, help="of the sampling")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = parser.parse_args(argv)
-    if run.max_new_tokens < 1:
-        parser.error("--max-new-tokens must be at least 1")
     try:
         model, tokenizer = load_with_tokenizer(run.directory, device=run.device)
         if not run.raw and not tokenizer.chat_templates:
@@ -2449,6 +2470,24 @@ def main(argv=None):
         chat(model, tokenizer, lines if run.prompt is None else [run.prompt], run)
     except (EOFError, KeyboardInterrupt):
         print()
+
+
+def number(kind, low):
+    """An argparse type: an int or a float from `low` to 1e13, neither nan nor infinite.
+
+    A final k stands for 1024. A negative learning rate would train uphill without a word.
+    """
+    def parse(text):
+        try:
+            value = kind(text.removesuffix("k")) * (1024 if text.endswith("k") else 1)
+        except ValueError:
+            value = math.nan
+        if low <= value <= 1e13:  # nan is neither
+            return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' if kind is int else ''} "
+                                         f"number from {low:g} to 1e+13")
+
+    return parse
 
 
 def run_command(main):

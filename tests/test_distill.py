@@ -1235,7 +1235,7 @@ def peak(run, stage, config):
             with distill.autocast(run):
                 distill.alignment_losses(student, *batch[:2], 1.0)
         else:
-            targets = distill.teacher_targets(run, teacher, None, None, (), batch)
+            targets = distill.teacher_targets(run, teacher, batch)
             distill.distil_loss(run, student, batch, targets)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
