@@ -94,7 +94,7 @@ HERE = Path(__file__).resolve().parent
 #
 # Token ids lie flat in a file and are mapped into memory, so that a corpus of any size costs none.
 
-DATA_FORMAT = 4  # part of the cache key: raise it when the files below change their meaning
+DATA_FORMAT = 5  # part of the cache key: raise it when the files below change their meaning
 DOCUMENT = np.dtype([
     ("length", "<i8"),  # tokens
     ("labels", "<i8"),  # how many of them may be a label: those in the loss, never the first
@@ -192,6 +192,8 @@ def parse_row(row, tokenizer, eos_id):
     if found == ["sequences"] and value and all(isinstance(s, str) and s for s in value):
         head = plain("")  # BOS, or nothing
         members = [i for sequence in value for i in tokenizer.encode_member(sequence)]
+        if end == [tokenizer.separator_id]:
+            end = []  # the last member ends with it already; a second would be an empty member
         return [(head + members + end, True, 0, json.dumps(sorted(value)), len(head),
                  tokenizer.separator_id)]
     raise ValueError('expected one of: a string "text" or "dna", a list "messages", a list '
@@ -287,7 +289,7 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
     the first one's work. One call at a time. Raises ValueError naming file and line, or OSError.
     """
     key = (f"{DATA_FORMAT} {eos_id} {tokenizer.separator_id} {path.suffix} {sha256(path)} "
-           f"{tokenizer_sha256(tokenizer)}")
+           f"{tokenizer_sha256(Path(tokenizer.path).parent)}")
     folder = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.exists():
         return folder
@@ -328,11 +330,11 @@ def teacher_sha256(folder):
     return hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()
 
 
-def tokenizer_sha256(tokenizer):
-    """sha256 of the files that decide how a tokenizer encodes texts and conversations."""
+def tokenizer_sha256(folder):
+    """sha256 of the files that decide how a teacher's texts and conversations are encoded."""
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
              "vocab.txt")
-    return sha256(*filter(Path.is_file, (Path(tokenizer.path).with_name(n) for n in names)))
+    return sha256(*filter(Path.is_file, (folder / name for name in names)))
 
 
 def map_array(path, dtype):
@@ -347,21 +349,30 @@ def map_array(path, dtype):
     return np.frombuffer(mapping, dtype)
 
 
+def held_out_hashes(folder, fraction=0.02):
+    """Hashes of the documents that a tokenised file holds out: the smallest `fraction`, at least 1.
+
+    A hash, not a position: order in the file and copies do not matter.
+    """
+    hashes = np.fromfile(folder / "documents.bin", DOCUMENT)["hash"]
+    rank = max(1, round(fraction * len(hashes))) - 1
+    return hashes[hashes <= np.partition(hashes, rank)[rank]]
+
+
 class Source:
     """One file's documents as rows of T tokens: packed back to back, cut where a row is full.
 
-    split "train" or "heldout": the `fraction` of documents with the smallest content hashes is
-    held out, at least one. A hash, not a position: order in the file and copies do not matter.
+    split "train" or "heldout": `held_out` are the content hashes of what is held out; None: of this
+    file alone, as `held_out_hashes` chooses.
     """
 
-    def __init__(self, name, folder, split, T, fraction=0.02):
+    def __init__(self, name, folder, split, T, fraction=0.02, held_out=None):
         documents = np.fromfile(folder / "documents.bin", DOCUMENT)
-        rank = max(1, round(fraction * len(documents))) - 1
-        limit = np.partition(documents["hash"], rank)[rank]
+        held_out = held_out_hashes(folder, fraction) if held_out is None else held_out
         self.name, self.folder, self.T = name, folder, T
         self.skipped = int(documents["skipped"].sum())  # of the whole file
         starts = documents["length"].cumsum() - documents["length"]
-        chosen = (documents["hash"] <= limit) == (split == "heldout")
+        chosen = np.isin(documents["hash"], held_out) == (split == "heldout")
         documents = documents[chosen]
         self.tokens = map_array(folder / "tokens.bin", np.uint32)
         self.loss = map_array(folder / "loss.bin", bool)
@@ -480,10 +491,12 @@ def open_data(run, tokenizer, eos_id):
     nothing and look like success.
     """
     train, weights, heldout = [], [], []
-    for path, weight in run.data:
-        folder = tokenise(path, tokenizer, eos_id, run.out / "data")
+    folders = [tokenise(path, tokenizer, eos_id, run.out / "data") for path, _ in run.data]
+    # Of all files together: what one holds out is not trained on as another's document.
+    held_out = np.concatenate([held_out_hashes(folder) for folder in folders])
+    for (path, weight), folder in zip(run.data, folders):
         for sources, split in ((train, "train"), (heldout, "heldout")):
-            source = Source(path.stem, folder, split, run.context)
+            source = Source(path.stem, folder, split, run.context, held_out=held_out)
             sources.append(source)
             if source.num_rows == 0:
                 raise ValueError(f"--data {path}: {source.total} {split} tokens do not fill a row "
@@ -495,7 +508,7 @@ def open_data(run, tokenizer, eos_id):
     for source, weight in zip(train, weights):
         print(f"data      {source.name}: {source.total:,} tokens to train on, {source.labels:,} "
               f"labels, the longest document {source.lengths.max():,}; "
-              f"{weight / sum(weights):.0%} of every batch")
+              f"{weight / sum(weights):.0%} of every batch" + " of stage I" * run.experts)
         if source.skipped:
             print(f"          {source.skipped:,} of its assistant's turns are read and not learnt: "
                   "the chat template rewrites them once others follow")
@@ -858,7 +871,7 @@ class TargetCache:
                 file.write(row.tobytes())
 
 
-def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=1):
+def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
     """Open the cache run.targets and make what `mixtures` draw and it lacks.
 
     Process `rank` of `world` makes every world-th row; afterwards they must wait for each other.
@@ -869,7 +882,7 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
     sources, config = mixtures[0].sources, teacher.config
     cache = TargetCache(run.targets, sources, {
         "format": TARGETS_FORMAT, "teacher_sha256": teacher_sha256(run.teacher),
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(run.teacher),
         "data": [source.folder.name for source in sources],  # name and hash of each file
         "context": run.context, "k": min(run.topk, config.vocab_size),
         "vocab_size": config.vocab_size})
@@ -896,7 +909,7 @@ def prepare_targets(run, teacher, tokenizer, mixtures, stop=None, rank=0, world=
                               "the same command goes on behind them") from None
             bar.update(len(part) * run.context)
             if stop:
-                raise Stopped("a part of the targets")
+                raise Stopped("a part of the targets", "the same command")
     return cache
 
 
@@ -983,8 +996,10 @@ def show(metrics):
 def learning_rate(step, steps, warmup, peak, final):
     """Linear warm-up to `peak`, then a cosine to `final` (final = peak: constant). step from 0.
 
+    A stage shorter than the warm-up reaches its peak at its end, which `describe` says.
     Paper: stage I falls to a thousandth of its peak, stage II is constant.
     """
+    warmup = min(warmup, steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -1138,7 +1153,8 @@ def catch_stop():
 class Stopped(Exception):
     """The run was asked to stop, and has saved.
 
-    Its message says where. No error: the command leaves with status 0.
+    Its first argument says where, a second one with which command to go on, if it is not the usual
+    one. No error: the command leaves with status 0.
     """
 
 
@@ -1269,7 +1285,7 @@ def distil(run, student, teacher, stored, mixture, heldout, stop):
             if done < run.distil_steps and done % run.eval_every == 0:
                 found = compare(run, student, teacher or student, heldout)["all"]
                 tqdm.write(f"held-out after {done} steps: " + (
-                    show(found) if teacher else f"CE {found['ce']:.4f}"))
+                    show(found) if teacher else f"CE {number_or_dash(found['ce'])}"))
 
 
 def rows_of_step(mixture, run, step):
@@ -1429,6 +1445,9 @@ def describe(run, title, student, trainable, steps):
     print(f"\n{title}: {steps} steps of {run.batch} x {run.context} tokens, "
           f"{steps * run.batch * run.context:,} in all\n  {train:,} of {total:,} parameters train "
           f"({train / total:.2%}), the others are frozen")
+    if run.warmup >= steps:
+        print(f"  All {steps} steps are warm-up, as --warmup is {run.warmup}: the learning rate "
+              "reaches its peak in the last one")
 
 
 def show_time(run, student, teacher, stored, students):
@@ -1749,10 +1768,11 @@ def check_arguments(run):
     if (run.data is None or run.out is None) and not run.plan:
         raise ValueError("--teacher DIR also needs --data FILE... and --out DIR")
     names = [path.stem for path, _ in run.data or ()]
-    taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all"}
+    taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all", "teacher",
+             "entry", "after stage I"}
     if len(set(names)) < len(names) or taken & set(names):
-        raise ValueError(f"--data: the files' names {names} name sources and folders of the run; "
-                         f"they must differ and be none of {sorted(taken)}: rename a file")
+        raise ValueError(f"--data: the files' names {names} name sources, folders and rows of the "
+                         f"run; they must differ and be none of {sorted(taken)}: rename a file")
     if len({weight is None for _, weight in run.data or ()}) > 1:
         raise ValueError("--data: give every file a =WEIGHT or none (those without are weighed by "
                          "their tokens, beside which a weight of 2 is nothing)")
@@ -1771,10 +1791,14 @@ def settings_of(run):
     """
     free = ("out", "resume", "device", "save_every", "eval_every", "plan",
             "micro_batch", "recompute", "rank", "world", "kernels", "dtype")
+    if run.start:  # whose student is what its folder says, whatever the flags
+        free += "mixer", "window", "sinks", "features"
     settings = {k: v for k, v in vars(run).items() if k not in free}
     settings["targets"] = bool(run.targets)
     settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
     settings["teacher_sha256"] = teacher_sha256(run.teacher)
+    settings["tokenizer_sha256"] = tokenizer_sha256(run.teacher)
+    settings["start_sha256"] = run.start and teacher_sha256(run.start)
     settings["data"] = [str(path) if weight is None else f"{path}={weight:g}"
                         for path, weight in run.data]
     settings["data_sha256"] = [sha256(path) for path, _ in run.data]
@@ -1791,6 +1815,12 @@ def open_run(run):
         if path.exists():
             raise ValueError(f"--out {run.out} holds a run already; add --resume to go on with it, "
                              "or name another folder")
+        # What a run finds finished it does not do again, and these would be another's.
+        if parts := [name for name in ("seed", "student", "checkpoints", "merged", *(
+                f"{source.stem}/student" for source, _ in run.data), "generalist/student")
+                if (run.out / name).exists()]:
+            raise ValueError(f"--out {run.out} has parts of another run ({', '.join(parts)}) and "
+                             "no run.json; name another folder, or delete them")
         return {}
     if not path.exists():
         raise FileNotFoundError(f"--resume: {path} does not exist; is {run.out} a run's folder?")
@@ -1846,15 +1876,13 @@ def main(argv=None):
         return show_plan(run)
     run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
     run.distil_steps = math.ceil(run.tokens / (run.batch * run.context))
-    # One warm-up for both stages, no longer than the shorter of those that run.
-    run.warmup = min(run.warmup, run.align_steps or run.distil_steps, run.distil_steps)
     # Everything that can be refused comes before anything is written into --out but the data.
     results = open_run(run)
     teacher, tokenizer, student, sources, weights, heldout = load(run)
     students, stop, stored = plan_students(run, sources, weights), catch_stop(), None
     if run.targets:
         mixtures = [mixture for _, mixture in students.values()]
-        stored = prepare_targets(run, teacher, tokenizer, mixtures, stop, run.rank, run.world)
+        stored = prepare_targets(run, teacher, mixtures, stop, run.rank, run.world)
         barrier()
     if not run.resume:
         if run.device.type == "cuda":  # where memory is short; it takes seconds
@@ -1884,6 +1912,8 @@ def main(argv=None):
         once(run, folders["merged"], lambda: merge(experts, folders["merged"]))
         measure(run, results, "merged", open_model(run, folders["merged"]), teacher, heldout)
     teacher = None
+    for which in (signal.SIGINT, signal.SIGTERM):  # nothing polls `stop` from here on
+        signal.signal(which, signal.SIG_DFL)
     if run.rank == 0:
         finish(run, folders, results, tokenizer, heldout, started)
 
@@ -1896,7 +1926,7 @@ def finish(run, folders, results, tokenizer, heldout, started):
     if run.tasks:  # recovery, C_0 and alpha* (Eq. 15-17)
         students = [x for folder in folders.values() for x in ("--student", str(folder))]
         evaluate.main(["compare", "--teacher", str(run.teacher), *students, "--tasks", *run.tasks,
-                       "--out", str(run.out / "report"), "--device", run.device.type])
+                       "--out", str(run.out / "report"), "--device", str(run.device)])
     print(f"\n{time.time() - started:.0f} s. The student is in {final}: model.load_pretrained opens"
           f" it, `python model.py {final}` talks to it")
 
@@ -1906,7 +1936,8 @@ def command(argv=None):
     try:
         run_command(partial(main, argv))
     except Stopped as where:
-        print(f"stopped after {where}; go on with the same command and --resume")
+        done, *remedy = where.args
+        print(f"stopped after {done}; go on with", *remedy or ["the same command and --resume"])
     except SystemExit as end:
         leave(end.code)
     leave(0)

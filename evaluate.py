@@ -184,11 +184,11 @@ RULES = {  # name: (what holds for this value in its row, what to expect where i
     "match": (lambda v, row: v in ("exact", "contains") or v == "number"
               and _as_number(row["gold"]) is not None, "exact, contains, or number (in gold too)"),
     "extract": (lambda v, row: re.compile(v), "a regular expression"),
-    "max_new_tokens": (lambda v, row: v >= 1, "1 or more"),
-    "length": (lambda v, row: v >= 64, "64 or more"),
+    "max_new_tokens": (lambda v, row: 1 <= v < 1 << 30, "1 or more, below 2^30"),
+    "length": (lambda v, row: 64 <= v < 1 << 30, "64 or more, below 2^30"),
     "depth": (lambda v, row: 0 <= v <= 1, "a number from 0 to 1"),
     "seed": (lambda v, row: 0 <= v < 1 << 63, "a number from 0 to 2^63 - 1"),
-    "temperature": (lambda v, row: 0 <= v < math.inf, "0 or more"),
+    "temperature": (lambda v, row: 0 <= v <= 1e6, "a number from 0 to 1e6"),
     "sequences": (lambda v, row: v or row["type"] == "molecule", "one or more"),
     "dna": (lambda v, row: reverse_complement(v), "one base or more"),
     "labels": (lambda v, row: len(v) == len(row["dna"]), "one label a base")}
@@ -215,7 +215,7 @@ def _at(place, function, *args, **options):
     """What the function returns; a ValueError, or one of a regular expression, names the place."""
     try:
         return function(*args, **options)
-    except (ValueError, re.error) as error:
+    except (ValueError, OverflowError, RecursionError, re.error) as error:
         raise ValueError(f"{place}: {error}") from None
 
 

@@ -42,6 +42,7 @@ from model import (TOKENIZER_FILES, ModelConfig, check_device, list_tensors, rea
 
 PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STEP = 0.25  # of a sweep's grid
 DENSITY = 0.2  # of the changes that TIES keeps; the setting its paper recommends
 
 # ----------------------------------------------------------------------------------------------
@@ -151,6 +152,9 @@ def check(directories, output, weights, method, seed, density):
     parents = {str(expert.path): expert.parent for expert in experts}
     if len(set(parents.values()) - {None}) > 1:
         found.append(f"the experts come from different stage-I seeds (lineage.json): {parents}")
+    if seed:
+        found += [f"{expert.path} was not distilled from the seed {seed} (lineage.json)"
+                  for expert in experts if expert.parent not in (None, folders[-1].sha256)]
     if found:
         raise ValueError("nothing is merged: " + "; ".join(found))
     if unknown := [path for path, parent in parents.items() if parent is None]:
@@ -278,7 +282,7 @@ def simplex_grid(count, step):
             for bars in itertools.combinations(range(n + count - 1), count - 1)]
 
 
-def sweep(directories, output, score, *, greedy=False, step=0.25, method="linear", seed=None,
+def sweep(directories, output, score, *, greedy=False, step=STEP, method="linear", seed=None,
           density=DENSITY, about=None):
     """Choose the lambdas by `score` (a callable: folder -> float, more is better), then merge.
 
@@ -357,7 +361,7 @@ def parse_arguments(argv):
     lambdas.add_argument("--sweep", nargs="+", type=Path, metavar="TASKS",
                          help="the best by the mean score on these validation task files")
     p.add_argument("--greedy", action="store_true", help="sweep over uniform means only")
-    p.add_argument("--step", type=float, default=0.25, help="of the sweep's grid")
+    p.add_argument("--step", type=float, default=STEP, help="of the sweep's grid")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="on which the sweep scores")
     return p.parse_args(argv)
@@ -369,6 +373,10 @@ def main(argv=None):
     What can be wrong with the sweep's tasks or device is found before the first candidate.
     """
     run = parse_arguments(argv)
+    if not run.sweep and (run.greedy or run.step != STEP):
+        raise ValueError("--greedy and --step are of a --sweep, and none is asked for")
+    if run.method == "linear" and run.density != DENSITY:
+        raise ValueError("--density is of --method ties; a linear merge keeps all changes")
     how = dict(method=run.method, seed=run.seed_model, density=run.density)
     print(run.method, "merge into", run.out, "of", *run.directories)
     if run.sweep:

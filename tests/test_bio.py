@@ -14,7 +14,7 @@ import torch
 
 import make_bio
 from distill import (Mixture, Source, alignment_losses, collate, learning_rate, make_optimizer,
-                     plan_students, select_trainable, tokenise)
+                     parse_row, plan_students, select_trainable, tokenise)
 import evaluate
 from evaluate import (Scorer, base_embeddings, canonical_smiles, evaluate_rows, family_nats,
                       molecule_shares, ridge_probe, sample_sequences, strand_scores)
@@ -334,6 +334,13 @@ def test_bad_rows_name_file_and_line(tmp_path, folder, row, words):
     with pytest.raises(ValueError) as error:
         tokenise(path, Tokenizer(folder), 257, tmp_path / "d")
     assert words in str(error.value)
+
+
+def test_a_separator_that_is_the_eos_ends_a_family_once(folder):
+    """A second one would be an empty member, which the shuffle puts between the others."""
+    tokenizer = Tokenizer(folder)
+    [(ids, *_)] = parse_row({"sequences": ["MKV", "MA"]}, tokenizer, tokenizer.separator_id)
+    assert ids.count(tokenizer.separator_id) == 2 and ids[-1] == tokenizer.separator_id
 
 
 def test_families_need_a_separator(tmp_path):

@@ -111,6 +111,18 @@ def test_copies_of_a_document_stay_on_one_side(tmp_path, tokenizer):
     assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
+def test_what_one_file_holds_out_no_other_trains_on(tmp_path, tokenizer):
+    rng = np.random.default_rng(0)
+    texts = [words(rng, 80) for _ in range(1200)]
+    files = [(write_rows(tmp_path / f"{n}.jsonl", rows), None)
+             for n, rows in (("a", texts[:300]), ("b", texts))]
+    train, _, heldout = open_data(
+        Namespace(data=files, out=tmp_path, context=64, experts=False), tokenizer, 1023)
+    train, heldout = ({tuple(s.tokens[a:a + n]) for s in sources
+                       for a, n in zip(s.starts, s.lengths)} for sources in (train, heldout))
+    assert not train & heldout and len(train | heldout) == 1200 and len(heldout) >= 24
+
+
 def test_labels_stop_at_document_ends_and_skip_masked_tokens():
     row = (np.arange(7), np.array([0, 0, 0, 1, 1, 2, 2]), np.array([1, 1, 0, 1, 1, 1, 1], bool))
     tokens, ids, labels = collate([row], "cpu")
@@ -301,7 +313,7 @@ def test_a_split_without_a_label_is_refused_and_skipped_turns_are_counted(
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps({"messages": [{"content": f"{i} " * 9}]}) + "\n"
                             for i in range(200)))
-    run = Namespace(data=[(path, None)], out=tmp_path / "none", context=64)
+    run = Namespace(data=[(path, None)], out=tmp_path / "none", context=64, experts=False)
 
     def parts(learnt):
         monkeypatch.setattr(tokenizer, "render_chat_parts", lambda messages, tools: (
@@ -364,7 +376,8 @@ def test_mixture_counts_are_exact_and_order_depends_on_seed_and_step(tmp_path, t
     rng = np.random.default_rng(0)
     files = [write_rows(tmp_path / f"{n}.jsonl", [words(rng, 60) for _ in range(60)])
              for n in "ab"]
-    run = Namespace(data=[(files[0], 3.0), (files[1], 1.0)], out=tmp_path, context=64)
+    run = Namespace(data=[(files[0], 3.0), (files[1], 1.0)], out=tmp_path, context=64,
+                    experts=False)
     train, weights, _ = open_data(run, tokenizer, 1023)
     mixture = Mixture(train, weights, 400, seed=5)
     assert np.abs(np.cumsum(mixture.which == 0) - 0.75 * np.arange(1, 401)).max() <= 1
@@ -569,6 +582,7 @@ def test_schedule_warms_up_and_ends_where_it_should():
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[-1] < 0.101
     assert {learning_rate(i, 100, 10, 1.0, 1.0) for i in range(10, 100)} == {1.0}
+    assert [learning_rate(i, 4, 10, 1.0, 0.1) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 @pytest.mark.parametrize("which, shares", [("new", "new"), ("mixer", "self_attn"), ("all", "")])
@@ -625,7 +639,7 @@ def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, 
         head = torch.zeros(vocab_size, teacher.config.hidden_size)
         head[torch.randperm(vocab_size)[:1024]] = teacher.lm_head_weight.detach()
         teacher, mixture = LongHead(teacher, head), Mixture(mixture.sources, [1, 1], 6, seed=1)
-    cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
+    cache = distill.prepare_targets(run, teacher, [mixture])
     student = student_from_teacher(load_pretrained(TEACHER), window=8)
     weight = teacher.lm_head_weight.clone().requires_grad_()
     for start in (0, len(mixture.which) - 4):  # of a long mixture's second epoch
@@ -651,26 +665,26 @@ def test_a_short_run_makes_only_the_rows_it_draws_and_a_long_one_the_rest(target
                                                                          tokenizer):
     run, mixture = targets
     short = Mixture(mixture.sources, [1, 3], 16, seed=1)  # 4 and 12 rows
-    cache = distill.prepare_targets(run, teacher, tokenizer, [short])
+    cache = distill.prepare_targets(run, teacher, [short])
     first = everything_in(run.targets)
     assert len(first) == 1 + 16
     cache.rows([short.locate(i) for i in range(16)])
     again = Mixture(mixture.sources, [1, 1], 8, seed=9)  # another seed: other rows, the same files
-    cache = distill.prepare_targets(run, teacher, tokenizer, [again, mixture])
+    cache = distill.prepare_targets(run, teacher, [again, mixture])
     cache.rows([m.locate(i) for m in (again, mixture) for i in range(len(m.which))])
     assert first.items() < everything_in(run.targets).items()
 
 
 def test_processes_write_what_one_process_writes(targets, teacher, tokenizer, tmp_path):
     run, mixture = targets
-    distill.prepare_targets(run, teacher, tokenizer, [mixture])
+    distill.prepare_targets(run, teacher, [mixture])
     one = everything_in(run.targets)
 
     def start(out, *args):
         child = os.fork()
         if child == 0:
             run.targets = tmp_path / out
-            distill.prepare_targets(run, teacher, tokenizer, [mixture], None, *args)
+            distill.prepare_targets(run, teacher, [mixture], None, *args)
             os._exit(0)
         return child
 
@@ -693,7 +707,7 @@ def test_processes_write_what_one_process_writes(targets, teacher, tokenizer, tm
 def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targets, teacher,
                                                                            tokenizer):
     run, mixture = targets
-    cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
+    cache = distill.prepare_targets(run, teacher, [mixture])
     whole = everything_in(run.targets)
     child = os.fork()
     if child == 0:  # dies by SIGKILL in the middle of a file
@@ -707,7 +721,7 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
                     os.kill(os.getpid(), signal.SIGKILL)
             return crc32(data)
         distill.zlib.crc32 = die_in_the_eighth
-        distill.prepare_targets(run, teacher, tokenizer, [mixture])
+        distill.prepare_targets(run, teacher, [mixture])
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     left = everything_in(run.targets)
@@ -719,7 +733,7 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill.TargetCache, "write", lambda self, run, where, teacher: (
             made.extend(where), write(self, run, where, teacher)))
-        distill.prepare_targets(run, teacher, tokenizer, [mixture])
+        distill.prepare_targets(run, teacher, [mixture])
     (run.targets / torn).unlink()
     assert len(made) == len(whole) - 1 - left and everything_in(run.targets) == whole
 
@@ -727,14 +741,14 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
 def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher, tokenizer):
     run, mixture = targets
     with pytest.raises(distill.Stopped):
-        distill.prepare_targets(run, teacher, tokenizer, [mixture], stop=True)
+        distill.prepare_targets(run, teacher, [mixture], stop=True)
     before = everything_in(run.targets)
     assert len(before) == 1 + run.micro_batch
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a row needs 4 KB
     try:
         with pytest.raises(OSError, match="targets: .*the same command goes on"):
-            distill.prepare_targets(run, teacher, tokenizer, [mixture])
+            distill.prepare_targets(run, teacher, [mixture])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert everything_in(run.targets) == before
@@ -743,13 +757,12 @@ def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher, tokeniz
 def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tokenizer, tmp_path,
                                                            monkeypatch):
     run, mixture = targets
-    distill.prepare_targets(run, teacher, tokenizer, [mixture])
+    distill.prepare_targets(run, teacher, [mixture])
     before = everything_in(run.targets)
 
     def refused(match, mixture=mixture, error=ValueError, **changed):
         with pytest.raises(error, match=match):
-            distill.prepare_targets(Namespace(**{**vars(run), **changed}), teacher, tokenizer,
-                                    [mixture])
+            distill.prepare_targets(Namespace(**{**vars(run), **changed}), teacher, [mixture])
         assert everything_in(run.targets) == before
 
     shutil.copytree(TEACHER, tmp_path / "other")
@@ -762,15 +775,14 @@ def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tok
     monkeypatch.setattr(distill.shutil, "disk_usage", lambda _: Namespace(free=10))
     small = tmp_path / "small"
     with pytest.raises(ValueError, match="small: .*B are to be written, 10.0B are free"):
-        distill.prepare_targets(Namespace(**{**vars(run), "targets": small}), teacher,
-                                tokenizer, [mixture])
+        distill.prepare_targets(Namespace(**{**vars(run), "targets": small}), teacher, [mixture])
     assert [p.name for p in small.rglob("*")] == ["manifest.json"]
-    distill.prepare_targets(run, teacher, tokenizer, [mixture])  # all there: needs no disk
+    distill.prepare_targets(run, teacher, [mixture])  # all there: needs no disk
 
 
 def test_a_damaged_row_is_named(targets, teacher, tokenizer):
     run, mixture = targets
-    cache = distill.prepare_targets(run, teacher, tokenizer, [mixture])
+    cache = distill.prepare_targets(run, teacher, [mixture])
     (first, second), path = map(mixture.locate, (0, 1)), cache.path(*mixture.locate(1))
     data = bytearray(path.read_bytes())
     data[40] ^= 1
@@ -806,6 +818,13 @@ def tiny(out, corpus, *more):
 
 def logged(out):
     return {(r["stage"], r["step"]): r for r in all_lines(out)}
+
+
+def test_parts_of_another_run_are_not_taken_for_ones_own(tmp_path, corpus):
+    (tmp_path / "run/student").mkdir(parents=True)
+    refused = command(*tiny(tmp_path / "run", corpus))
+    assert refused.returncode == 2 and "parts of another run (student)" in refused.stderr
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["student"]
 
 
 @pytest.fixture(scope="module")

@@ -272,6 +272,8 @@ def test_needles_come_from_their_seed_at_their_depth(scorer):
     ({**SUM, "stop": [""]}, "stop"), ({**SUM, "match": "fuzzy"}, "match"),
     ({**SUM, "match": "number", "gold": "five"}, "number (in gold too)"),
     ({**SUM, "extract": "("}, "unterminated subpattern"),
+    ({**SUM, "extract": "a{99999999999999999999}"}, "too large"),
+    ({**NEEDLE, "length": 10 ** 30}, "below 2^30"),
     ({**NEEDLE, "depth": 1.5}, "depth"), ({**NEEDLE, "length": 1}, "length"),
     ({**NEEDLE, "seed": -1}, "seed"), ({**NEEDLE, "depth": float("nan")}, "depth"),
     ({"type": ["choice"]}, "expected a type")])

@@ -1,5 +1,6 @@
 """merge.py: sums against float64, TIES against the paper's definition, and what it refuses."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import merge as merging
 from merge import merge, simplex_grid, sweep
-from model import ModelConfig, Transformer, load_pretrained, save_pretrained
+from model import ModelConfig, Transformer, load_pretrained, save_pretrained, sha256
 
 CONFIG = dict(model_type="llama", vocab_size=64, hidden_size=32, intermediate_size=48,
               num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
@@ -155,6 +156,16 @@ def test_ties_equals_the_dense_definition(tmp_path, weights, density):
 def test_ties_of_unchanged_experts_is_the_seed(pair, tmp_path):
     merge([pair[0], pair[0]], tmp_path / "out", method="ties", seed=pair[0])
     assert all(torch.equal(w, stored(pair[0])[n]) for n, w in stored(tmp_path / "out").items())
+
+
+def test_ties_refuses_a_seed_that_is_not_the_experts(pair, tmp_path):
+    """Their changes would be counted from another origin, and the mean of them be noise."""
+    seed = {"seed_sha256": sha256(pair[0] / "model.safetensors")}
+    for lineage, refused in ((seed, False), ({"seed_sha256": "00"}, True)):
+        (pair[1] / "lineage.json").write_text(json.dumps(lineage))
+        with pytest.raises(ValueError, match="B was not distilled from the seed") if refused else (
+                contextlib.nullcontext()):
+            merge([pair[1]], tmp_path / f"{refused}", method="ties", seed=pair[0])
 
 
 def test_ties_keeps_the_seed_where_signs_are_even(pair, tmp_path):
