@@ -39,6 +39,7 @@ Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), 
 import argparse
 import codecs
 import dataclasses
+import datetime
 import functools
 import hashlib
 import itertools
@@ -106,6 +107,16 @@ class Hybrid:
     mixer: str = "hybrid"  # a key of MIXERS
     features: int = 1  # F / D (`FeatureMap`). Where the file is silent: 1, as in the paper
 
+    def __post_init__(self):
+        if self.mixer not in MIXERS:
+            raise ValueError(f"mixer {self.mixer!r} is unknown; known: {', '.join(MIXERS)}")
+        if not (isinstance(self.window, int) and self.window >= 1
+                and isinstance(self.sinks, int) and self.sinks >= 0):
+            raise ValueError(f"window {self.window!r} must be at least 1 and sinks {self.sinks!r} "
+                             "at least 0")
+        if self.features not in (1, 2, 4, 8):
+            raise ValueError(f"features {self.features!r} must be 1 (the paper's), 2, 4 or 8")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -161,8 +172,8 @@ class ModelConfig:
                 "name a folder, such as this makes: hf download org/name --local-dir DIR"))
         try:
             config = _parse_config(read_json(path), path)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: a setting is missing or has the wrong type ({error!r})"
+        except (LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"{path}: a setting is missing or cannot be ({error!r})"
                              ) from None
         # generation_config.json overrides config.json: instruct models stop at more ids (Llama's
         # at three). An id below 0 would never be sampled, so that no answer ends; one above the
@@ -183,13 +194,16 @@ FAMILIES = {
     "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048,
               "max_window_layers": 28, "no_rope_layer_interval": 4},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"sliding_window": 4096},
-    "qwen3": {"sliding_window": 4096, "head_dim": 128},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096,
+                "max_position_embeddings": 131072},
+    "ministral": {"num_key_value_heads": 8, "sliding_window": 4096,
+                  "max_position_embeddings": 131072},
+    "qwen2": {"sliding_window": 4096, "max_position_embeddings": 32768},
+    "qwen3": {"sliding_window": 4096, "max_position_embeddings": 32768, "head_dim": 128},
     "olmo2": {"rms_norm_eps": 1e-5},
     "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
-    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True,
+                "max_position_embeddings": 32768},
     "granite": {"embedding_multiplier": 1.0, "residual_multiplier": 1.0,
                 "attention_multiplier": 1.0, "logits_scaling": 1.0}}
 
@@ -205,7 +219,9 @@ def _parse_config(c, path):
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
                          + ", ".join(FAMILIES))
-    c = {**FAMILIES["llama"], **FAMILIES[family], **c}
+    if family == "mistral" and "layer_types" in c:  # so transformers reads it (Ministral 8B)
+        family = "ministral"
+    c = {**FAMILIES["llama"], **FAMILIES[family], **c, "model_type": family}
     c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
     _check_config(c, path)
     # SmolLM3 leaves every fourth layer without positions (NoPE, arXiv 2501.18795). In its list of
@@ -218,6 +234,10 @@ def _parse_config(c, path):
     if hybrid.pop("folded", False):  # earlier versions could; False says that this one is not
         raise ValueError(f"{path}: a student with a folded output gate is no longer read: save it "
                          "anew from the student it was folded from")
+    try:
+        hybrid = Hybrid(**hybrid) if "hybrid" in c else None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return ModelConfig(
         family=family, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
         intermediate_size=c["intermediate_size"], num_layers=c["num_hidden_layers"],
@@ -231,7 +251,7 @@ def _parse_config(c, path):
         rope=rope, sliding_rope=sliding_rope, nope_layers=nope,
         layer_windows=_parse_windows(c, nope, path), max_positions=c["max_position_embeddings"],
         eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
-        hybrid=Hybrid(**hybrid) if "hybrid" in c else None,
+        hybrid=hybrid,
         **{name: c[name] for name in FAMILIES["granite"] if family == "granite"})
 
 
@@ -241,9 +261,12 @@ def _check_config(c, path):
         raise ValueError(f"{path}: quantised by {quantised.get('quant_method')}, and only plain "
                          "floats are read: fetch the original, or dequantise and save it")
     for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
-                 "intermediate_size", "vocab_size"):
+                 "intermediate_size", "vocab_size", *(["head_dim"] if c.get("head_dim") else [])):
         if not (isinstance(c[name], int) and 1 <= c[name] <= 1 << 24):
             raise ValueError(f"{path}: {name} = {c[name]!r} is not an integer from 1 to 2^24")
+    for name in ("rms_norm_eps", *(FAMILIES["granite"] if c["model_type"] == "granite" else ())):
+        if not _is_positive(c[name]):
+            raise ValueError(f"{path}: {name} = {c[name]!r} is not a positive number")
     heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
     separator, act = c.get("separator_id"), c["hidden_act"]
     for words, wrong in {
@@ -257,6 +280,11 @@ def _check_config(c, path):
     }.items():
         if wrong:
             raise ValueError(f"{path}: {words}")
+
+
+def _is_positive(x):
+    """Whether x is a number above 0: no text, no nan, not infinite."""
+    return isinstance(x, (int, float)) and 0 < x < math.inf
 
 
 def _parse_windows(c, nope, path):
@@ -277,6 +305,8 @@ def _parse_windows(c, nope, path):
             raise ValueError(f"{path}: layer_types must be {len(layers)} times sliding_attention "
                              f"or full_attention, not {kinds}")
         sliding = [i for i in layers if kinds[i] == "sliding_attention"]
+    if sliding and window is not None and not (isinstance(window, int) and window >= 1):
+        raise ValueError(f"{path}: sliding_window = {window!r} is no number of tokens")
     return tuple(window if i in sliding else None for i in layers)
 
 
@@ -286,7 +316,10 @@ def _parse_ropes(c, path):
     They stand in rope_scaling beside rope_theta (old), in rope_parameters with theta inside (new),
     or there once for each kind of layer.
     """
-    r = {**(c.get("rope_parameters") or {}), **(c.get("rope_scaling") or {})}
+    old, new = c.get("rope_scaling") or {}, c.get("rope_parameters") or {}
+    if old and new and old != new:
+        raise ValueError(f"{path}: rope_scaling {old} and rope_parameters {new} differ: keep one")
+    r = old or new
     full = sliding = r
     if "full_attention" in r or "sliding_attention" in r:
         full, sliding = r.get("full_attention") or {}, r.get("sliding_attention") or {}
@@ -303,19 +336,27 @@ def _parse_rope(r, c, path):
     """
     kind = r.get("rope_type") or r.get("type") or "default"
     theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0  # RoFormer's
+    if not _is_positive(theta) or theta <= 1:
+        raise ValueError(f"{path}: rope_theta = {theta!r} is not a number above 1")
     if kind == "default":
         return Rope(theta)
     if (kind not in ("linear", "llama3", "yarn") or r.get("mscale") or r.get("mscale_all_dim")
             or r.get("truncate", True) is not True):
         raise ValueError(f"{path}: rope type {kind!r} with {sorted(r)} is not supported, only "
                          "default, linear, llama3, and yarn without mscale and truncate")
+    for name in ("factor", *(Rope.__dataclass_fields__.keys() & r.keys())):
+        if name not in ("theta", "kind", "original") and not (
+                _is_positive(r[name]) or name != "factor" and not r[name]):
+            raise ValueError(f"{path}: rope's {name} = {r[name]!r} is not a positive number")
     factor, key = float(r["factor"]), "original_max_position_embeddings"
     given = {name: r[name] for name in ("low_freq_factor", "high_freq_factor", "beta_fast",
                                         "beta_slow", "attention_factor") if r.get(name)}
+    if kind != "yarn":
+        given.pop("attention_factor", None)  # as transformers, which reads it for YaRN alone
     if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
         given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
     # Without the key the stretched length itself is meant, as transformers reads it.
-    original = r.get(key) or c.get(key) or c["max_position_embeddings"]
+    original = c.get(key) or r.get(key) or c["max_position_embeddings"]
     return Rope(theta, kind, factor, original, **given)
 
 
@@ -1286,14 +1327,8 @@ class Transformer(nn.Module):
 
 def student_config(config, window, sinks, mixer, features):
     """The `ModelConfig` of a teacher's student; raises as `student_from_teacher`."""
-    if mixer not in MIXERS:
-        raise ValueError(f"mixer {mixer!r} is unknown; known: {', '.join(MIXERS)}")
-    if window < 1 or sinks < 0:
-        raise ValueError(f"window {window} must be at least 1 and sinks {sinks} at least 0")
     if config.hybrid is not None:
         raise ValueError("a student is made from a teacher, and this model is a student")
-    if features not in (1, 2, 4, 8):
-        raise ValueError(f"features {features} must be 1 (the paper's), 2, 4 or 8")
     hybrid = Hybrid(window, 0 if mixer == "mlstm+swa" else sinks, mixer, features)
     return dataclasses.replace(config, hybrid=hybrid)
 
@@ -1552,7 +1587,7 @@ def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=No
     new, done = tokens[:, -1].contiguous(), torch.zeros(B, dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         logits = step(model, new, cache)
-        if logits.isnan().any():
+        if not logits.isfinite().all():
             raise ValueError("the model's logits are not finite: are its weights damaged?")
         new = torch.where(done, new, _sample(logits, temperature, top_p, random))
         yield new
@@ -1765,6 +1800,8 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     for path in model.source.iterdir():
         if path.name in TOKENIZER_FILES:
             shutil.copy(path, tmp)
+        elif path.name == "additional_chat_templates":
+            shutil.copytree(path, tmp / path.name)
     for name, value in {"config.json": config, **dict(extra)}.items():
         write_json(tmp / name, value)
     # Shards in the model's order: a loader that reads layer by layer goes through them once. Index
@@ -1865,6 +1902,9 @@ def _piece_pattern(pre_tokenizer):
                {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Removed",
                 "invert": True}),
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            # Written for Oniguruma, run by another engine: what the two read differently.
+            if found := re.search(r"\{[0-9,]+\}\+|\[\[:|\\[wWbB]|\$|(?<!\[)\^", regex):
+                raise ValueError(f"{found[0]!r} in the pattern {regex!r} is not supported")
             return regex
     raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported, only byte-level "
                      "BPE; SentencePiece (Metaspace, or none), as in Llama 2, is not")
@@ -1901,12 +1941,17 @@ def _bpe_ranks(model, added):
     # (SmolLM2 lacks some control characters). Its neighbours inside a piece do not merge here.
     ranks, id_of_rank = {bytes([b]): b for b in range(256)}, {}
     for token, i in model["vocab"].items():
-        if token in added and token not in listed:
+        if token in added and token not in listed and len(token) > 1:
             continue  # Olmo lists these here too; ordinary text must never become one
         rank = _BYTE_OF[token] if len(token) == 1 else _last_merge(token, priority)
         if rank is None and model.get("ignore_merges"):
             # Llama 3 has 588 such tokens, used where they are a whole piece, as tiktoken does. It
             # lists every pair that spells one, so that inside a piece both rules agree as well.
+            halves = ((token[:i], token[i:]) for i in range(1, len(token)))
+            if any(a in model["vocab"] and b in model["vocab"] and (a, b) not in priority
+                   for a, b in halves):
+                raise ValueError(f"not supported: ignore_merges with {token!r}, which no merges "
+                                 "spell, though two tokens do")
             rank = listed.get(token, 256 + len(priority) + i)
         if rank is not None:
             ranks[bytes(_BYTE_OF[c] for c in token)] = rank
@@ -1952,11 +1997,14 @@ class Tokenizer:
         config = read_json(folder / "tokenizer_config.json", {})
         # A mark such as "bos_token" is a string, or an object with its text as "content". All of
         # them are variables of the chat template.
-        self._marks = {name: x["content"] if isinstance(x, dict) else x
-                       for name, x in config.items()
+        more = config.get("extra_special_tokens")
+        marks = {**config, **read_json(folder / "special_tokens_map.json", {}),
+                 **(more if isinstance(more, dict) else {})}
+        self._marks = {name: x.get("content") if isinstance(x, dict) else x
+                       for name, x in marks.items()
                        if name.endswith("_token") and isinstance(x, (str, dict))}
         self.chat_templates = _read_chat_templates(folder, config)
-        kind, self._nfc, self._pieces = config.get("tokenizer_class"), False, None
+        kind, self._nfc, self._pieces = str(config.get("tokenizer_class")), False, None
         self.path = str(folder / ("vocab.txt" if kind in _SEQUENCES else "tokenizer.json"))
         if kind != "bytes" and not os.path.exists(self.path):
             raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
@@ -1965,13 +2013,13 @@ class Tokenizer:
         try:
             pattern, ranks, normalised = (
                 self._read_sequences(kind) if kind in _SEQUENCES else self._read_bpe(spec))
+            self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens={})
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path} is damaged, or no byte-level BPE ({error!r}): fetch the "
                              "folder again") from None
-        self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
-                                      special_tokens={})
         if not self._pieces:  # sequences check each piece instead
             self._check_pattern(pattern)
         self._bytes |= {i: token.encode() for token, i in self.added.items()}
@@ -1984,12 +2032,13 @@ class Tokenizer:
         self._stops = _one_of(t for t, i in self.added.items() if i in self.special).pattern
 
     def _check_pattern(self, pattern):
-        """tiktoken loses what lies between matches. A pattern that matches a character of every
-        Unicode category by itself leaves nothing there.
+        """tiktoken loses what lies between matches. A pattern that matches any two characters of
+        all Unicode categories leaves nothing there.
         """
-        for char in {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values():
-            if not self._bpe.encode_ordinary(char):
-                raise ValueError(f"{self.path}: pattern {pattern!r} does not match {char!r}")
+        kinds = {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values()
+        for two in map("".join, itertools.product(kinds, repeat=2)):
+            if self._bpe.decode_bytes(self._bpe.encode_ordinary(two)) != two.encode():
+                raise ValueError(f"{self.path}: pattern {pattern!r} does not match {two!r}")
 
     def _read_sequences(self, kind):
         """Set up a tokenizer of sequences -> (pattern, table, normalised), as `_read_bpe`.
@@ -2030,6 +2079,7 @@ class Tokenizer:
         between other words (single_word); the byte-level families ask for neither.
         """
         model, added = spec["model"], spec["added_tokens"]
+        added = [token for token in added if token["content"]]  # "" is none, as there
         self.added = {token["content"]: token["id"] for token in added}
         self.special = {token["id"] for token in added if token["special"]}
         normalizers = _steps(spec["normalizer"], "normalizers")
@@ -2039,6 +2089,12 @@ class Tokenizer:
             if model.get(key)]
         refused += [f"lstrip, rstrip or single_word of {token}" for token in added
                     if token["lstrip"] or token["rstrip"] or token["single_word"]]
+        # `tokenizers` numbers them itself, and a file that says otherwise is not what it reads.
+        words = {i: token for token, i in model["vocab"].items()}
+        refused += [f"the id {token['id']} of {token['content']!r}" for token in added
+                    if model["vocab"].get(token["content"], token["id"]) != token["id"]
+                    or words.get(token["id"], token["content"]) != token["content"]
+                    or self.added[token["content"]] != token["id"]]
         self._nfc = bool(normalizers)
         self._read_bos(spec["post_processor"])
         ranks, self._id_of_rank = _bpe_ranks(model, self.added)
@@ -2166,7 +2222,7 @@ class Tokenizer:
         (with its own words).
         """
         folder = os.path.dirname(self.path)
-        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        name = "default" if tools is None or "tool_use" not in self.chat_templates else "tool_use"
         if name not in self.chat_templates:
             raise ValueError(f"{folder} has no chat template: copy chat_template.jinja or "
                              "tokenizer_config.json from the instruct model, or use plain text")
@@ -2178,9 +2234,14 @@ class Tokenizer:
         # A key of value null is a key that is not there, as in transformers: data sets in columns
         # give every message every key, and a template asks for "tool_calls" by its presence.
         messages = [{k: x for k, x in m.items() if x is not None} for m in messages]
+        # Thinking has three names in data sets; a template finds it by any, as in transformers.
+        for m in messages:
+            said = [m[k] for k in ("reasoning_content", "thinking", "reasoning") if k in m]
+            if said:
+                m["reasoning_content"], m["thinking"] = said[0], m.get("thinking", said[0])
         try:
             return _compile_template(self.chat_templates[name]).render(
-                **self._marks, messages=messages, tools=tools or None, documents=None,
+                **self._marks, messages=messages, tools=tools, documents=None,
                 add_generation_prompt=generation_prompt, generation_marks=marks)
         except Exception as error:  # a template is a program of strangers: anything may come
             raise ValueError(f"the chat template of {folder} refuses this conversation: "
@@ -2320,11 +2381,15 @@ def _compile_template(source):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)  # Jinja's own escapes for HTML
+
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # no HTML escapes
+    sandbox.filters["tojson"] = tojson
     # strftime_now: Llama 3.2 writes the day it is, so that the same row has other tokens tomorrow.
-    sandbox.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
+    sandbox.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
     return sandbox.from_string(source)
 
 
@@ -2336,12 +2401,15 @@ def _read_chat_templates(folder, config):
     """
     file = folder / "chat_template.jinja"
     if file.exists():
-        return {"default": file.read_text(encoding="utf-8")}
+        more = (folder / "additional_chat_templates").glob("*.jinja")
+        return {name: path.read_text(encoding="utf-8")
+                for name, path in [("default", file), *((path.stem, path) for path in more)]}
     templates = config.get("chat_template") or read_json(
         folder / "chat_template.json", {}).get("chat_template") or []
     if isinstance(templates, str):
         return {"default": templates}
-    if not all(isinstance(t, dict) and isinstance(t.get("template"), str) for t in templates):
+    if not isinstance(templates, list) or not all(
+            isinstance(t, dict) and isinstance(t.get("template"), str) for t in templates):
         raise ValueError(f"{folder}: chat_template is neither a text nor a list of objects with a "
                          "name and a template; copy tokenizer_config.json again")
     return {t.get("name"): t["template"] for t in templates}

@@ -552,7 +552,7 @@ def test_faults_are_one_sentence_and_exit_2(tmp_path, capsys):
     for arguments, words in (([tmp_path], "config.json does not exist"),
                              ([TEACHER, "--prompt", "x", "--top-p", "0"], "top_p"),
                              ([TEACHER, "--prompt", "x", "--device", "mps"], "--device mps"),
-                             ([TEACHER, "--prompt", "x", "--max-new-tokens", "0"], "at least 1")):
+                             ([TEACHER, "--prompt", "x", "--max-new-tokens", "0"], "from 1 to")):
         with pytest.raises(SystemExit) as left:
             code.run_command(functools.partial(code.main, [*map(str, arguments)]))
         assert left.value.code == 2 and words in capsys.readouterr().err
