@@ -355,7 +355,7 @@ def _parse_rope(r, c, path):
         given.pop("attention_factor", None)  # as transformers, which reads it for YaRN alone
     if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
         given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
-    # Without the key the stretched length itself is meant, as transformers reads it.
+    # As transformers reads it: from the top first, and without the key the stretched length.
     original = c.get(key) or r.get(key) or c["max_position_embeddings"]
     return Rope(theta, kind, factor, original, **given)
 
@@ -2389,7 +2389,8 @@ def _compile_template(source):
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
     sandbox.filters["tojson"] = tojson
     # strftime_now: Llama 3.2 writes the day it is, so that the same row has other tokens tomorrow.
-    sandbox.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.datetime.now().strftime(form))
+    sandbox.globals.update(raise_exception=raise_exception,
+                           strftime_now=lambda form: datetime.datetime.now().strftime(form))
     return sandbox.from_string(source)
 
 

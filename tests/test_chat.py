@@ -266,12 +266,13 @@ def test_the_text_is_transformers(chat, name):
 
 
 @pytest.mark.parametrize("template", [LLAMA31, QWEN25, QWEN3])
-@pytest.mark.parametrize("tools", [None, [WEATHER]])
+@pytest.mark.parametrize("tools", [None, [], [WEATHER]])
 def test_tools_calls_and_reasoning_go_to_the_template_as_they_are(chat, template, tools):
     ours = chat(template)
-    thinking = [{"role": "user", "content": "2 + 2?"},
-                {"role": "assistant", "reasoning_content": "Easy.", "content": "4"}]
-    for messages in (TOOL_CHAT, TOOL_CHAT[:3], thinking):
+    thinking = [[{"role": "user", "content": "2 + 2?"},
+                 {"role": "assistant", key: "Easy.", "content": "4"}]
+                for key in ("reasoning_content", "thinking", "reasoning")]  # data sets' names
+    for messages in (TOOL_CHAT, TOOL_CHAT[:3], *thinking):
         assert ours.render_chat(messages, tools=tools) == expected(template, messages, True, tools)
 
 
@@ -286,7 +287,7 @@ def test_content_may_be_a_list_of_parts_if_the_template_takes_it(chat):
 
 def test_the_environment_is_transformers(chat):
     template = ("{{ '<ü&>' | tojson }} {{ {'b': 1, 'a': [2]} | tojson(indent=2, sort_keys=true) }} "
-                "{{ strftime_now('%Y') }} {{ bos_token }}{{ eos_token }}{{ pad_token }} "
+                "{{ strftime_now('%Y %z') }} {{ [1] | tojson(true) }} {{ bos_token }}{{ eos_token }}{{ pad_token }} "
                 "{{ tools is none }} {{ add_generation_prompt }} {{ unknown_token is defined }}")
     assert chat(template).render_chat([{"role": "user", "content": ""}]) == expected(
         template, [{"role": "user"}], True)
@@ -328,6 +329,11 @@ def test_where_the_template_stands(plain, tmp_path):
     assert texts() == ("<s>string",) * 2
     (folder / "chat_template.jinja").write_text("{{ eos_token }}file")
     assert texts() == ("</s>file",) * 2
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ tools[0].x }}more")
+    assert texts() == ("</s>file",) * 2 and texts([{"x": 7}]) == ("7more",) * 2
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|eot_id|>"}')
+    assert texts() == ("<|eot_id|>file",) * 2
 
 
 # ------------------------------------------------------------------ what is learnt

@@ -30,6 +30,8 @@ FAMILIES = {
                                 attention_multiplier=0.1, logits_scaling=0.5)),
     "granite-biased": ("granite", dict(attention_bias=True, mlp_bias=True, logits_scaling=2.0,
                                        attention_multiplier=0.2, tie_word_embeddings=True)),
+    "llama-linear": ("llama", dict(rope_parameters=dict(  # the last is YaRN's alone
+        rope_type="linear", rope_theta=1e4, factor=4.0, attention_factor=1.3))),
 }
 
 
@@ -88,6 +90,36 @@ def test_defaults_of_a_short_config_are_transformers(folders, tmp_path):
         "no_rope_layer_interval", "rms_norm_eps", "num_key_value_heads")}
     (tmp_path / "m/config.json").write_text(json.dumps({**short, "num_key_value_heads": 2}))
     assert (load_pretrained(tmp_path / "m")(TOKENS) - hf(TOKENS).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_mistral_with_layer_types_is_ministral(folders, tmp_path):
+    """So transformers' AutoConfig reads it; as Mistral's, all layers would slide."""
+    folder, hf = folders("ministral")
+    shutil.copytree(folder, tmp_path / "m")
+    change_json(tmp_path / "m/config.json", model_type="mistral")
+    assert (load_pretrained(tmp_path / "m")(TOKENS) - hf(TOKENS).logits).abs().max() < 1e-4
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(rope_scaling=YARN, rope_parameters={"rope_theta": 1e4}), "differ: keep one"),
+    (dict(rope_parameters={**YARN, "factor": -4.0}), "factor = -4.0"),
+    (dict(rope_parameters={**YARN, "rope_theta": 1}), "rope_theta = 1"),
+    (dict(rope_parameters={"rope_theta": "1e4"}), "rope_theta = '1e4'"),
+    (dict(rms_norm_eps=float("nan")), "rms_norm_eps = nan"), (dict(head_dim=8.0), "head_dim = 8.0"),
+    (dict(use_sliding_window=True, sliding_window=0, layer_types=["sliding_attention"] * 5),
+     "sliding_window = 0"),
+    (dict(no_rope_layer_interval=0, no_rope_layers=None), "cannot be"),
+    (dict(no_rope_layers=[1]), "cannot be"), (dict(hybrid={"mixer": "nope"}), "mixer 'nope'"),
+    (dict(hybrid={"window": "9"}), "window '9'"), (dict(hybrid={"sinks": -1}), "sinks -1")])
+def test_settings_that_cannot_be_are_refused_by_name(copied, changes, words):
+    change_json(copied / "config.json", **changes)
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_hf(copied)
+    assert words in str(error.value) and str(copied / "config.json") in str(error.value)
 
 
 @pytest.mark.parametrize("kinds", [["full_attention"] * 4, ["linear_attention"] * 5])
