@@ -1779,7 +1779,8 @@ def check_arguments(run):
     if run.experts and len(names) < 2:
         raise ValueError("--experts needs two --data files or more: an expert for each")
     if run.tasks:
-        evaluate.read_tasks(run.tasks)  # what would stop the scoring stops here, hours before
+        # What would stop the scoring stops here, hours before.
+        evaluate.read_tasks(run.tasks, config=ModelConfig.from_hf(run.teacher))
     if run.gamma + run.beta == 0:
         raise ValueError("--gamma and --beta must not both be 0")
 

@@ -604,12 +604,13 @@ def _read_samples(path, model):
     return own
 
 
-def read_tasks(task_files, allow_code_execution=False, limit=None):
+def read_tasks(task_files, allow_code_execution=False, limit=None, config=None):
     """{name of the file without .jsonl: its first `limit` rows}; refuses what would stop scoring.
 
     That is, beside bad rows: files of one name, code without the flag or on a system that runs no
-    program with limits, molecules without RDKit. Call it before hours of training, too. Raises
-    ValueError or OSError.
+    program with limits, molecules without RDKit; and, of a model of this `config`, longer outputs
+    than it can write and families without a separator. Call it before hours of training, too.
+    Raises ValueError or OSError.
     """
     tasks = {Path(path).stem: read_task(path)[:limit] for path in task_files}
     if len(tasks) < len(task_files):
@@ -622,6 +623,13 @@ def read_tasks(task_files, allow_code_execution=False, limit=None):
         raise ValueError(f"{sys.executable} runs no program with limits here, as code tasks need")
     if "molecule" in first:
         canonical_smiles([])
+    for row in itertools.chain(*tasks.values()) if config else ():
+        if row.get("max_new_tokens", 0) >= config.max_positions:
+            raise ValueError(f"{row['where']}: max_new_tokens {row['max_new_tokens']} of "
+                             f"{config.max_positions}: no text fits")
+        if row["type"] in ("family", "molecule") and config.separator_id is None:
+            raise ValueError(f"{row['where']}: sequences of a family need a \"separator_id\" in the "
+                             "model's config.json")
     return tasks
 
 

@@ -820,6 +820,14 @@ def logged(out):
     return {(r["stage"], r["step"]): r for r in all_lines(out)}
 
 
+def test_tasks_that_the_teacher_cannot_do_are_refused_before_training(tmp_path, corpus):
+    task = {"id": "a", "type": "generate", "prompt": "x", "gold": "y", "max_new_tokens": 512}
+    (tmp_path / "t.jsonl").write_text(json.dumps(task))
+    refused = command(*tiny(tmp_path / "run", corpus, "--tasks", tmp_path / "t.jsonl"))
+    assert refused.returncode == 2 and "t.jsonl:1: max_new_tokens 512 of 512" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_parts_of_another_run_are_not_taken_for_ones_own(tmp_path, corpus):
     (tmp_path / "run/student").mkdir(parents=True)
     refused = command(*tiny(tmp_path / "run", corpus))
