@@ -344,20 +344,19 @@ def _parse_rope(r, c, path):
             or r.get("truncate", True) is not True):
         raise ValueError(f"{path}: rope type {kind!r} with {sorted(r)} is not supported, only "
                          "default, linear, llama3, and yarn without mscale and truncate")
-    for name in ("factor", *(Rope.__dataclass_fields__.keys() & r.keys())):
-        if name not in ("theta", "kind", "original") and not (
-                _is_positive(r[name]) or name != "factor" and not r[name]):
-            raise ValueError(f"{path}: rope's {name} = {r[name]!r} is not a positive number")
-    factor, key = float(r["factor"]), "original_max_position_embeddings"
+    factor, key = r["factor"], "original_max_position_embeddings"
     given = {name: r[name] for name in ("low_freq_factor", "high_freq_factor", "beta_fast",
                                         "beta_slow", "attention_factor") if r.get(name)}
+    for name, x in {"factor": factor, **given}.items():
+        if not _is_positive(x):
+            raise ValueError(f"{path}: rope's {name} = {x!r} is not a positive number")
     if kind != "yarn":
         given.pop("attention_factor", None)  # as transformers, which reads it for YaRN alone
     if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
         given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
     # As transformers reads it: from the top first, and without the key the stretched length.
     original = c.get(key) or r.get(key) or c["max_position_embeddings"]
-    return Rope(theta, kind, factor, original, **given)
+    return Rope(theta, kind, float(factor), original, **given)
 
 
 def _as_tuple(value):
