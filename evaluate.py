@@ -188,7 +188,7 @@ RULES = {  # name: (what holds for this value in its row, what to expect where i
     "length": (lambda v, row: 64 <= v < 1 << 30, "64 or more, below 2^30"),
     "depth": (lambda v, row: 0 <= v <= 1, "a number from 0 to 1"),
     "seed": (lambda v, row: 0 <= v < 1 << 63, "a number from 0 to 2^63 - 1"),
-    "temperature": (lambda v, row: 0 <= v <= 1e6, "a number from 0 to 1e6"),
+    "temperature": (lambda v, row: 0 <= v <= 1e6, "0 or more, up to 1e6"),
     "sequences": (lambda v, row: v or row["type"] == "molecule", "one or more"),
     "dna": (lambda v, row: reverse_complement(v), "one base or more"),
     "labels": (lambda v, row: len(v) == len(row["dna"]), "one label a base")}

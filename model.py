@@ -336,8 +336,8 @@ def _parse_rope(r, c, path):
     """
     kind = r.get("rope_type") or r.get("type") or "default"
     theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0  # RoFormer's
-    if not _is_positive(theta) or theta <= 1:
-        raise ValueError(f"{path}: rope_theta = {theta!r} is not a number above 1")
+    if not _is_positive(theta) or kind == "yarn" and theta == 1:  # YaRN divides by its logarithm
+        raise ValueError(f"{path}: rope_theta = {theta!r} cannot be")
     if kind == "default":
         return Rope(theta)
     if (kind not in ("linear", "llama3", "yarn") or r.get("mscale") or r.get("mscale_all_dim")
