@@ -628,8 +628,8 @@ def read_tasks(task_files, allow_code_execution=False, limit=None, config=None):
             raise ValueError(f"{row['where']}: max_new_tokens {row['max_new_tokens']} of "
                              f"{config.max_positions}: no text fits")
         if row["type"] in ("family", "molecule") and config.separator_id is None:
-            raise ValueError(f"{row['where']}: sequences of a family need a \"separator_id\" in the "
-                             "model's config.json")
+            raise ValueError(f"{row['where']}: sequences of a family need a \"separator_id\" in "
+                             "the model's config.json")
     return tasks
 
 
