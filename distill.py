@@ -75,7 +75,8 @@ from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, check_device,
                    generate, is_new, load_pretrained, load_with_tokenizer, local_rows, number,
                    read_json, read_rows, reverse_complement, run_command, save_pretrained,
-                   save_tensors, sha256, student_config, student_from_teacher, write_json)
+                   save_tensors, sha256, student_config, student_from_teacher, tokenizer_files,
+                   write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -332,9 +333,7 @@ def teacher_sha256(folder):
 
 def tokenizer_sha256(folder):
     """sha256 of the files that decide how a teacher's texts and conversations are encoded."""
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-             "vocab.txt")
-    return sha256(*filter(Path.is_file, (folder / name for name in names)))
+    return sha256(*(folder / name for name in tokenizer_files(folder)))
 
 
 def map_array(path, dtype):
@@ -1144,9 +1143,9 @@ def catch_stop():
     --save-every is what can be relied on.
     """
     stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: (
-            stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, lambda which, frame: (
+            stop.append(which), signal.signal(which, signal.SIG_DFL)))
     return stop
 
 
@@ -1702,8 +1701,7 @@ def parse_arguments(argv):
     add = p.add_argument_group("student").add_argument
     add("--mixer", default="hybrid", choices=MIXERS, help="the paper's, or a part of it alone")
     add("--window", default=512, help="tokens that the window sees", **COUNT)
-    add("--sinks", default=4, type=number(int, 0), metavar="N",
-        help="first tokens, seen as well")
+    add("--sinks", default=4, type=number(int, 0), metavar="N", help="first tokens, seen as well")
     add("--features", default=4, type=int, choices=(1, 2, 4, 8), help="mLSTM width, in head widths")
     add = p.add_argument_group("both stages").add_argument
     add("--context", default=4096, help="tokens a row", **COUNT)
@@ -1737,8 +1735,7 @@ def add_run_flags(add):
         help="of products; auto: bfloat16 on GPUs and on CPUs with AMX or AVX512's bf16")
     add("--kernels", default="auto", choices=("auto", "torch", "triton"),
         help="what computes mLSTM and window; auto: Triton on a GPU")
-    add("--seed", default=0, type=number(int, 0), metavar="N",
-        help="of the order of the data")
+    add("--seed", default=0, type=number(int, 0), metavar="N", help="of the order of the data")
     add("--tasks", default=[], nargs="+", metavar="FILE", help="score the students on these")
     add("--eval-every", default=500, help="stage II's steps between held-out checks", **COUNT)
     add("--eval-rows", default=16, help="held-out rows a source", **COUNT)

@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from model import (MIXERS, Cache, HybridAttention, ModelConfig, Transformer, check_device, generate,
                    load_pretrained, load_with_tokenizer, number, read_rows, reverse_complement,
-                   run_command, sha256, stream, student_from_teacher, write_json)
+                   run_command, sha256, stream, student_from_teacher, tokenizer_files, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -583,10 +583,9 @@ def _model_hash(directory):
 
     By content, not by name: a folder that was distilled again must not inherit its old scores.
     """
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-             "vocab.txt")
-    small = [Path(directory, name) for name in names if Path(directory, name).exists()]
-    return sha256(*small, *sorted(Path(directory).glob("*.safetensors")))
+    folder = Path(directory)
+    return sha256(*(folder / name for name in ("config.json", *tokenizer_files(folder))),
+                  *sorted(folder.glob("*.safetensors")))
 
 
 def _read_samples(path, model):
@@ -624,10 +623,10 @@ def read_tasks(task_files, allow_code_execution=False, limit=None, config=None):
     if "molecule" in first:
         canonical_smiles([])
     for row in itertools.chain(*tasks.values()) if config else ():
-        if row.get("max_new_tokens", 0) >= config.max_positions:
+        if row["type"] in ("generate", "code") and row["max_new_tokens"] >= config.max_positions:
             raise ValueError(f"{row['where']}: max_new_tokens {row['max_new_tokens']} of "
                              f"{config.max_positions}: no text fits")
-        if row["type"] in ("family", "molecule") and config.separator_id is None:
+        if row.get("sequences") and config.separator_id is None:
             raise ValueError(f"{row['where']}: sequences of a family need a \"separator_id\" in "
                              "the model's config.json")
     return tasks

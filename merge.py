@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (TOKENIZER_FILES, ModelConfig, check_device, list_tensors, read_json, read_rows,
-                   run_command, sha256, write_json)
+from model import (ModelConfig, check_device, list_tensors, read_json, read_rows, run_command,
+                   sha256, tokenizer_files, write_json)
 
 PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -256,8 +256,10 @@ def write(experts, seed, weights, density, output, **record):
     tmp.mkdir(parents=True)
     try:
         shards = {tensor.path.name for tensor in first.tensors.values()}
-        for name in ("config.json", "model.safetensors.index.json", *TOKENIZER_FILES, *shards):
+        for name in ("config.json", "model.safetensors.index.json", *tokenizer_files(first.path),
+                     *shards):
             if (first.path / name).exists():
+                (tmp / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(first.path / name, tmp / name)  # its bytes, not its rights
         for name, tensor in tqdm(first.tensors.items(), desc="merge", unit="tensor", leave=False):
             with open(tmp / tensor.path.name, "r+b") as file:

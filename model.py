@@ -1769,10 +1769,16 @@ def _open_shard(path):
                          f"({error})") from None
 
 
-# What makes a folder complete beside its weights: copied along, never written anew.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                   "generation_config.json", "chat_template.jinja", "chat_template.json",
-                   "vocab.txt")
+def tokenizer_files(folder):
+    """Names of what makes a folder complete beside weights and config.json, those that are there.
+
+    Copied along, never written anew; and hashed where a change of them must show.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "generation_config.json", "chat_template.jinja", "chat_template.json", "vocab.txt")
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return [*(name for name in names if (folder / name).exists()),
+            *(str(path.relative_to(folder)) for path in more)]
 
 
 def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
@@ -1796,11 +1802,9 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     tmp = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    for path in model.source.iterdir():
-        if path.name in TOKENIZER_FILES:
-            shutil.copy(path, tmp)
-        elif path.name == "additional_chat_templates":
-            shutil.copytree(path, tmp / path.name)
+    for name in tokenizer_files(model.source):
+        (tmp / name).parent.mkdir(exist_ok=True)
+        shutil.copy(model.source / name, tmp / name)
     for name, value in {"config.json": config, **dict(extra)}.items():
         write_json(tmp / name, value)
     # Shards in the model's order: a loader that reads layer by layer goes through them once. Index
@@ -2396,8 +2400,9 @@ def _compile_template(source):
 def _read_chat_templates(folder, config):
     """The folder's chat templates: name -> text. There are three places where one may stand.
 
-    The newest wins, as in transformers: chat_template.jinja, then tokenizer_config.json, which may
-    hold several by name ("tool_use" for conversations with tools), then chat_template.json.
+    The newest wins, as in transformers: chat_template.jinja (with others, by name, in
+    additional_chat_templates/), then tokenizer_config.json, which may hold several by name
+    ("tool_use" for conversations with tools), then chat_template.json.
     """
     file = folder / "chat_template.jinja"
     if file.exists():

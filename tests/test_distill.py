@@ -632,8 +632,8 @@ class LongHead:
 
 
 @pytest.mark.parametrize("vocab_size", [1024, 66_000])
-def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, tokenizer,
-                                                              monkeypatch, vocab_size):
+def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, monkeypatch,
+                                                              vocab_size):
     run, mixture = targets
     if vocab_size > 1024:  # ids beyond two bytes: the same teacher under a longer, shuffled head
         head = torch.zeros(vocab_size, teacher.config.hidden_size)
@@ -661,8 +661,7 @@ def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, 
     assert cache.row_type.itemsize == 64 * 16 * (4 if vocab_size == 1024 else 5) + 4
 
 
-def test_a_short_run_makes_only_the_rows_it_draws_and_a_long_one_the_rest(targets, teacher,
-                                                                         tokenizer):
+def test_a_short_run_makes_only_the_rows_it_draws_and_a_long_one_the_rest(targets, teacher):
     run, mixture = targets
     short = Mixture(mixture.sources, [1, 3], 16, seed=1)  # 4 and 12 rows
     cache = distill.prepare_targets(run, teacher, [short])
@@ -675,7 +674,7 @@ def test_a_short_run_makes_only_the_rows_it_draws_and_a_long_one_the_rest(target
     assert first.items() < everything_in(run.targets).items()
 
 
-def test_processes_write_what_one_process_writes(targets, teacher, tokenizer, tmp_path):
+def test_processes_write_what_one_process_writes(targets, teacher, tmp_path):
     run, mixture = targets
     distill.prepare_targets(run, teacher, [mixture])
     one = everything_in(run.targets)
@@ -704,8 +703,7 @@ def test_processes_write_what_one_process_writes(targets, teacher, tokenizer, tm
     assert {k: v for k, v in found.items() if not k.endswith(".tmp")} == one
 
 
-def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targets, teacher,
-                                                                           tokenizer):
+def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targets, teacher):
     run, mixture = targets
     cache = distill.prepare_targets(run, teacher, [mixture])
     whole = everything_in(run.targets)
@@ -738,7 +736,7 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
     assert len(made) == len(whole) - 1 - left and everything_in(run.targets) == whole
 
 
-def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher, tokenizer):
+def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher):
     run, mixture = targets
     with pytest.raises(distill.Stopped):
         distill.prepare_targets(run, teacher, [mixture], stop=True)
@@ -754,7 +752,7 @@ def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher, tokeniz
     assert everything_in(run.targets) == before
 
 
-def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tokenizer, tmp_path,
+def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tmp_path,
                                                            monkeypatch):
     run, mixture = targets
     distill.prepare_targets(run, teacher, [mixture])
@@ -780,7 +778,7 @@ def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tok
     distill.prepare_targets(run, teacher, [mixture])  # all there: needs no disk
 
 
-def test_a_damaged_row_is_named(targets, teacher, tokenizer):
+def test_a_damaged_row_is_named(targets, teacher):
     run, mixture = targets
     cache = distill.prepare_targets(run, teacher, [mixture])
     (first, second), path = map(mixture.locate, (0, 1)), cache.path(*mixture.locate(1))
@@ -826,6 +824,12 @@ def test_tasks_that_the_teacher_cannot_do_are_refused_before_training(tmp_path, 
     refused = command(*tiny(tmp_path / "run", corpus, "--tasks", tmp_path / "t.jsonl"))
     assert refused.returncode == 2 and "t.jsonl:1: max_new_tokens 512 of 512" in refused.stderr
     assert not (tmp_path / "run").exists()
+    pytest.importorskip("rdkit")  # molecules of no family need no separator
+    task = {"id": "a", "type": "molecule", "sequences": [], "seed": 0, "max_new_tokens": 512}
+    (tmp_path / "t.jsonl").write_text(json.dumps(task))
+    config = distill.ModelConfig.from_hf(TEACHER)
+    assert config.separator_id is None and distill.evaluate.read_tasks([tmp_path / "t.jsonl"],
+                                                                       config=config)
 
 
 def test_parts_of_another_run_are_not_taken_for_ones_own(tmp_path, corpus):

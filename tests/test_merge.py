@@ -158,6 +158,16 @@ def test_ties_of_unchanged_experts_is_the_seed(pair, tmp_path):
     assert all(torch.equal(w, stored(pair[0])[n]) for n, w in stored(tmp_path / "out").items())
 
 
+def test_all_that_a_tokenizer_reads_is_copied(pair, tmp_path):
+    names = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+    for name in names:
+        (pair[0] / name).parent.mkdir(exist_ok=True)
+        (pair[0] / name).write_text(name)
+    merge(pair, tmp_path / "out")
+    for name in names:
+        assert (tmp_path / "out" / name).read_text() == name
+
+
 def test_ties_refuses_a_seed_that_is_not_the_experts(pair, tmp_path):
     """Their changes would be counted from another origin, and the mean of them be noise."""
     seed = {"seed_sha256": sha256(pair[0] / "model.safetensors")}
