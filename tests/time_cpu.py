@@ -123,14 +123,14 @@ def decoding_step(lengths, H=32, K=8, D=128):
 
 def whole_runs(against, rounds, threads):
     """`python distill.py` in both checkouts: tokens/s by its own bars, which give whole seconds."""
-    tokens = 819_200  # a stage, as the shipped teacher's preset has
+    tokens = 819_200  # a stage
     for _ in range(rounds):
         for checkout in (against, ROOT):
             with tempfile.TemporaryDirectory() as out:
                 run = subprocess.run(
                     [sys.executable, "distill.py", "--out", f"{out}/run", "--align-tokens",
-                     str(tokens), "--tokens", str(tokens)], cwd=checkout, check=True,
-                    capture_output=True, text=True,
+                     str(tokens), "--tokens", str(tokens), "--features", "4"], cwd=checkout,
+                    check=True, capture_output=True, text=True,
                     env=os.environ | {"OMP_NUM_THREADS": str(threads)})
             speeds = []
             for stage in ("align", "distil"):
