@@ -824,7 +824,10 @@ def test_tasks_that_the_teacher_cannot_do_are_refused_before_training(tmp_path, 
     refused = command(*tiny(tmp_path / "run", corpus, "--tasks", tmp_path / "t.jsonl"))
     assert refused.returncode == 2 and "t.jsonl:1: max_new_tokens 512 of 512" in refused.stderr
     assert not (tmp_path / "run").exists()
-    pytest.importorskip("rdkit")  # molecules of no family need no separator
+
+
+def test_molecules_of_no_family_need_no_separator(tmp_path):
+    pytest.importorskip("rdkit")
     task = {"id": "a", "type": "molecule", "sequences": [], "seed": 0, "max_new_tokens": 512}
     (tmp_path / "t.jsonl").write_text(json.dumps(task))
     config = distill.ModelConfig.from_hf(TEACHER)

@@ -122,7 +122,10 @@ def decoding_step(lengths, H=32, K=8, D=128):
 
 
 def whole_runs(against, rounds, threads):
-    """`python distill.py` in both checkouts: tokens/s by its own bars, which give whole seconds."""
+    """`python distill.py` in both checkouts: tokens/s by its own bars, which give whole seconds.
+
+    At one width of features, which the checkouts' presets need not have in common.
+    """
     tokens = 819_200  # a stage
     for _ in range(rounds):
         for checkout in (against, ROOT):
