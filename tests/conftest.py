@@ -7,15 +7,21 @@ do not survive.
 import math
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402: reads the number of threads
+
+# tqdm's own lock is one for all processes that were forked: a test that kills a child while it
+# draws its bar would leave it locked, and the next bar would wait for ever.
+tqdm.set_lock(threading.RLock())
 
 
 def random_teacher(folder, kind, settings, dtype):
