@@ -9,7 +9,8 @@
                  of contexts and batches (the paper's Figures 5 and 10 to 14)
 
 A score is worth something only beside the teacher's on the same rows, read in the same way. So
-one `Scorer` serves both, and nothing in a row's score depends on what else was scored with it.
+one `Scorer` serves both, and nothing in a row's score depends on what else was scored with it
+(but for probes, which are fitted on their file's other rows).
 
 Published benchmarks (PIQA, MMLU, GSM8K, ...) run in lm-evaluation-harness itself, through the
 bridge in section 8. Not here: benchmarks judged by another language model (MT-Bench), training
@@ -96,7 +97,8 @@ def critical_tolerance(student, teacher):
     C_alpha rises by 1/n at each task's drop, so it reaches 1/2 at the ceil(n/2)-th smallest.
     """
     drops = sorted(1 - r for r in recovery(student, teacher).values())
-    return max(0.0, drops[(len(drops) + 1) // 2 - 1])
+    drop = drops[(len(drops) + 1) // 2 - 1]
+    return drop if drop > TIE else 0.0
 
 
 def bootstrap(student, teacher, *, draws=4000, seed=0):
@@ -212,7 +214,7 @@ def read_task(path):
 
 
 def _at(place, function, *args, **options):
-    """What the function returns; a ValueError, or one of a regular expression, names the place."""
+    """What the function returns; an error of bad input becomes one that names the place."""
     try:
         return function(*args, **options)
     except (ValueError, OverflowError, RecursionError, re.error) as error:
@@ -232,7 +234,7 @@ def _check_row(row):
             raise ValueError(f"{name!r} is no field of type {row['type']!r}")
         kind = fields[name] if isinstance(fields[name], type) else type(fields[name])
         if type(value) is not kind and (kind, type(value)) != (float, int):  # True is no int here
-            raise ValueError(f"{name}: expected a {kind.__name__}, found {row.get(name)!r}")
+            raise ValueError(f"{name}: expected {kind.__name__}, found {row.get(name)!r}")
         if kind is list and not all(isinstance(v, str) and v for v in value):
             raise ValueError(f"{name} = {value!r}: expected strings, none of them empty")
     row = {**fields, **row}
@@ -313,6 +315,13 @@ def _equal_lengths(items, length, most):
             yield group[a:a + most(T)]
 
 
+def _finite(x):
+    """x, unless some of it is not finite: ValueError. argmax, for one, would choose a NaN."""
+    if not x.isfinite().all():
+        raise ValueError("the model's logits are not finite: are its weights damaged?")
+    return x
+
+
 class Scorer:
     """A model on disk, its tokenizer, and what the harness asks of a model.
 
@@ -337,16 +346,20 @@ class Scorer:
     def encode_pair(self, context, continuation):
         """Two strings -> (context ids, continuation ids), tuples, and how many tokens were lost.
 
-        They are encoded as one text, so that tokens are those of natural text, and split where
-        the context alone would end. White space at its end goes to the continuation: most
-        tokenizers glue a space to the next word. A pair longer than the model's context loses
-        tokens at its left end. Raises ValueError if the continuation has no tokens or too many.
+        The harness's rule (its `_encode_pair`). White space at the context's end goes to the
+        continuation: most tokenizers glue a space to the next word. The continuation's tokens are
+        those of both strings as one text, behind as many as the context has alone. Where a token
+        crosses that border (":" + newline) what is read is not quite the text: end a task's
+        contexts in a word. A pair longer than the model's context loses tokens at its left end.
+        Raises ValueError if the continuation has no tokens or too many.
         """
-        ids, split = self.encode(context + continuation), len(self.encode(context.rstrip()))
-        left, right = ids[:split] or self.prefix, ids[split:]
+        left = self.encode(context.rstrip())
+        right = self.encode(context + continuation)[len(left):]
+        left = left or self.prefix
         if not left or not 1 <= len(right) <= self.max_tokens:
             raise ValueError(f"the continuation has {len(right)} tokens; expected 1 to "
-                             f"{self.max_tokens} (what the model reads), behind one or more")
+                             f"{self.max_tokens} (what the model reads), behind one or more. (Its "
+                             "first characters may be one token with the context's last)")
         lost = max(0, len(left) + len(right) - 1 - self.max_tokens)  # the last is only predicted
         return (tuple(left[lost:]), tuple(right)), lost
 
@@ -394,22 +407,27 @@ class Scorer:
         """
         if not self.prefix:
             raise ValueError(f"{self.model.source}: config.json names no BOS or EOS to begin with")
+        self.check_length(len(ids))
         new, found = torch.tensor([*self.prefix, *ids], device=self.device), []
         cache = Cache(self.model, 1, len(new))
         for a in range(0, len(ids), PREFILL):
             h = self.model.hidden(new[None, a:min(a + PREFILL, len(ids))], cache=cache)[0]
             logprobs = F.linear(h, self.model.lm_head_weight).float().log_softmax(-1)
             found.append(logprobs.gather(1, new[a + 1:a + 1 + len(h), None])[:, 0].double())
-        return torch.cat(found)
+        return _finite(torch.cat(found))
+
+    def check_length(self, tokens):
+        """ValueError if a text of so many tokens is longer than the model was made to read."""
+        if tokens > self.max_tokens:
+            raise ValueError(f"{tokens} tokens, and the model reads {self.max_tokens} (config.json:"
+                             " max_position_embeddings): shorten the text")
 
     def _read(self, logits, new):
         """logits (n, V) at which the n tokens of `new` were predicted -> (nats, greedy)."""
         new = torch.tensor(new, device=self.device)
         logprobs = logits.float().log_softmax(-1)
-        total = float(logprobs.gather(1, new[:, None]).sum())
-        if math.isnan(total):  # argmax would choose it
-            raise ValueError("the model's logits are not finite: are its weights damaged?")
-        return total, bool((logits.argmax(-1) == new).all())
+        total = _finite(logprobs.gather(1, new[:, None]).sum())
+        return float(total), bool((logits.argmax(-1) == new).all())
 
     def generate(self, requests):
         """Yield (i, text): the greedy continuation of each request, in an order of its own.
@@ -473,7 +491,7 @@ for name, most in limits.items():
 never = ("os.fork", "os.exec", "os.kill", "os.posix_spawn", "os.spawn", "os.system",
          "subprocess.Popen", "socket.bind", "socket.connect", "socket.getaddrinfo", "socket.send")
 changes = {"os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir",
-           "os.symlink", "os.truncate", "shutil.rmtree"}
+           "os.symlink", "os.truncate", "os.utime", "shutil.rmtree", "sqlite3.connect"}
 writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def refuse(event, args):
     if event.startswith(never):
@@ -484,18 +502,19 @@ def refuse(event, args):
             if not (os.fsdecode(path) + "/").startswith((folder + "/", "/dev/null/")):
                 raise PermissionError(f"{event} outside of {folder}: {path}")
 sys.addaudithook(refuse)
-exec(compile(sys.stdin.read(), "program", "exec"), {"__name__": "__main__"})
+main = sys.modules["__main__"] = type(sys)("__main__")  # where dataclasses and pickle look it up
+exec(compile(sys.stdin.read(), "program", "exec"), vars(main))
 os.write(1, secret.encode())
 """
 
 
 def run_program(program, *, seconds=10):
-    """Whether a Python program (source, str) runs to its end within `seconds`, in a process apart.
+    """Whether a Python program (str) reaches its last line within `seconds`, in a process apart.
 
     seconds: of wall clock, and of CPU. Fresh isolated interpreter in an empty folder of its own; no
     environment; limits on memory (1 GB), CPU time, file size (16 MB) and processes; no child
-    processes, no network, and no writing outside of the folder. What is left of its session is
-    killed.
+    processes, no network, and by `open` and its like no writing outside of the folder. What is left
+    of its session is killed.
     """
     secret = os.urandom(16).hex()
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
@@ -557,8 +576,8 @@ def score_texts(scorer, rows):
     for row in rows:
         if row["type"] == "needle":
             prompt, number = needle_prompt(row, scorer.tokenizer)
-            row = {**row, "type": "generate", "prompt": prompt, "gold": number, "stop": [],
-                   "extract": "", "match": "contains", "max_new_tokens": 16}
+            row = {**row, "prompt": prompt, "gold": number, "stop": [], "extract": "",
+                   "match": "contains", "max_new_tokens": 16}
         ids, n = _at(row["where"], scorer.cut_prompt, row["prompt"], row["max_new_tokens"])
         asked.append((row, n))
         requests.append((ids, row["stop"], row["max_new_tokens"]))
@@ -641,7 +660,7 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
     file that results are added to as they come and read from first, so that a second call goes on
     after a stop. limit: of rows a task. Raises ValueError or OSError naming file, line or flag.
     """
-    tasks = read_tasks(task_files, allow_code_execution, limit)
+    tasks = read_tasks(task_files, allow_code_execution, limit, ModelConfig.from_hf(directory))
     files = {task: sha256(path) for task, path in zip(tasks, task_files)}
     model = _model_hash(directory) if samples else None
     done = _read_samples(Path(samples), model) if samples else {}
@@ -658,8 +677,13 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
 
 
 def _rows_left(rows, file, done):
-    """Rows without a result; all, if a probe is among them: it is fitted on its file's others."""
-    left = [row for row in rows if (file, row["id"]) not in done]
+    """Rows without a result; all, if a probe is among them: it is fitted on its file's others.
+
+    So a probe's result counts only if it had as many others (with another --limit it had not).
+    """
+    probes = sum(row["type"] == "probe" for row in rows)
+    left = [row for row in rows if (file, row["id"]) not in done
+            or done[file, row["id"]].get("probes", probes) != probes]
     return rows if any(row["type"] == "probe" for row in left) else left
 
 
@@ -709,8 +733,9 @@ def base_embeddings(scorer, dna):
     knows what stands behind. The other strand's are these in reverse order with halves swapped.
     """
     def embed(bases):
-        ids = scorer.tokenizer.encode(bases, bos=False)
-        h = scorer.model.hidden(torch.tensor([[*scorer.prefix, *ids]], device=scorer.device))[0]
+        ids = [*scorer.prefix, *scorer.tokenizer.encode(bases, bos=False)]
+        scorer.check_length(len(ids))
+        h = _finite(scorer.model.hidden(torch.tensor([ids], device=scorer.device))[0])
         return h[len(scorer.prefix):].float().cpu()
 
     return torch.cat((embed(dna), embed(reverse_complement(dna)).flip(0)), dim=1)
@@ -753,6 +778,7 @@ def sample_sequences(scorer, members, number, *, seed, temperature=1.0, max_new_
     tokenizer = scorer.tokenizer
     ends = {tokenizer.separator_id, *scorer.model.config.eos_ids}
     ids = sum(map(tokenizer.encode_member, members), [*scorer.prefix])
+    scorer.check_length(len(ids) + max_new_tokens)
     rows = generate(scorer.model, torch.tensor([ids] * number, device=scorer.device), seed=seed,
                     max_new_tokens=max_new_tokens, temperature=temperature, stop=ends - {None})
     return [tokenizer.decode(itertools.takewhile(lambda i: i not in ends, row[len(ids):]))
@@ -814,7 +840,7 @@ def score_probes(scorer, rows):
         found = ridge_probe(x, y, torch.cat(tests)).split([len(test) for test in tests])
         for row, right, answer in zip(rows[parity::2], own, found):
             yield row, {"score": (answer == right).double().mean().item(), "chance": chance,
-                        "lost_tokens": 0}
+                        "lost_tokens": 0, "probes": len(rows)}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -825,7 +851,7 @@ def score_probes(scorer, rows):
 
 
 def read_column(path, name, kind):
-    """What every row of a .jsonl file holds under `name`: text, or a list of strings (kind).
+    """{place: what the row holds under `name`} of a .jsonl file: text, or a list of strings (kind).
 
     ValueError naming file:line where a row does not, and for a file without rows: what is made of
     nothing, a mean or a map, must not be shown.
@@ -833,10 +859,10 @@ def read_column(path, name, kind):
     found = {place: row.get(name) for place, row in read_rows(path)}
     for place, value in found.items():
         if type(value) is not kind or not all(isinstance(part, str) for part in value):
-            raise ValueError(f'{place}: expected "{name}", a {kind.__name__} of text')
+            raise ValueError(f'{place}: expected "{name}", {kind.__name__} of text')
     if not found:
         raise ValueError(f"{path}: there is no row in this file")
-    return list(found.values())
+    return found
 
 
 @torch.inference_mode()
@@ -1157,6 +1183,8 @@ def open_speed_models(run):
 
 def run_compare(run):
     """`compare`: score, print, write report.json and the picture; goes on where it stopped."""
+    for folder in run.teacher, *run.student:  # before the teacher's hours
+        ModelConfig.from_hf(folder)
     run.out.mkdir(parents=True, exist_ok=True)
 
     def score(folder, name):
@@ -1177,7 +1205,7 @@ def run_gates(run):
 
     The data is read before the model: its errors come in a second, a model of 16 GB in a minute.
     """
-    texts = (read_column(run.data, "text", str) if run.data.suffix == ".jsonl"
+    texts = (read_column(run.data, "text", str).values() if run.data.suffix == ".jsonl"
              else [_at(run.data, run.data.read_text, "utf-8-sig")])
     medians = gate_map(Scorer(run.student, run.device), texts, tokens=run.context, rows=run.rows)
     show_gates(medians)
@@ -1192,12 +1220,13 @@ def run_molecules(run):
     that always says methane is valid and not unique.
     """
     families = read_column(run.data, "sequences", list)
-    known = list(itertools.chain(*families))
+    known = list(itertools.chain(*families.values()))
     canonical_smiles(known[:1])  # before the samples: is RDKit here, are these strings?
     scorer, samples = Scorer(run.model, run.device), []
-    for i, family in enumerate(tqdm(families[:run.rows], desc="molecules", leave=False)):
-        samples += sample_sequences(scorer, family[:run.shots], run.number, seed=run.seed + i,
-                                    temperature=run.temperature)
+    chosen = itertools.islice(families.items(), run.rows)
+    for i, (place, family) in enumerate(tqdm([*chosen], desc="molecules", leave=False)):
+        samples += _at(place, sample_sequences, scorer, family[:run.shots], run.number,
+                       seed=run.seed + i, temperature=run.temperature)
     print(*samples[::run.number][:4], sep="\n")
     print(f"{len(samples)} samples: " + "  ".join(
         f"{name} {share:.3f}" for name, share in molecule_shares(samples, known).items()))
@@ -1293,7 +1322,8 @@ def parse_arguments(argv):
     add = command("speed", run_speed, "prefill, first token, decoding and memory")
     add("--teacher", default=Path(__file__).parent / "tests/teacher", help="its folder", **folder)
     add("--student", help="None: an untrained one of the teacher, which is as fast", **folder)
-    add("--random-layers", type=number(int, 1), metavar="N", help="in the shape of its config.json")
+    add("--random-layers", type=number(int, 1), metavar="N",
+        help="of random weights, in the shape of --teacher")
     add("--window", type=number(int, 1), default=512, help="W of an untrained student")
     add("--contexts", type=number(int, 1), nargs="+", default=[1024, 4096, 16384],
         help="4k is 4096")

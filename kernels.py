@@ -692,7 +692,8 @@ def mlstm(q, k, v, log_i, log_f, *, state=None, document_ids=None):
         raise ValueError(f"kernels.mlstm: state has shapes {[tuple(x.shape) for x in state]}; "
                          f"(S, z, m) need {list(shapes)}")
     h, _, _, S, z, m = _mlstm_op(
-        *token_major(q.to(v.dtype), k.to(v.dtype), v, log_i.float(), log_f.float()),
+        *token_major(q.to(v.dtype), k.to(v.dtype), v, log_i.float(),
+                     log_f.float().clamp_min(-1e4)),  # model.FORGET: -inf would give NaN
         document_starts(document_ids, q), *(x.float().contiguous() for x in state))
     return h.transpose(1, 2), (S, z, m)
 

@@ -180,7 +180,7 @@ class ModelConfig:
         # vocabulary has no embedding.
         generation = read_json(path.with_name("generation_config.json"), {})
         eos = _as_tuple(generation.get("eos_token_id")) or config.eos_ids
-        if not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in eos):
+        if not all(type(i) is int and 0 <= i < config.vocab_size for i in eos):
             raise ValueError(f"{path} or generation_config.json: eos_token_id {eos} is outside the "
                              f"vocabulary of {config.vocab_size}")
         return dataclasses.replace(config, eos_ids=eos)
@@ -188,16 +188,14 @@ class ModelConfig:
 
 # What a config.json means where it is silent: first Llama's defaults, then those in which a family
 # differs. A published config.json often leaves out what its family's class in transformers has as
-# default, so these are read off there. A key whose value is null is not silent: "sliding_window":
-# null is Mistral's full attention.
+# default, so these are read off there (but sizes, which the tensors check, and eos ids). A key
+# whose value is null is not silent: "sliding_window": null is Mistral's full attention.
 FAMILIES = {
     "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048,
               "max_window_layers": 28, "no_rope_layer_interval": 4},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096,
                 "max_position_embeddings": 131072},
-    "ministral": {"num_key_value_heads": 8, "sliding_window": 4096,
-                  "max_position_embeddings": 131072},
     "qwen2": {"sliding_window": 4096, "max_position_embeddings": 32768},
     "qwen3": {"sliding_window": 4096, "max_position_embeddings": 32768, "head_dim": 128},
     "olmo2": {"rms_norm_eps": 1e-5},
@@ -206,6 +204,7 @@ FAMILIES = {
                 "max_position_embeddings": 32768},
     "granite": {"embedding_multiplier": 1.0, "residual_multiplier": 1.0,
                 "attention_multiplier": 1.0, "logits_scaling": 1.0}}
+FAMILIES["ministral"] = FAMILIES["mistral"]
 
 
 def _parse_config(c, path):
@@ -322,6 +321,8 @@ def _parse_ropes(c, path):
     r = old or new
     full = sliding = r
     if "full_attention" in r or "sliding_attention" in r:
+        if c["model_type"] != "olmo3":
+            raise ValueError(f"{path}: rope_parameters by kind of layer are Olmo 3's alone")
         full, sliding = r.get("full_attention") or {}, r.get("sliding_attention") or {}
     elif c["model_type"] == "olmo3":  # stretches its full-attention layers only
         sliding = {"rope_theta": r.get("rope_theta")}
@@ -347,15 +348,17 @@ def _parse_rope(r, c, path):
     factor, key = r["factor"], "original_max_position_embeddings"
     given = {name: r[name] for name in ("low_freq_factor", "high_freq_factor", "beta_fast",
                                         "beta_slow", "attention_factor") if r.get(name)}
-    for name, x in {"factor": factor, **given}.items():
+    if kind == "llama3":  # which has no defaults for these
+        given |= {name: r[name] for name in ("low_freq_factor", "high_freq_factor")}
+    # As transformers reads it: from the top first, and without the key the stretched length.
+    original = c.get(key) or r.get(key) or c["max_position_embeddings"]
+    for name, x in {"factor": factor, key: original, **given}.items():
         if not _is_positive(x):
             raise ValueError(f"{path}: rope's {name} = {x!r} is not a positive number")
     if kind != "yarn":
         given.pop("attention_factor", None)  # as transformers, which reads it for YaRN alone
     if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
         given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
-    # As transformers reads it: from the top first, and without the key the stretched length.
-    original = c.get(key) or r.get(key) or c["max_position_embeddings"]
     return Rope(theta, kind, float(factor), original, **given)
 
 
@@ -1614,6 +1617,8 @@ def _sample(logits, temperature, top_p, random):
     """
     if temperature == 0:
         return logits.argmax(-1)
+    # Below the largest, and in float64: or a small temperature would overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)).double()
     p, ids = (logits / temperature).softmax(-1).sort(descending=True)
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # keep a token if those before it fall short
     return ids.gather(1, torch.multinomial(p, 1, generator=random))[:, 0]
@@ -1785,21 +1790,27 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     """Write config.json, *.safetensors (+ index) and the source folder's tokenizer files.
 
     extra: dict of more JSON files, name -> value. The folder appears complete or not at all: it is
-    written as "<directory>.tmp" and renamed. Tensors keep their dtype. Raises ValueError if
-    `directory` exists and is not empty (nothing is ever overwritten) or the model has no `source`
-    folder to take the small files from.
+    written as "<directory>.tmp", in place of what a killed call left there, and renamed. Tensors
+    keep their dtype. Raises ValueError if `directory` exists and is not empty (nothing is ever
+    overwritten) or the model has no `source` folder to take the small files from.
     """
-    directory = Path(directory)
+    directory = Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists and is not empty; name a new folder")
     if model.source is None:
         raise ValueError("model.source is None: set it to the folder of its config.json")
     config = read_json(model.source / "config.json")
+    # The dtype's key has a new and an old name; transformers loads as it says.
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(
+        model.lm_head_weight.dtype).removeprefix("torch.")
     if model.config.hybrid is not None:
         config["hybrid"] = dataclasses.asdict(model.config.hybrid)
     # Whoever finds the folder finds it whole: a rename is one step, a run that is killed leaves
     # only the .tmp, and the next one clears that away.
     tmp = directory.with_name(directory.name + ".tmp")
+    if tmp == Path(model.source).resolve():
+        raise ValueError(f"{directory} is written as {tmp} first, and that is the model's own "
+                         "source; name another folder")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     for name in tokenizer_files(model.source):
@@ -1950,7 +1961,7 @@ def _bpe_ranks(model, added):
         if rank is None and model.get("ignore_merges"):
             # Llama 3 has 588 such tokens, used where they are a whole piece, as tiktoken does. It
             # lists every pair that spells one, so that inside a piece both rules agree as well.
-            halves = ((token[:i], token[i:]) for i in range(1, len(token)))
+            halves = ((token[:at], token[at:]) for at in range(1, len(token)))
             if any(a in model["vocab"] and b in model["vocab"] and (a, b) not in priority
                    for a, b in halves):
                 raise ValueError(f"not supported: ignore_merges with {token!r}, which no merges "
@@ -2035,8 +2046,8 @@ class Tokenizer:
         self._stops = _one_of(t for t, i in self.added.items() if i in self.special).pattern
 
     def _check_pattern(self, pattern):
-        """tiktoken loses what lies between matches. A pattern that matches any two characters of
-        all Unicode categories leaves nothing there.
+        """tiktoken loses what lies between matches. Tried on each pair of Unicode categories, one
+        character for each: a sample, which finds a class that the pattern forgot.
         """
         kinds = {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values()
         for two in map("".join, itertools.product(kinds, repeat=2)):
@@ -2154,6 +2165,7 @@ class Tokenizer:
                                  f"{piece.start()} of {len(text)}): clean the text; k-mers: cut it "
                                  "to a multiple of k")
         # Where to cut, for tiktoken's sake: at the ends of runs of exactly the longest length.
+        # (Shorter ones match too, or the search would start anew at each of their characters.)
         cuts = [run.end() for run in re.finditer(r"\s{1000,%d}" % _LONGEST_SPACE, text)
                 if len(run[0]) == _LONGEST_SPACE]
         return [self._id_of_rank[rank]
@@ -2268,6 +2280,10 @@ class Tokenizer:
         if tools and self.render_chat(messages, generation_prompt=False) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
         # A turn that is not to be learnt is located all the same: generation blocks are counted.
+        for m in messages:  # many templates know strings only, and write a list as Python does
+            if isinstance(m.get("content"), (list, dict)) and str(m["content"]) in text:
+                raise ValueError("the chat template writes a content of parts as Python shows it: "
+                                 "give a string")
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = self._turn_spans(text, messages, tools, turns)
         wanted = [i for i in turns if _is_learnt(messages[i])]
@@ -2304,9 +2320,10 @@ class Tokenizer:
         that it will have in use.
         """
         render = functools.partial(self.render_chat, tools=tools, generation_prompt=False)
-        if any("endgeneration" in template for template in self.chat_templates.values()):
+        marked = render(messages, marks=_MARKS)
+        if _MARKS[0] in marked:
             # The text outside, inside, outside ... of the blocks, in turns.
-            pieces = re.split("|".join(_MARKS), render(messages, marks=_MARKS))
+            pieces = re.split("|".join(_MARKS), marked)
             if "".join(pieces) != text or len(pieces) // 2 != len(turns):
                 raise ValueError(f"the chat template has {len(pieces) // 2} generation blocks for "
                                  f"{len(turns)} assistant turns: which is whose is not known")
@@ -2400,15 +2417,15 @@ def _compile_template(source):
 def _read_chat_templates(folder, config):
     """The folder's chat templates: name -> text. There are three places where one may stand.
 
-    The newest wins, as in transformers: chat_template.jinja (with others, by name, in
-    additional_chat_templates/), then tokenizer_config.json, which may hold several by name
+    The newest wins, as in transformers: chat_template.jinja and, by name, those in
+    additional_chat_templates/, then tokenizer_config.json, which may hold several by name
     ("tool_use" for conversations with tools), then chat_template.json.
     """
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        more = (folder / "additional_chat_templates").glob("*.jinja")
-        return {name: path.read_text(encoding="utf-8")
-                for name, path in [("default", file), *((path.stem, path) for path in more)]}
+    files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (folder / "chat_template.jinja").exists():
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     templates = config.get("chat_template") or read_json(
         folder / "chat_template.json", {}).get("chat_template") or []
     if isinstance(templates, str):
@@ -2482,6 +2499,8 @@ def chat(model, tokenizer, prompts, run):
         # BOS once, at the very beginning; a chat template writes its own.
         bos = None if run.raw and not held else False
         ids, new, times = tokenizer.encode(text[len(held):], bos=bos), [], [time.perf_counter()]
+        if not ids:  # an empty line of --raw: nothing to read
+            continue
         # Room for the longest answer that may come. A teacher's buffers grow with every turn, and
         # are copied, not read again; a student's have the same size at any length.
         larger = Cache(model, 1, count + len(ids) + run.max_new_tokens)
@@ -2530,7 +2549,7 @@ def main(argv=None):
     option("--temperature", type=float, default=0.0, help="0: always the most likely token")
     option("--top-p", type=float, default=1.0, help="sample from so much of the probability")
     option("--max-new-tokens", type=number(int, 1), default=256, help="an answer (default: 256)")
-    option("--seed", type=int, help="of the sampling")
+    option("--seed", type=number(int, 0), help="of the sampling")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = parser.parse_args(argv)
     try:

@@ -475,8 +475,11 @@ def test_rows_of_sequences_are_scored_and_go_on_after_a_stop(tmp_path, scorer):
     output = sample_sequences(scorer, ["CC", "CO"], 1, seed=1, max_new_tokens=20)[0]
     assert results[2]["output"] == output and "\n" not in output
     assert results[2]["score"] == (canonical_smiles([output]) != [None])
-    samples.write_text("".join(samples.read_text().splitlines(True)[:4]))  # stopped in the probes
+    samples.write_text("".join(samples.read_text().splitlines(True)[:3]))  # stopped in the probes
     assert evaluate_rows(folder, [path], samples=samples)["t"] == results
+    few, alone = ([row["score"] for row in evaluate_rows(
+        folder, [path], samples=x, limit=5)["t"]] for x in (samples, None))
+    assert few == alone != [row["score"] for row in results[:5]]  # probes: fitted on fewer
 
 
 @pytest.mark.parametrize("row, words", [

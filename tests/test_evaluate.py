@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,6 +92,7 @@ def test_ties_are_ties_and_a_teacher_at_zero_cannot_be_missed():
     assert win_and_tie({"a": 49 / 100}, {"a": 50 / 100}, 0) == 0
     assert recovery({"a": 0.0}, {"a": 0.0})["a"] == float("inf")
     assert critical_tolerance({"a": 0.0, "b": 0.1}, {"a": 0.0, "b": 1.0}) == 0
+    assert critical_tolerance({"a": 0.3}, {"a": 0.1 + 0.2}) == 0  # 0.30000000000000004
     assert recovery({"a": 0.4}, {"a": 0.5}, {"a": 0.25})["a"] == pytest.approx(0.6)
     for student in ({"b": 1.0}, {"a": float("nan")}, {"a": -1.0}):
         with pytest.raises(ValueError):
@@ -170,6 +172,10 @@ def test_nan_is_refused_rather_than_chosen(student_dir):
         scorer.loglikelihoods([((1, 2), (3,))])
     with pytest.raises(ValueError, match="not finite"):
         list(scorer.generate([([1, 2, 3], [], 4)]))
+    with pytest.raises(ValueError, match="not finite"):
+        scorer.token_logprobs([1, 2, 3])
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate.base_embeddings(scorer, "ACGT")
 
 
 def test_pairs_are_encoded_as_one_text(scorer):
@@ -181,6 +187,24 @@ def test_pairs_are_encoded_as_one_text(scorer):
     assert scorer.encode("<|begin_of_text|>x") == scorer.encode("x")  # no second BOS
     with pytest.raises(ValueError, match="0 tokens"):
         scorer.encode_pair("the cat", "")
+
+@pytest.mark.parametrize("context, continuation", [
+    ("the cat ", "sat"), ("def f(x):\n", "    return x"), ("f(x)", ":\n    return"), ("a\n\n", "b")])
+def test_pairs_are_split_as_the_harness_splits_them(scorer, context, continuation):
+    left = scorer.encode(context.rstrip())  # also where ":" and a line's end are one token
+    right = scorer.encode(context + continuation)[len(left):]
+    assert scorer.encode_pair(context, continuation)[0] == (tuple(left), tuple(right))
+    model = pytest.importorskip("lm_eval.api.model")
+    theirs = model.TemplateLM._encode_pair(
+        SimpleNamespace(backend="causal", tok_encode=scorer.encode), context, continuation)
+    assert theirs == (left, right)
+
+
+def test_what_a_family_without_bos_begins_with_is_eos(student_dir, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_with_tokenizer", lambda *_, **__: (
+        SimpleNamespace(config=SimpleNamespace(eos_ids=(5, 6), max_positions=9)),
+        SimpleNamespace(bos_id=None)))
+    assert Scorer(student_dir).prefix == (5,)
 
 
 def test_too_long_contexts_lose_their_left_end_and_are_counted(scorer):
@@ -265,7 +289,7 @@ def test_needles_come_from_their_seed_at_their_depth(scorer):
 @pytest.mark.parametrize("change, words", [
     ({"gold": 2}, "gold = 2"), ({"gold": -1}, "gold"), ({"gold": True}, "gold"),
     ({"choices": ["a"]}, "two or more"), ({"choices": ["a", " "]}, "empty"),
-    ({"choices": ["a", ""]}, "empty"), ({"choices": "ab"}, "expected a list"),
+    ({"choices": ["a", ""]}, "empty"), ({"choices": "ab"}, "expected list"),
     ({"id": "first"}, "occurs twice"), ({"type": "essay"}, "choice, generate, code, needle"),
     ({"golden": 1}, "'golden' is no field"), ({"context": None}, "context"),
     ({"metric": "f1"}, "metric"), ({**SUM, "max_new_tokens": 0}, "max_new_tokens"),
@@ -365,6 +389,9 @@ def test_code_needs_the_flag(tmp_path):
     ("import asyncio; asyncio.run(asyncio.sleep(0))", True),  # which has a pair of sockets
     ("import subprocess; subprocess.run(['true'])", False),
     ("import sys; sys.stdout.close(); sys.stdin.close()", True),
+    ("from __future__ import annotations\nimport dataclasses, typing\n@dataclasses.dataclass\n"
+     "class A:\n    n: typing.ClassVar[int] = 3\nassert not dataclasses.fields(A)", True),
+    ("import pickle\nclass A: pass\npickle.loads(pickle.dumps(A()))", True),
     ("this is no program", False), ("\ud800", False)])
 def test_programs_pass_only_if_their_tests_were_reached(program, passes):
     started = time.time()
@@ -380,6 +407,7 @@ def test_programs_cannot_change_files_outside_by_accident(tmp_path):
                  f"import os; os.rename({str(tmp_path / 'kept')!r}, 'mine')",
                  f"import os; os.symlink('mine', {str(tmp_path / 'new')!r})",
                  f"import shutil; shutil.rmtree({str(tmp_path)!r})",
+                 f"import sqlite3; sqlite3.connect({str(tmp_path / 'new')!r})",
                  f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'folder').rmdir()"):
         assert not run_program(line, seconds=5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "kept"]
@@ -397,6 +425,15 @@ def test_gate_map_is_the_median_of_the_gates(student_dir):
     medians = gate_map(scorer, texts, tokens=32)
     assert medians.shape == (4, 4)
     assert torch.allclose(medians[3], torch.sigmoid(-2 + 3 * torch.arange(4.0)), atol=1e-3)
+    gate = scorer.model.model["layers"][3].self_attn.output_gate
+    torch.nn.init.normal_(gate.weight)
+    seen = []
+    with torch.no_grad():
+        gate.register_forward_hook(lambda module, inputs, logits: seen.append(logits[0].sigmoid()))
+        medians = gate_map(scorer, texts)
+    expected = torch.cat(seen, dim=1)  # (H, tokens)
+    assert (expected.mean(1) - expected.median(1).values).abs().max() > 0.05
+    assert torch.allclose(medians[3], expected.median(1).values, atol=1e-3)
     with pytest.raises(ValueError, match="no output gates"):
         gate_map(Scorer(TEACHER), texts)
 
@@ -461,6 +498,21 @@ def test_chat_prompts_are_the_tokenizer_s_and_a_begun_answer_stays_open(student_
     begun = [*chat, {"role": "assistant", "content": "It is"}]
     assert bridge.apply_chat_template(begun, add_generation_prompt=False) == (
         "<user>2+3?</><assistant>It is")
+
+
+def test_compare_fills_every_field():
+    def rows(*scores, lost=0):
+        return [{"score": s, "chance": 0.25, "lost_tokens": lost} for s in scores]
+
+    report = evaluate.compare({"a": rows(1, 1, 0, 0, lost=3), "b": rows(1, 1, 1, 1)},
+                              {"s": {"a": rows(1, 1, 0, 0), "b": rows(1, 1, 1, 0)}})
+    s = report["students"]["s"]
+    assert report["contexts_cut"] == 4 and report["rows"] == {"a": 4, "b": 4}
+    assert report["teacher"] == {"a": 0.5, "b": 1.0} and s["scores"] == {"a": 0.5, "b": 0.75}
+    assert s["recovery"] == {"a": 1.0, "b": 0.75}
+    assert s["recovery_above_chance"] == {"a": 1.0, "b": pytest.approx(0.5 / 0.75)}
+    assert s["win_and_tie"] == 0.5 and s["critical_tolerance"] == 0
+    assert s["intervals"]["p_lossless"] == 1  # "a" ties in every draw, and half is enough
 
 
 def test_compare_command_reports_and_goes_on(tmp_path, student_dir, capsys):
@@ -621,6 +673,8 @@ def test_a_command_ends_with_one_sentence_and_status_2_and_survives_an_ascii_ter
     out.mkdir()
     write_rows(out / "samples-the-teacher.jsonl", [{"model": "x", "file": "y", "id": "z"}])
     tasks = write_rows(tmp_path / "t.jsonl", [CHOICE])
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/config.json").write_text((TEACHER / "config.json").read_text())  # no weights
     command = [sys.executable, ROOT / "evaluate.py", "compare", "--teacher", TEACHER, "--student",
                tmp_path / "none", "--tasks", tasks, "--out", out, "--device", "cpu"]
     result = subprocess.run(command, capture_output=True, text=True, env={
