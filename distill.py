@@ -174,7 +174,8 @@ def parse_row(row, tokenizer, eos_id):
     `text` is [BOS] text EOS, a piece has no EOS. `dna`: a text, and its reverse complement as
     another. `messages`: a conversation, with a row's `tools`. `sequences`: a "family" (homologues,
     molecules) is [BOS], its members with the separator after each, EOS.
-    ValueError where the row has none or several of these keys: which is meant is not guessed.
+    An empty text is no document: behind BOS the end would be learnt. ValueError where the row has
+    none or several of these keys: which is meant is not guessed.
     """
     plain = partial(tokenizer.encode, specials=False)  # "<|eot|>" in a text means its letters
     end = [] if eos_id is None else [eos_id]
@@ -184,7 +185,7 @@ def parse_row(row, tokenizer, eos_id):
     found = [kind for kind, type_ in kinds.items() if isinstance(row.get(kind), type_)]
     value = row[found[0]] if len(found) == 1 else None
     if found == ["text"]:
-        return [(plain(value) + end, True, 0, None, 0, -1)]
+        return [(plain(value) + end, True, 0, None, 0, -1)] if value else []
     if found == ["messages"]:
         return [(*encode_chat(value, row.get("tools"), tokenizer), None, 0, -1)]
     if found == ["dna"]:  # the other strand is as good a text, and no other content
@@ -267,8 +268,7 @@ def tokenise_parts(path, tokenizer, eos_id, parts, workers):
     that dies, as when memory runs out, is an OSError.
     """
     if workers == 1 or len(parts) < 2:
-        for part in parts:
-            yield tokenise_part(path, tokenizer, eos_id, *part)
+        yield from (tokenise_part(path, tokenizer, eos_id, *part) for part in parts)
         return
     pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"),
                                _start_worker)
@@ -385,7 +385,8 @@ class Source:
         """Row i: token ids, document ids, in-loss flags; T + 1 of each (the last: label only).
 
         Rows i and i + 1 share one token, the label of one and the first input of the other: over an
-        epoch every token is input once. A document longer than what is left of the row goes on in
+        epoch every token is input once, but for up to T at the stream's end, which fill no row and
+        are never read. A document longer than what is left of the row goes on in
         the next, there as a new document: what came before cannot be seen from it.
 
         order: integers that decide how each family's members are ordered; None: as in the file.
@@ -504,10 +505,12 @@ def open_data(run, tokenizer, eos_id):
                 raise ValueError(f"--data {path}: none of the {source.total} {split} tokens is to "
                                  "be learnt; do its conversations have an assistant's turns?")
         weights.append(weight or float(train[-1].total))
-    for source, weight in zip(train, weights):
-        print(f"data      {source.name}: {source.total:,} tokens to train on, {source.labels:,} "
-              f"labels, the longest document {source.lengths.max():,}; "
-              f"{weight / sum(weights):.0%} of every batch" + " of stage I" * run.experts)
+    for source, weight, held in zip(train, weights, heldout):
+        print(f"data      {source.name}: {source.num_rows * run.context:,} of {source.total:,} "
+              f"tokens fill rows to train on; {source.labels:,} labels, the longest document "
+              f"{source.lengths.max():,}; {weight / sum(weights):.0%} of every batch"
+              + " of stage I" * run.experts
+              + f"; {min(run.eval_rows, held.num_rows)} rows held out to measure by")
         if source.skipped:
             print(f"          {source.skipped:,} of its assistant's turns are read and not learnt: "
                   "the chat template rewrites them once others follow")
@@ -803,7 +806,8 @@ TARGETS_FORMAT = 2  # raise it when the files change their meaning
 class TargetCache:
     """The teacher's top-k log-probabilities for rows of the sources, on disk.
 
-    Log-probabilities are over the full vocabulary, in fp16: off by 1/2048 of their value at most.
+    Log-probabilities are over the full vocabulary, in fp16: off by 1/2048 of their value at most,
+    or by 3e-8.
     Rows are as their files have them: a family's members are not reordered where targets are
     stored.
 
@@ -873,7 +877,7 @@ class TargetCache:
 def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
     """Open the cache run.targets and make what `mixtures` draw and it lacks.
 
-    Process `rank` of `world` makes every world-th row; afterwards they must wait for each other.
+    Process `rank` of `world` makes every world-th row, and waits for the others at the end.
     Processes that do not know of each other do no harm, only work twice. A killed call loses its
     unfinished micro-batch. Raises ValueError when the folder is another's or the disk too small,
     OSError, and Stopped when `stop` becomes true.
@@ -908,7 +912,10 @@ def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
                               "the same command goes on behind them") from None
             bar.update(len(part) * run.context)
             if stop:
-                raise Stopped("a part of the targets", "the same command")
+                break
+    # Summed, so that all processes leave or none: one that is done may have seen no signal yet.
+    if all_sum(torch.tensor(float(bool(stop)), device=run.device)):
+        raise Stopped("a part of the targets", "the same command")
     return cache
 
 
@@ -1576,7 +1583,12 @@ def new_student(run, teacher):
     else:
         student = student_from_teacher(teacher, window=run.window, sinks=run.sinks, mixer=run.mixer,
                                        features=run.features, kernels=run.kernels)
+    select_trainable(student, run.train)  # refuses what has nothing to train
+    student.requires_grad_(False)
     hybrid = student.config.hybrid
+    if run.start:
+        print(f"student   as in --start {run.start}, whatever --mixer, --window, --sinks and "
+              "--features say")
     print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks, "
           f"{hybrid.features} x head_dim features; on {run.device} in {str(run.dtype)[6:]}, "
           f"kernels: {student.kernels}")
@@ -1622,6 +1634,8 @@ def stage_one(run, student, sources, weights, stop):
             align(run, student, Mixture(sources, weights, run.align_steps * run.batch, run.seed),
                   stop)
         once(run, seed, lambda: save_pretrained(student, seed))
+    for old in checkpoints(run, "align") if run.rank == 0 else ():
+        shutil.rmtree(old)
     return seed
 
 
@@ -1634,6 +1648,8 @@ def stage_two(run, seed, teacher, stored, mixture, heldout, stop):
     if not final.exists():
         distil(run, open_model(run, seed, run.train), teacher, stored, mixture, heldout, stop)
     once(run, final, lambda: export_student(run, seed, final))
+    if run.rank == 0:
+        shutil.rmtree(run.out / "checkpoints", ignore_errors=True)
     return final
 
 
@@ -1650,7 +1666,6 @@ def export_student(run, seed, final):
     # merge.py refuses experts that do not share a seed.
     lineage = {"seed_sha256": sha256(*sorted(seed.glob("*.safetensors")))}
     save_pretrained(student, final, extra={"lineage.json": lineage})
-    shutil.rmtree(run.out / "checkpoints", ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1762,12 +1777,12 @@ def add_distil_flags(add):
 
 
 def check_arguments(run):
-    """Refuse what cannot work together, before anything is read or written."""
+    """Refuse flags that cannot work, and task files that cannot be scored, before data is read."""
     if (run.data is None or run.out is None) and not run.plan:
         raise ValueError("--teacher DIR also needs --data FILE... and --out DIR")
     names = [path.stem for path, _ in run.data or ()]
     taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all", "teacher",
-             "entry", "after stage I"}
+             "entry", "start", "after stage I"}
     if len(set(names)) < len(names) or taken & set(names):
         raise ValueError(f"--data: the files' names {names} name sources, folders and rows of the "
                          f"run; they must differ and be none of {sorted(taken)}: rename a file")
@@ -1779,6 +1794,9 @@ def check_arguments(run):
     if run.tasks:
         # What would stop the scoring stops here, hours before.
         evaluate.read_tasks(run.tasks, config=ModelConfig.from_hf(run.teacher))
+    for flag, path in ("--out", run.out), ("--targets", run.targets):
+        if path and path.exists() and not path.is_dir():
+            raise ValueError(f"{flag} {path} is a file; name a folder")
     if run.gamma + run.beta == 0:
         raise ValueError("--gamma and --beta must not both be 0")
 
@@ -1792,16 +1810,13 @@ def settings_of(run):
             "micro_batch", "recompute", "rank", "world", "kernels", "dtype")
     if run.start:  # whose student is what its folder says, whatever the flags
         free += "mixer", "window", "sinks", "features"
-    settings = {k: v for k, v in vars(run).items() if k not in free}
-    settings["targets"] = bool(run.targets)
-    settings["teacher"], settings["start"] = str(run.teacher.resolve()), str(run.start)
-    settings["teacher_sha256"] = teacher_sha256(run.teacher)
-    settings["tokenizer_sha256"] = tokenizer_sha256(run.teacher)
-    settings["start_sha256"] = run.start and teacher_sha256(run.start)
-    settings["data"] = [str(path) if weight is None else f"{path}={weight:g}"
-                        for path, weight in run.data]
-    settings["data_sha256"] = [sha256(path) for path, _ in run.data]
-    return settings
+    return {k: v for k, v in vars(run).items() if k not in free} | {
+        "targets": bool(run.targets), "teacher": str(run.teacher.resolve()),
+        "teacher_sha256": teacher_sha256(run.teacher),
+        "tokenizer_sha256": tokenizer_sha256(run.teacher),
+        "start": str(run.start), "start_sha256": run.start and teacher_sha256(run.start),
+        "data": [[str(path), weight] for path, weight in run.data],
+        "data_sha256": [sha256(path) for path, _ in run.data]}
 
 
 def open_run(run):
@@ -1869,8 +1884,8 @@ def main(argv=None):
     """
     run, started = parse_arguments(argv), time.time()
     check_arguments(run)
-    torch.manual_seed(run.seed)
     start_processes(run)
+    run.micro_batch = min(run.micro_batch, run.batch // run.world)
     if run.plan:
         return show_plan(run)
     run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))
@@ -1882,7 +1897,6 @@ def main(argv=None):
     if run.targets:
         mixtures = [mixture for _, mixture in students.values()]
         stored = prepare_targets(run, teacher, mixtures, stop, run.rank, run.world)
-        barrier()
     if not run.resume:
         if run.device.type == "cuda":  # where memory is short; it takes seconds
             show_plan(run)
@@ -1895,7 +1909,8 @@ def main(argv=None):
         measure(run, results, "entry", student, teacher, heldout)
     seed = stage_one(run, student, sources, weights, stop)
     if run.start or not why_no_align(run):  # of --start too: what stage II begins with
-        measure(run, results, "after stage I", open_model(run, seed), teacher, heldout)
+        name = "start" if run.start else "after stage I"
+        measure(run, results, name, open_model(run, seed), teacher, heldout)
 
     # Stage I needed the teacher whole. Stage II shards it, or does without.
     student, folders = None, {}
@@ -1913,6 +1928,8 @@ def main(argv=None):
     teacher = None
     for which in (signal.SIGINT, signal.SIGTERM):  # nothing polls `stop` from here on
         signal.signal(which, signal.SIG_DFL)
+    if stop:
+        raise Stopped("training")
     if run.rank == 0:
         finish(run, folders, results, tokenizer, heldout, started)
 

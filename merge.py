@@ -92,7 +92,7 @@ def open_folder(path):
     """Headers, small files and hash of a folder; ValueError or OSError naming what is wrong.
 
     Every setting of `ModelConfig` is a fact: a merge of students of other windows or feature widths
-    is no mean of one function. So is the tokenizer: equal shapes, other words.
+    is no mean of one function. So are tokenizer and chat template: equal shapes, other words.
     """
     tensors, facts = {}, {}
     files = sorted({file for file, _ in list_tensors(path).values()})  # checks their form
@@ -103,13 +103,12 @@ def open_folder(path):
         header.pop("__metadata__", None)
         for name, entry in header.items():
             start, stop = entry["data_offsets"]
-            place = file, 8 + size + start, stop - start
-            tensors[name] = Stored(name, *place, DTYPES[entry["dtype"]])
+            tensors[name] = Stored(name, file, 8 + size + start, stop - start,
+                                   DTYPES[entry["dtype"]])
             facts[f"tensor {name}"] = f"{entry['dtype']} {entry['shape']}"
     for name, value in dataclasses.asdict(ModelConfig.from_hf(path)).items():
         facts[f"config.json's {name}"] = value
-    for file in (path / "tokenizer.json", path / "vocab.txt"):
-        facts[file.name] = f"sha256 {sha256(file)}" if file.exists() else "missing"
+    facts |= {name: f"sha256 {sha256(path / name)}" for name in tokenizer_files(path)}
     parent = read_json(path / "lineage.json", missing={}).get("seed_sha256")
     return Folder(path, tensors, facts, parent, sha256(*files))
 
@@ -232,9 +231,8 @@ def merge(directories, output, *, weights=None, method="linear", seed=None, dens
     all in which the folders differ, both before anything is written, and ValueError for weights
     that are not finite; whatever fails, nothing is left behind.
     """
-    if weights is None:
-        weights = [1 / len(directories) for _ in directories]
-    weights = [float(w) for w in weights]  # JSON knows no other numbers
+    uniform = [1 / len(directories)] * len(directories)
+    weights = [float(w) for w in (uniform if weights is None else weights)]  # as JSON knows them
     experts, seed = check(directories, Path(output), weights, method, seed, density)
     write(experts, seed, weights, density, Path(output))
 
@@ -310,8 +308,8 @@ def sweep(directories, output, score, *, greedy=False, step=STEP, method="linear
     key = json.dumps([hashes, method, density, about])
     scores = {tuple(row["weights"]): row["score"] for _, row in read_rows(results)
               if row.get("of") == key}
-    print(f"{2 * count - 1 if greedy else len(grid)} candidates, {len(scores)} have a score in "
-          f"{results}")
+    print(f"{2 * count - 1 if greedy else len(grid)} candidates; {len(scores)} scores, of other "
+          f"steps too, are in {results}")
 
     def measure(weights):
         if weights not in scores:
@@ -336,7 +334,7 @@ def sweep(directories, output, score, *, greedy=False, step=STEP, method="linear
             members = max([*members, i], members, key=lambda some: measure(soup(some)))
         best = soup(members)
     else:
-        best = max(grid, key=lambda weights: (measure(weights), -max(weights)))
+        best = max(grid, key=lambda weights: (measure(weights), -sum(w * w for w in weights)))
     shutil.rmtree(candidate, ignore_errors=True)
     write(experts, seed, best, density, output, greedy=greedy, about=about,
           scores=[{"weights": w, "score": value} for w, value in scores.items()])
@@ -377,6 +375,8 @@ def main(argv=None):
     run = parse_arguments(argv)
     if not run.sweep and (run.greedy or run.step != STEP):
         raise ValueError("--greedy and --step are of a --sweep, and none is asked for")
+    if run.greedy and run.step != STEP:
+        raise ValueError("--step is of a grid; --greedy tries uniform means only")
     if run.method == "linear" and run.density != DENSITY:
         raise ValueError("--density is of --method ties; a linear merge keeps all changes")
     how = dict(method=run.method, seed=run.seed_model, density=run.density)

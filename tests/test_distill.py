@@ -117,7 +117,8 @@ def test_what_one_file_holds_out_no_other_trains_on(tmp_path, tokenizer):
     files = [(write_rows(tmp_path / f"{n}.jsonl", rows), None)
              for n, rows in (("a", texts[:300]), ("b", texts))]
     train, _, heldout = open_data(
-        Namespace(data=files, out=tmp_path, context=64, experts=False), tokenizer, 1023)
+        Namespace(data=files, out=tmp_path, context=64, experts=False, eval_rows=1), tokenizer,
+        1023)
     train, heldout = ({tuple(s.tokens[a:a + n]) for s in sources
                        for a, n in zip(s.starts, s.lengths)} for sources in (train, heldout))
     assert not train & heldout and len(train | heldout) == 1200 and len(heldout) >= 24
@@ -313,7 +314,8 @@ def test_a_split_without_a_label_is_refused_and_skipped_turns_are_counted(
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps({"messages": [{"content": f"{i} " * 9}]}) + "\n"
                             for i in range(200)))
-    run = Namespace(data=[(path, None)], out=tmp_path / "none", context=64, experts=False)
+    run = Namespace(data=[(path, None)], out=tmp_path / "none", context=64, experts=False,
+                    eval_rows=1)
 
     def parts(learnt):
         monkeypatch.setattr(tokenizer, "render_chat_parts", lambda messages, tools: (
@@ -377,7 +379,7 @@ def test_mixture_counts_are_exact_and_order_depends_on_seed_and_step(tmp_path, t
     files = [write_rows(tmp_path / f"{n}.jsonl", [words(rng, 60) for _ in range(60)])
              for n in "ab"]
     run = Namespace(data=[(files[0], 3.0), (files[1], 1.0)], out=tmp_path, context=64,
-                    experts=False)
+                    experts=False, eval_rows=1)
     train, weights, _ = open_data(run, tokenizer, 1023)
     mixture = Mixture(train, weights, 400, seed=5)
     assert np.abs(np.cumsum(mixture.which == 0) - 0.75 * np.arange(1, 401)).max() <= 1
@@ -583,6 +585,42 @@ def test_schedule_warms_up_and_ends_where_it_should():
     assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[-1] < 0.101
     assert {learning_rate(i, 100, 10, 1.0, 1.0) for i in range(10, 100)} == {1.0}
     assert [learning_rate(i, 4, 10, 1.0, 0.1) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_stage_one_s_rate_falls_to_a_thousandth(whole):
+    rates = [row["lr"] for (stage, _), row in sorted(logged(whole[0]).items()) if stage == "align"]
+    n = len(rates)
+    assert rates[-1] == pytest.approx(learning_rate(n - 1, n, 2, 1e-2, 1e-5)) and n > 2
+
+
+def test_the_optimizer_decays_matrices_alone_and_gradients_are_clipped_at_1():
+    trainable = {"matrix": torch.nn.Parameter(torch.ones(2, 3)),
+                 "vector": torch.nn.Parameter(torch.ones(3))}
+    optimizer = distill.make_optimizer(trainable)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    for p in trainable.values():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.allclose(trainable["matrix"].data, torch.full((2, 3), 1 - 0.5 * 0.1))
+    assert torch.equal(trainable["vector"].data, torch.ones(3))
+    for p in trainable.values():
+        p.grad = torch.full_like(p, 4.0)
+    assert distill.clip_gradients(trainable).item() == pytest.approx(12)  # of 9 numbers
+    assert trainable["vector"].grad == pytest.approx(torch.full((3,), 1 / 3), rel=1e-4)
+
+
+def test_an_empty_text_is_no_document_and_the_tail_is_counted(tmp_path, tokenizer, capsys):
+    rng = np.random.default_rng(0)
+    texts = [words(rng, 60) for _ in range(60)]
+    folders = [tokenise(write_rows(tmp_path / f"{name}.jsonl", rows), tokenizer, 1023, tmp_path, 1)
+               for name, rows in (("a", texts), ("b", ["", *texts, ""]))]
+    assert (folders[0] / "tokens.bin").read_bytes() == (folders[1] / "tokens.bin").read_bytes()
+    [source], _, _ = open_data(Namespace(data=[(tmp_path / "a.jsonl", None)], out=tmp_path / "run",
+                                         context=64, experts=False, eval_rows=1), tokenizer, 1023)
+    assert (f"{source.num_rows * 64:,} of {source.total:,} tokens fill rows"
+            in capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("which, shares", [("new", "new"), ("mixer", "self_attn"), ("all", "")])
@@ -860,6 +898,8 @@ def test_a_run_ends_with_a_table_and_a_student(whole, corpus):
     assert Tokenizer(out / "student").encode("x") == Tokenizer(TEACHER).encode("x")
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["teacher", "entry", "after stage I", "after stage II"]
+    assert not (out / "checkpoints").exists() or not [*(out / "checkpoints").iterdir()]
+    assert json.loads((out / "student/config.json").read_text())["torch_dtype"] == "float32"
     again = command(*tiny(out, corpus))
     assert again.returncode == 2 and "--resume" in again.stderr
 

@@ -160,12 +160,16 @@ def test_ties_of_unchanged_experts_is_the_seed(pair, tmp_path):
 
 def test_all_that_a_tokenizer_reads_is_copied(pair, tmp_path):
     names = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja")
-    for name in names:
-        (pair[0] / name).parent.mkdir(exist_ok=True)
-        (pair[0] / name).write_text(name)
+    for folder in pair:
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(name)
     merge(pair, tmp_path / "out")
     for name in names:
         assert (tmp_path / "out" / name).read_text() == name
+    (pair[1] / names[0]).write_text("another template")
+    with pytest.raises(ValueError, match="chat_template.jinja is sha256"):
+        merge(pair, tmp_path / "other")
 
 
 def test_ties_refuses_a_seed_that_is_not_the_experts(pair, tmp_path):
@@ -363,6 +367,12 @@ def test_greedy_soup_adds_what_does_no_harm(triple, tmp_path):
     best = sweep(triple, tmp_path / "out", closeness(1.4), greedy=True)
     assert best == (0, .5, .5)  # from 1 on: 2 helps (1.5), then 0 harms (1)
     assert len(json.loads((tmp_path / "out/merge.json").read_text())["scores"]) == 5
+
+
+def test_of_equal_scores_the_most_even_lambdas_win(triple, tmp_path):
+    # (0, .5, .5) has no larger weight than (.25, .25, .5), and leaves an expert out.
+    best = sweep(triple, tmp_path / "out", lambda folder: 1, step=.25)
+    assert sorted(best) == [.25, .25, .5]
 
 
 def test_sweep_goes_on_where_it_stopped(triple, tmp_path):

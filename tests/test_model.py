@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
 import time_cpu
 from model import (MIXERS, Cache, ModelConfig, Transformer, choose_kernels, decode_step,
                    generate, load_pretrained, mlstm_chunkwise, mlstm_recurrent, mlstm_step,
@@ -927,3 +928,51 @@ def test_the_script_behind_the_readmes_times_runs(capsys):
     printed = capsys.readouterr().out
     for words in ("forward ", "and backward ", "ours", "(1.00)", "student, 4 D", "at 64 tokens"):
         assert words in printed
+
+
+# ------------------------------------------------------------------ precision and start values
+
+
+def test_gates_and_features_are_fp32_under_bf16():
+    torch.manual_seed(0)
+    x, gate = torch.randn(2, 9, 64), model.Gate(64, 4)
+    exact = F.linear(x.bfloat16().double(), gate.weight.double(), gate.bias.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gate(x.bfloat16())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double().transpose(1, 2), exact, rtol=1e-5, atol=1e-5)
+    phi = model.FeatureMap(2, 16, 4)
+    torch.nn.init.normal_(phi.weight)
+    q, plain = torch.randn(2, 1, 2, 9, 16).bfloat16()
+    features = phi(q, plain)
+    assert features.dtype == torch.float32 and (features.sum(-1) - 1).abs().max() < 1e-6
+
+
+def test_heads_start_with_half_lives_from_256_to_4096_tokens(folders):
+    student = student_from_teacher(load_pretrained(folders("llama3.1")[0]), window=8)
+    bias = student.model["layers"][0].self_attn.forget_gate.bias.double()
+    half_lives = math.log(0.5) / F.logsigmoid(bias)
+    assert half_lives.tolist() == pytest.approx([256, 645, 1625, 4096], rel=1e-2)
+
+
+@pytest.mark.parametrize("window, kept", [(19, False), (20, True), (21, True)])
+def test_a_layer_whose_own_window_is_no_longer_stays_as_it_was(folders, window, kept):
+    student = student_from_teacher(load_pretrained(folders("mistral")[0]), window=window)
+    attention = student.model["layers"][0].self_attn  # the teacher's own window is 20
+    assert (attention.short_window, attention.sinks) == ((20, 0) if kept else (window, 4))
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300])
+def test_a_tiny_temperature_is_greedy(folders, temperature):
+    teacher, prompt = load_pretrained(folders("llama3.1")[0]), random_tokens(2, 9)
+    sampled, greedy = (generate(teacher, prompt, max_new_tokens=5, temperature=t, seed=0, stop=())
+                       for t in (temperature, 0))
+    assert torch.equal(sampled, greedy)
+
+
+def test_saving_spares_the_folder_that_the_model_came_from(folders, tmp_path):
+    shutil.copytree(folders("llama3.1")[0], tmp_path / "mine.tmp")
+    teacher = load_pretrained(tmp_path / "mine.tmp")
+    with pytest.raises(ValueError, match="own source"):
+        save_pretrained(teacher, tmp_path / "mine")
+    assert load_pretrained(tmp_path / "mine.tmp")
