@@ -76,7 +76,8 @@ def choice_rows(domain, kind, rng, documents):
     while True:
         (context, right), *others = (cut(rng, d, domain == "code")
                                      for d in rng.sample(documents, 4))
-        if len(right.split()) < 4:
+        # A context ends in a word: ":" and a line's end can be one token with what follows.
+        if len(right.split()) < 4 or not context.rstrip()[-1:].isalnum():
             continue
         wrong = [garble(right, rng) if kind == "order" else text for _, text in others]
         if all(20 <= len(text) <= 80 for text in (right, *wrong)):
