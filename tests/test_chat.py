@@ -285,6 +285,16 @@ def test_content_may_be_a_list_of_parts_if_the_template_takes_it(chat):
         chat(CHATML).render_chat(messages)
 
 
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "4"}], {"text": "4"}])
+def test_a_content_that_is_written_as_python_shows_it_is_not_learnt(chat, content):
+    for said in (0, 1):  # the user's, the assistant's
+        messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+        messages[said]["content"] = content
+        with pytest.raises(ValueError, match="as Python shows it"):
+            chat("{% for m in messages %}{{ m.role }}{{ m.content | trim }}<|end|>{% endfor %}"
+                 ).render_chat_parts(messages)
+
+
 def test_the_environment_is_transformers(chat):
     template = ("{{ '<ü&>' | tojson }} {{ {'b': 1, 'a': [2]} | tojson(indent=2, sort_keys=true) }} "
                 "{{ strftime_now('%Y %z') }} {{ [1] | tojson(true) }} {{ bos_token }}{{ eos_token }}{{ pad_token }} "
@@ -327,10 +337,12 @@ def test_where_the_template_stands(plain, tmp_path):
     assert texts() == ("<s>D",) * 2 and texts([{"x": 7}]) == ("7</s>",) * 2
     config.write_text(json.dumps({**marks, "chat_template": "{{ bos_token }}string"}))
     assert texts() == ("<s>string",) * 2
-    (folder / "chat_template.jinja").write_text("{{ eos_token }}file")
-    assert texts() == ("</s>file",) * 2
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ tools[0].x }}more")
+    assert texts([{"x": 7}]) == ("7more",) * 2  # files alone: the string is not looked at
+    with pytest.raises(ValueError, match="has no chat template"):
+        texts()
+    (folder / "chat_template.jinja").write_text("{{ eos_token }}file")
     assert texts() == ("</s>file",) * 2 and texts([{"x": 7}]) == ("7more",) * 2
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|eot_id|>"}')
     assert texts() == ("<|eot_id|>file",) * 2
@@ -384,6 +396,13 @@ def test_blocks_that_belong_to_no_turn_are_refused(chat):
     marked = [{"role": "user", "content": "\ufdd0"}, {"role": "assistant", "content": "x"}]
     with pytest.raises(ValueError, match="generation blocks"):
         chat(BLOCKS).render_chat_parts(marked)
+
+
+def test_blocks_of_another_template_or_in_a_comment_do_not_matter(chat):
+    plain = chat(CHATML).render_chat_parts(LONGEST)
+    assert chat("{# endgeneration #}" + CHATML).render_chat_parts(LONGEST) == plain
+    both = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": BLOCKS}]
+    assert chat(both).render_chat_parts(LONGEST) == plain
 
 
 def test_thinking_that_is_dropped_leaves_the_last_turn(chat):
@@ -547,6 +566,13 @@ def test_a_template_that_rewrites_is_said_and_read_again(talker, tmp_path, capsy
         "{{ messages | length }}{% for m in messages %} {{ m.content }}{% endfor %}")
     out = talk(capsys, monkeypatch, tmp_path / "m", "--max-new-tokens", 3, lines="one\ntwo\n")
     assert out.count("(the chat template rewrote what was said: all is read again)") == 1
+
+
+def test_an_empty_line_ends_no_raw_conversation(talker, capsys, monkeypatch):
+    monkeypatch.setattr(code, "stream", lambda model, *_, **__: iter(
+        torch.tensor([model.config.eos_ids[:1]])))
+    out = talk(capsys, monkeypatch, talker, "--raw", lines="one\n\ntwo\n")
+    assert out.count("tokens read in") == 2
 
 
 def test_without_a_template_it_continues_text_and_says_so(capsys, monkeypatch):
