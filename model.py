@@ -2280,8 +2280,10 @@ class Tokenizer:
         if tools and self.render_chat(messages, generation_prompt=False) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
         # A turn that is not to be learnt is located all the same: generation blocks are counted.
-        for m in messages:  # many templates know strings only, and write a list as Python does
-            if isinstance(m.get("content"), (list, dict)) and str(m["content"]) in text:
+        # Many templates know strings only, and write parts as Python does: [{'type': 'text', ...
+        for shown in (str(m.get("content")) for m in messages if not isinstance(
+                m.get("content"), str)):
+            if "'" in shown and shown in text:
                 raise ValueError("the chat template writes a content of parts as Python shows it: "
                                  "give a string")
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
