@@ -139,7 +139,8 @@ def bootstrap(student, teacher, *, draws=4000, seed=0):
 #
 #   type       field           meaning
 #   (all)      id              string, once a file
-#   choice     context         may be "" (then BOS, or EOS, stands before the choice)
+#   choice     context         may be "" (then BOS, or EOS, stands before the choice); otherwise
+#                              best ends in a word (`Scorer.encode_pair` says why)
 #              choices         two or more continuations, usually with a leading space
 #              gold            index of the right one, from 0
 #              metric          "acc" (default): highest log-probability; "acc_norm": highest
