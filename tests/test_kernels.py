@@ -97,6 +97,13 @@ def test_mlstm_equals_the_definition(kind, with_state):
     assert worst(run_mlstm(kernels.mlstm, inputs, state), expected) < 1e-5
 
 
+def test_a_log_forget_gate_of_minus_infinity_forgets_all():
+    inputs, _ = mlstm_inputs()
+    inputs[4].data[..., 40] = -torch.inf
+    expected = model.mlstm_recurrent(*(x.double() for x in inputs))[0]
+    assert worst([kernels.mlstm(*inputs)[0]], [expected]) < 1e-5
+
+
 @pytest.mark.parametrize("T", [1, 32, 33])
 def test_mlstm_of_any_length(T):
     inputs, state = mlstm_inputs(T)
