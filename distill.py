@@ -1677,7 +1677,7 @@ def export_student(run, seed, final):
 # reverse, because this teacher was trained on this very text: CE teaches the student things that
 # the teacher does not do, and pulls it away. Paper: a constant rate in stage II. Here: it falls to
 # 0, which lets a short run start higher (4 D: KL .104 at a constant 3e-4, .099 at 5e-4 falling).
-# Features of 8 D, as its heads are 32 wide (KL .094 in two seeds; with 4 D .099 and .105). A third
+# Features of 8 D, as its heads are 32 wide (KL .094 and .088 in two seeds; .107 with 4 D). A third
 # of the text is sums, which a student can do from the start (KL .007): weighed by size they would
 # take a third of every batch from what is hard (README, "The student's memory").
 SMALL = dict(
