@@ -458,6 +458,11 @@ def task_rows():
             *({"type": "probe", "dna": d, "labels": "01" * 20} for d in dna)]
 
 
+def test_a_probe_s_chance_is_the_share_of_the_most_common_label(scorer):
+    rows = [{"where": "", "dna": "ACGT" * 5, "labels": "0" * 15 + "1" * 5} for _ in range(2)]
+    assert {result["chance"] for _, result in evaluate.score_probes(scorer, rows)} == {0.75}
+
+
 def test_rows_of_sequences_are_scored_and_go_on_after_a_stop(tmp_path, scorer):
     pytest.importorskip("rdkit")
     path = write_rows(tmp_path / "t.jsonl", [{"id": str(i), **row}
