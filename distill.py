@@ -268,7 +268,8 @@ def tokenise_parts(path, tokenizer, eos_id, parts, workers):
     that dies, as when memory runs out, is an OSError.
     """
     if workers == 1 or len(parts) < 2:
-        yield from (tokenise_part(path, tokenizer, eos_id, *part) for part in parts)
+        for part in parts:
+            yield tokenise_part(path, tokenizer, eos_id, *part)
         return
     pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"),
                                _start_worker)
@@ -386,8 +387,8 @@ class Source:
 
         Rows i and i + 1 share one token, the label of one and the first input of the other: over an
         epoch every token is input once, but for up to T at the stream's end, which fill no row and
-        are never read. A document longer than what is left of the row goes on in
-        the next, there as a new document: what came before cannot be seen from it.
+        are never read. A document longer than what is left of the row goes on in the next, there as
+        a new document: what came before cannot be seen from it.
 
         order: integers that decide how each family's members are ordered; None: as in the file.
         """
@@ -807,9 +808,8 @@ class TargetCache:
     """The teacher's top-k log-probabilities for rows of the sources, on disk.
 
     Log-probabilities are over the full vocabulary, in fp16: off by 1/2048 of their value at most,
-    or by 3e-8.
-    Rows are as their files have them: a family's members are not reordered where targets are
-    stored.
+    or by 3e-8. Rows are as their files have them: a family's members are not reordered where
+    targets are stored.
 
     manifest.json says whose targets these are (`described`); ValueError names what differs. A row's
     file holds the ids and fp16 log-probs of its T tokens, (T, k) each, and their CRC-32. Ids take 2
@@ -1888,7 +1888,7 @@ def main(argv=None):
     run, started = parse_arguments(argv), time.time()
     check_arguments(run)
     start_processes(run)
-    run.micro_batch = min(run.micro_batch, run.batch // run.world)
+    run.micro_batch = min(run.micro_batch, run.batch // run.world)  # --plan counts what will run
     if run.plan:
         return show_plan(run)
     run.align_steps = math.ceil(run.align_tokens / (run.batch * run.context))

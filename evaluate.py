@@ -51,9 +51,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (MIXERS, Cache, HybridAttention, ModelConfig, Transformer, check_device, generate,
-                   load_pretrained, load_with_tokenizer, number, read_rows, reverse_complement,
-                   run_command, sha256, stream, student_from_teacher, tokenizer_files, write_json)
+from model import (MIXERS, Cache, HybridAttention, ModelConfig, Transformer, check_device, finite,
+                   generate, load_pretrained, load_with_tokenizer, number, read_rows,
+                   reverse_complement, run_command, sha256, stream, student_from_teacher,
+                   tokenizer_files, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -316,13 +317,6 @@ def _equal_lengths(items, length, most):
             yield group[a:a + most(T)]
 
 
-def _finite(x):
-    """x, unless some of it is not finite: ValueError. argmax, for one, would choose a NaN."""
-    if not x.isfinite().all():
-        raise ValueError("the model's logits are not finite: are its weights damaged?")
-    return x
-
-
 class Scorer:
     """A model on disk, its tokenizer, and what the harness asks of a model.
 
@@ -415,7 +409,7 @@ class Scorer:
             h = self.model.hidden(new[None, a:min(a + PREFILL, len(ids))], cache=cache)[0]
             logprobs = F.linear(h, self.model.lm_head_weight).float().log_softmax(-1)
             found.append(logprobs.gather(1, new[a + 1:a + 1 + len(h), None])[:, 0].double())
-        return _finite(torch.cat(found))
+        return finite(torch.cat(found))
 
     def check_length(self, tokens):
         """ValueError if a text of so many tokens is longer than the model was made to read."""
@@ -427,7 +421,7 @@ class Scorer:
         """logits (n, V) at which the n tokens of `new` were predicted -> (nats, greedy)."""
         new = torch.tensor(new, device=self.device)
         logprobs = logits.float().log_softmax(-1)
-        total = _finite(logprobs.gather(1, new[:, None]).sum())
+        total = finite(logprobs.gather(1, new[:, None]).sum())
         return float(total), bool((logits.argmax(-1) == new).all())
 
     def generate(self, requests):
@@ -736,7 +730,7 @@ def base_embeddings(scorer, dna):
     def embed(bases):
         ids = [*scorer.prefix, *scorer.tokenizer.encode(bases, bos=False)]
         scorer.check_length(len(ids))
-        h = _finite(scorer.model.hidden(torch.tensor([ids], device=scorer.device))[0])
+        h = finite(scorer.model.hidden(torch.tensor([ids], device=scorer.device))[0])
         return h[len(scorer.prefix):].float().cpu()
 
     return torch.cat((embed(dna), embed(reverse_complement(dna)).flip(0)), dim=1)
@@ -860,7 +854,8 @@ def read_column(path, name, kind):
     found = {place: row.get(name) for place, row in read_rows(path)}
     for place, value in found.items():
         if type(value) is not kind or not all(isinstance(part, str) for part in value):
-            raise ValueError(f'{place}: expected "{name}", {kind.__name__} of text')
+            what = {str: "a string", list: "a list of strings"}[kind]
+            raise ValueError(f'{place}: expected "{name}", {what}')
     if not found:
         raise ValueError(f"{path}: there is no row in this file")
     return found

@@ -1560,6 +1560,13 @@ def _compiled_step(cache, device):
 
 
 @torch.no_grad()
+def finite(x):
+    """x, unless some of it is not finite: ValueError. argmax, for one, would choose a NaN."""
+    if not x.isfinite().all():
+        raise ValueError("the model's logits are not finite: are its weights damaged?")
+    return x
+
+
 def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=None,
            cache=None, compile=False):
     """Yield the ids (B,) that continue each row of tokens (B, T) int64, one step at a time.
@@ -1588,9 +1595,7 @@ def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=No
         model.hidden(tokens[:, a:min(a + 2048, T - 1)], cache=cache)
     new, done = tokens[:, -1].contiguous(), torch.zeros(B, dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
-        logits = step(model, new, cache)
-        if not logits.isfinite().all():
-            raise ValueError("the model's logits are not finite: are its weights damaged?")
+        logits = finite(step(model, new, cache))
         new = torch.where(done, new, _sample(logits, temperature, top_p, random))
         yield new
         done = done | torch.isin(new, stop)
@@ -2279,13 +2284,13 @@ class Tokenizer:
         # here, calls of tools below.
         if tools and self.render_chat(messages, generation_prompt=False) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
-        # A turn that is not to be learnt is located all the same: generation blocks are counted.
         # Many templates know strings only, and write parts as Python does: [{'type': 'text', ...
-        for shown in (str(m.get("content")) for m in messages if not isinstance(
-                m.get("content"), str)):
-            if "'" in shown and shown in text:
+        for m in messages:
+            content, shown = m.get("content"), str(m.get("content"))
+            if not isinstance(content, str) and "'" in shown and shown in text:
                 raise ValueError("the chat template writes a content of parts as Python shows it: "
                                  "give a string")
+        # A turn that is not to be learnt is located all the same: generation blocks are counted.
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = self._turn_spans(text, messages, tools, turns)
         wanted = [i for i in turns if _is_learnt(messages[i])]
