@@ -188,6 +188,7 @@ def test_pairs_are_encoded_as_one_text(scorer):
     with pytest.raises(ValueError, match="0 tokens"):
         scorer.encode_pair("the cat", "")
 
+
 @pytest.mark.parametrize("context, continuation", [
     ("the cat ", "sat"), ("def f(x):\n", "    return x"), ("f(x)", ":\n    return"), ("a\n\n", "b")])
 def test_pairs_are_split_as_the_harness_splits_them(scorer, context, continuation):
