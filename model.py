@@ -1559,7 +1559,6 @@ def _compiled_step(cache, device):
     return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if cuda else None)
 
 
-@torch.no_grad()
 def finite(x):
     """x, unless some of it is not finite: ValueError. argmax, for one, would choose a NaN."""
     if not x.isfinite().all():
@@ -1567,6 +1566,7 @@ def finite(x):
     return x
 
 
+@torch.no_grad()  # or the cache would keep the graph of every token so far
 def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=None, seed=None,
            cache=None, compile=False):
     """Yield the ids (B,) that continue each row of tokens (B, T) int64, one step at a time.

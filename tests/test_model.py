@@ -20,7 +20,7 @@ import model
 import time_cpu
 from model import (MIXERS, Cache, ModelConfig, Transformer, choose_kernels, decode_step,
                    generate, load_pretrained, mlstm_chunkwise, mlstm_recurrent, mlstm_step,
-                   save_pretrained, student_from_teacher, window_attention)
+                   save_pretrained, stream, student_from_teacher, window_attention)
 
 # ------------------------------------------------------------------ teachers on disk
 
@@ -754,6 +754,14 @@ def test_memory_of_a_students_generation_does_not_grow_with_the_prompt(both):
         return seen.numel
 
     assert largest(2050) == largest(4100)  # that of a piece, 2048
+
+
+def test_generation_keeps_no_graph(both):  # it would hold every token's activations
+    for model in both:
+        cache = Cache(model, 2, 30)
+        for _ in stream(model, random_tokens(2, 20), max_new_tokens=5, stop=(), cache=cache):
+            pass
+        assert not any(x.requires_grad for x in cache.tensors())
 
 
 def test_generation_of_nothing_returns_the_prompt(both):
