@@ -966,7 +966,7 @@ def compare(teacher, students):
     def per_row(results):
         return {task: [r["score"] for r in rows] for task, rows in results.items()}
 
-    def finite(ratios):
+    def for_json(ratios):
         return {task: r if math.isfinite(r) else None for task, r in ratios.items()}
 
     a_t, chance = mean_scores(teacher), mean_scores(teacher, "chance")
@@ -976,8 +976,8 @@ def compare(teacher, students):
     for name, results in students.items():
         a_s = mean_scores(results)
         report["students"][name] = {
-            "scores": a_s, "recovery": finite(recovery(a_s, a_t)),
-            "recovery_above_chance": finite(recovery(a_s, a_t, chance)),
+            "scores": a_s, "recovery": for_json(recovery(a_s, a_t)),
+            "recovery_above_chance": for_json(recovery(a_s, a_t, chance)),
             "win_and_tie": win_and_tie(a_s, a_t, 0.0),
             "critical_tolerance": critical_tolerance(a_s, a_t),
             "intervals": bootstrap(per_row(results), per_row(teacher))}
