@@ -73,10 +73,10 @@ from tqdm import tqdm
 import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, check_device,
-                   generate, is_new, load_pretrained, load_with_tokenizer, local_rows, number,
-                   read_json, read_rows, reverse_complement, run_command, save_pretrained,
-                   save_tensors, sha256, student_config, student_from_teacher, tokenizer_files,
-                   write_json)
+                   generate, is_new, load_pretrained, load_with_tokenizer, local_rows, new_folder,
+                   number, read_json, read_rows, reverse_complement, run_command,
+                   save_pretrained, save_tensors, sha256, student_config, student_from_teacher,
+                   tokenizer_files, write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -95,7 +95,7 @@ HERE = Path(__file__).resolve().parent
 #
 # Token ids lie flat in a file and are mapped into memory, so that a corpus of any size costs none.
 
-DATA_FORMAT = 5  # part of the cache key: raise it when the files below change their meaning
+DATA_FORMAT = 6  # part of the cache key: raise it when the files below change their meaning
 DOCUMENT = np.dtype([
     ("length", "<i8"),  # tokens
     ("labels", "<i8"),  # how many of them may be a label: those in the loss, never the first
@@ -1746,7 +1746,7 @@ def add_run_flags(add):
     """The flags of a run as a whole: what is read, where it goes, on what it runs."""
     add("--teacher", type=Path, metavar="DIR", help="Hugging Face folder; None: the shipped one")
     add("--data", nargs="+", type=data_file, metavar="FILE[=WEIGHT]", help=".txt or .jsonl")
-    add("--out", type=Path, metavar="RUN", help="folder of the run")
+    add("--out", type=new_folder, metavar="RUN", help="folder of the run")
     add("--resume", action="store_true", help="go on from the last checkpoint of --out")
     add("--plan", action="store_true", help="print the memory that a step needs, and stop")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -1774,7 +1774,8 @@ def add_distil_flags(add):
     add("--gamma", default=0.9, help="weight of next-token CE", **AMOUNT)
     add("--beta", default=0.1, help="weight of KL to the teacher", **AMOUNT)
     add("--topk", default=256, help="teacher's tokens in the KL", **COUNT)
-    add("--targets", type=Path, metavar="DIR", help="the teacher's top k on disk, in its place")
+    add("--targets", type=new_folder, metavar="DIR",
+        help="the teacher's top k on disk, in its place")
     add("--experts", action="store_true", help="an expert of --tokens per --data file, a "
         "generalist of as many as all experts, and the merged experts (Eq. 14)")
 
@@ -1796,10 +1797,7 @@ def check_arguments(run):
         raise ValueError("--experts needs two --data files or more: an expert for each")
     if run.tasks:
         # What would stop the scoring stops here, hours before.
-        evaluate.read_tasks(run.tasks, config=ModelConfig.from_hf(run.teacher))
-    for flag, path in ("--out", run.out), ("--targets", run.targets):
-        if path and path.exists() and not path.is_dir():
-            raise ValueError(f"{flag} {path} is a file; name a folder")
+        evaluate.read_tasks(run.tasks, directory=run.teacher)
     if run.gamma + run.beta == 0:
         raise ValueError("--gamma and --beta must not both be 0")
 

@@ -51,10 +51,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (MIXERS, Cache, HybridAttention, ModelConfig, Transformer, check_device, finite,
-                   generate, load_pretrained, load_with_tokenizer, number, read_rows,
-                   reverse_complement, run_command, sha256, stream, student_from_teacher,
-                   tokenizer_files, write_json)
+from model import (MIXERS, Cache, HybridAttention, ModelConfig, Tokenizer, Transformer,
+                   check_device, finite, generate, is_out_of_memory, load_pretrained,
+                   load_with_tokenizer, new_folder, number, read_rows, reverse_complement,
+                   run_command, sha256, stream, student_from_teacher, tokenizer_files, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -180,6 +180,7 @@ FIELDS = {  # type: {name: default, or where there is none the value's type}
     "strand": {"dna": str},
     "probe": {"dna": str, "labels": str},
     "molecule": {"sequences": list, "seed": int, "temperature": 1.0, "max_new_tokens": 128}}
+SEQUENCES = {"family", "strand", "probe", "molecule"}
 RULES = {  # name: (what holds for this value in its row, what to expect where it does not)
     "choices": (lambda v, row: len(v) > 1 and all(map(str.strip, v)), "two or more, none empty"),
     "gold": (lambda v, row: v in range(len(row["choices"])) if row["type"] == "choice"
@@ -317,6 +318,13 @@ def _equal_lengths(items, length, most):
             yield group[a:a + most(T)]
 
 
+def check_length(tokens, most, new=0):
+    """ValueError if a text, and `new` tokens to write, are more than the model was made to read."""
+    if tokens + new > most:
+        raise ValueError(f"{tokens} tokens" + f" and {new} new ones" * bool(new) + ", and the model"
+                         f" reads {most} (config.json: max_position_embeddings): take fewer")
+
+
 class Scorer:
     """A model on disk, its tokenizer, and what the harness asks of a model.
 
@@ -402,7 +410,7 @@ class Scorer:
         """
         if not self.prefix:
             raise ValueError(f"{self.model.source}: config.json names no BOS or EOS to begin with")
-        self.check_length(len(ids))
+        check_length(len(ids), self.max_tokens)
         new, found = torch.tensor([*self.prefix, *ids], device=self.device), []
         cache = Cache(self.model, 1, len(new))
         for a in range(0, len(ids), PREFILL):
@@ -410,12 +418,6 @@ class Scorer:
             logprobs = F.linear(h, self.model.lm_head_weight).float().log_softmax(-1)
             found.append(logprobs.gather(1, new[a + 1:a + 1 + len(h), None])[:, 0].double())
         return finite(torch.cat(found))
-
-    def check_length(self, tokens):
-        """ValueError if a text of so many tokens is longer than the model was made to read."""
-        if tokens > self.max_tokens:
-            raise ValueError(f"{tokens} tokens, and the model reads {self.max_tokens} (config.json:"
-                             " max_position_embeddings): shorten the text")
 
     def _read(self, logits, new):
         """logits (n, V) at which the n tokens of `new` were predicted -> (nats, greedy)."""
@@ -617,13 +619,13 @@ def _read_samples(path, model):
     return own
 
 
-def read_tasks(task_files, allow_code_execution=False, limit=None, config=None):
+def read_tasks(task_files, allow_code_execution=False, limit=None, directory=None):
     """{name of the file without .jsonl: its first `limit` rows}; refuses what would stop scoring.
 
     That is, beside bad rows: files of one name, code without the flag or on a system that runs no
-    program with limits, molecules without RDKit; and, of a model of this `config`, longer outputs
-    than it can write and families without a separator. Call it before hours of training, too.
-    Raises ValueError or OSError.
+    program with limits, molecules without RDKit; and, of the model in this `directory`, longer
+    outputs than it can write and sequences that it cannot read. Call it before hours of training,
+    too. Raises ValueError or OSError.
     """
     tasks = {Path(path).stem: read_task(path)[:limit] for path in task_files}
     if len(tasks) < len(task_files):
@@ -636,14 +638,27 @@ def read_tasks(task_files, allow_code_execution=False, limit=None, config=None):
         raise ValueError(f"{sys.executable} runs no program with limits here, as code tasks need")
     if "molecule" in first:
         canonical_smiles([])
-    for row in itertools.chain(*tasks.values()) if config else ():
-        if row["type"] in ("generate", "code") and row["max_new_tokens"] >= config.max_positions:
-            raise ValueError(f"{row['where']}: max_new_tokens {row['max_new_tokens']} of "
-                             f"{config.max_positions}: no text fits")
-        if row.get("sequences") and config.separator_id is None:
-            raise ValueError(f"{row['where']}: sequences of a family need a \"separator_id\" in "
-                             "the model's config.json")
+    if directory:
+        most = ModelConfig.from_hf(directory).max_positions
+        tokenizer = Tokenizer(directory) if first.keys() & SEQUENCES else None
+        for row in itertools.chain(*tasks.values()):
+            _at(row["where"], _check_row_length, row, most, tokenizer)
     return tasks
+
+
+def _check_row_length(row, most, tokenizer):
+    """ValueError if a model that reads `most` tokens cannot read and write what a row asks.
+
+    A prompt may lose its left end, which is counted; a sequence may not.
+    """
+    new = row.get("max_new_tokens", 0)
+    if new >= most:
+        raise ValueError(f"max_new_tokens {new} of {most}: no text fits")
+    if row["type"] in SEQUENCES:
+        members = [tokenizer.encode_member(sequence) for sequence in row.get("sequences", ())]
+        prefix = row["type"] in ("probe", "molecule")  # BOS or EOS is read as well
+        tokens = sum(map(len, members), len(tokenizer.encode(row.get("dna", ""), bos=False)))
+        check_length(tokens + prefix, most, new)
 
 
 def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=None,
@@ -655,7 +670,7 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
     file that results are added to as they come and read from first, so that a second call goes on
     after a stop. limit: of rows a task. Raises ValueError or OSError naming file, line or flag.
     """
-    tasks = read_tasks(task_files, allow_code_execution, limit, ModelConfig.from_hf(directory))
+    tasks = read_tasks(task_files, allow_code_execution, limit, directory)
     files = {task: sha256(path) for task, path in zip(tasks, task_files)}
     model = _model_hash(directory) if samples else None
     done = _read_samples(Path(samples), model) if samples else {}
@@ -729,7 +744,7 @@ def base_embeddings(scorer, dna):
     """
     def embed(bases):
         ids = [*scorer.prefix, *scorer.tokenizer.encode(bases, bos=False)]
-        scorer.check_length(len(ids))
+        check_length(len(ids), scorer.max_tokens)
         h = finite(scorer.model.hidden(torch.tensor([ids], device=scorer.device))[0])
         return h[len(scorer.prefix):].float().cpu()
 
@@ -773,7 +788,7 @@ def sample_sequences(scorer, members, number, *, seed, temperature=1.0, max_new_
     tokenizer = scorer.tokenizer
     ends = {tokenizer.separator_id, *scorer.model.config.eos_ids}
     ids = sum(map(tokenizer.encode_member, members), [*scorer.prefix])
-    scorer.check_length(len(ids) + max_new_tokens)
+    check_length(len(ids), scorer.max_tokens, max_new_tokens)
     rows = generate(scorer.model, torch.tensor([ids] * number, device=scorer.device), seed=seed,
                     max_new_tokens=max_new_tokens, temperature=temperature, stop=ends - {None})
     return [tokenizer.decode(itertools.takewhile(lambda i: i not in ends, row[len(ids):]))
@@ -1019,7 +1034,11 @@ def save_picture(path, draw, rows=1, columns=1):
         return
     figure = Figure(figsize=(5 * columns, 3.5 * rows), dpi=150, layout="constrained")
     draw(figure, figure.subplots(rows, columns))
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # a folder that is not there, an unknown format
+        raise ValueError(f"{path} cannot be written ({error}); name a .png in a folder that exists"
+                         ) from None
     print(f"picture: {path}")
 
 
@@ -1103,8 +1122,7 @@ def measure_cell(models, batch, context, new_tokens, seconds):
             try:
                 passes[name].append(time_once(models[name], batch, context, new_tokens))
             except (MemoryError, RuntimeError) as error:
-                if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                        or "can't allocate memory" in str(error)):  # what a CPU says
+                if not is_out_of_memory(error):
                     raise
                 del passes[name]
     found = dict.fromkeys(models, {})
@@ -1201,6 +1219,8 @@ def run_gates(run):
 
     The data is read before the model: its errors come in a second, a model of 16 GB in a minute.
     """
+    if run.picture and not run.picture.parent.is_dir():
+        raise ValueError(f"--picture {run.picture}: there is no folder {run.picture.parent}")
     texts = (read_column(run.data, "text", str).values() if run.data.suffix == ".jsonl"
              else [_at(run.data, run.data.read_text, "utf-8-sig")])
     medians = gate_map(Scorer(run.student, run.device), texts, tokens=run.context, rows=run.rows)
@@ -1237,10 +1257,16 @@ def run_lm_eval(run):
         import lm_eval
     except ImportError:
         raise ValueError("the bridge needs lm-evaluation-harness: pip install lm_eval") from None
+    if run.include_path and not Path(run.include_path).is_dir():
+        raise ValueError(f"--include-path {run.include_path} is no folder")
+    manager, names = lm_eval.tasks.TaskManager(include_path=run.include_path), run.tasks.split(",")
+    for name in names:
+        if name not in manager.all_tasks and not Path(name).is_file():  # a task's YAML
+            raise ValueError(f"--tasks: {name!r} is none of the harness's tasks; `lm_eval ls "
+                             "tasks` lists them, --include-path adds your own")
     results = lm_eval.simple_evaluate(
-        model=lm_eval_model(Scorer(run.model, run.device)), tasks=run.tasks.split(","),
-        num_fewshot=run.shots, limit=run.limit, apply_chat_template=run.chat,
-        task_manager=lm_eval.tasks.TaskManager(include_path=run.include_path),
+        model=lm_eval_model(Scorer(run.model, run.device)), tasks=names, num_fewshot=run.shots,
+        limit=run.limit, apply_chat_template=run.chat, task_manager=manager,
         confirm_run_unsafe_code=run.allow_code_execution)
     print(lm_eval.utils.make_table(results))
 
@@ -1272,6 +1298,7 @@ def parse_arguments(argv):
     p = argparse.ArgumentParser(description="Score students against their teacher.")
     commands = p.add_subparsers(dest="command", required=True)
     folder, file = dict(type=Path, metavar="DIR"), dict(type=Path, metavar="FILE")
+    new = dict(type=new_folder, metavar="DIR")
     need = dict(required=True, default=argparse.SUPPRESS)  # whose help shows no default
 
     def command(name, function, help):
@@ -1286,7 +1313,7 @@ def parse_arguments(argv):
     add("--teacher", **folder, **need)
     add("--student", action="append", help="may be given several times", **folder, **need)
     add("--tasks", nargs="+", **file, **need)
-    add("--out", help="the report; the same command again goes on there", **folder, **need)
+    add("--out", help="the report; the same command again goes on there", **new, **need)
     add("--limit", type=number(int, 1), help="rows a task")
     add("--allow-code-execution", action="store_true", help="run what the model writes")
 
@@ -1326,7 +1353,7 @@ def parse_arguments(argv):
     add("--batches", type=number(int, 1), nargs="+", default=[1, 8], help="rows together")
     add("--new-tokens", type=number(int, 1), default=64, help="decoded in every pass")
     add("--seconds", type=number(float, 0), default=20.0, help="of a cell, about")
-    add("--out", help="speed.json and speed.png", **folder, **need)
+    add("--out", help="speed.json and speed.png", **new, **need)
     return p.parse_args(argv)
 
 

@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (ModelConfig, check_device, list_tensors, read_json, read_rows, run_command,
-                   sha256, tokenizer_files, write_json)
+from model import (ModelConfig, check_device, list_tensors, new_folder, read_json, read_rows,
+                   run_command, sha256, tokenizer_files, write_json)
 
 PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -108,7 +108,8 @@ def open_folder(path):
             facts[f"tensor {name}"] = f"{entry['dtype']} {entry['shape']}"
     for name, value in dataclasses.asdict(ModelConfig.from_hf(path)).items():
         facts[f"config.json's {name}"] = value
-    facts |= {name: f"sha256 {sha256(path / name)}" for name in tokenizer_files(path)}
+    facts |= {name: f"sha256 {sha256(path / name)}" for name in tokenizer_files(path)
+              if name != "generation_config.json"}  # its eos ids are above, the rest is taste
     parent = read_json(path / "lineage.json", missing={}).get("seed_sha256")
     return Folder(path, tensors, facts, parent, sha256(*files))
 
@@ -231,7 +232,7 @@ def merge(directories, output, *, weights=None, method="linear", seed=None, dens
     all in which the folders differ, both before anything is written, and ValueError for weights
     that are not finite; whatever fails, nothing is left behind.
     """
-    uniform = [1 / len(directories)] * len(directories)
+    uniform = [1 / len(directories) for _ in directories]
     weights = [float(w) for w in (uniform if weights is None else weights)]  # as JSON knows them
     experts, seed = check(directories, Path(output), weights, method, seed, density)
     write(experts, seed, weights, density, Path(output))
@@ -351,8 +352,8 @@ def parse_arguments(argv):
     p = argparse.ArgumentParser(description="Merge experts into one student (Eq. 14).",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="the experts")
-    p.add_argument("--out", type=Path, required=True, default=argparse.SUPPRESS, metavar="DIR",
-                   help="folder to write")
+    p.add_argument("--out", type=new_folder, required=True, default=argparse.SUPPRESS,
+                   metavar="DIR", help="folder to write")
     p.add_argument("--method", choices=("linear", "ties"), default="linear")
     p.add_argument("--seed-model", type=Path, metavar="DIR", help="ties: the stage-I folder")
     p.add_argument("--density", type=float, default=DENSITY, help="ties: fraction of changes kept")
@@ -384,7 +385,7 @@ def main(argv=None):
     if run.sweep:
         from evaluate import evaluate_tasks, read_tasks  # only a sweep scores
         check_device(run.device)
-        read_tasks(run.sweep)
+        read_tasks(run.sweep, directory=run.directories[0])
         tasks = {str(path): sha256(path) for path in run.sweep}
 
         def score(folder):

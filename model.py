@@ -293,8 +293,9 @@ def _parse_windows(c, nope, path):
     from max_window_layers on (Qwen), three of four (Olmo 3), those without RoPE (SmolLM3).
     """
     family, layers, window = c["model_type"], range(c["num_hidden_layers"]), c.get("sliding_window")
-    if family in ("qwen2", "qwen3", "smollm3") and not c.get("use_sliding_window"):
-        window = None  # their files name a width that is not in use
+    unused = ("qwen2", "qwen3") if c.get("layer_types") else ("qwen2", "qwen3", "smollm3")
+    if family in unused and not c.get("use_sliding_window"):
+        window = None  # their files name a width that is not in use (SmolLM3's list decides itself)
     late = layers[c["max_window_layers"]:]
     sliding = {"mistral": layers, "ministral": layers, "qwen2": late, "qwen3": late,
                "olmo3": [i for i in layers if (i + 1) % 4], "smollm3": nope}.get(family, ())
@@ -1774,7 +1775,7 @@ def _open_shard(path):
     """A file opened by its header. ValueError names it if it is torn or missing."""
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated, no safetensors file, or missing; copy it again "
                          f"({error})") from None
 
@@ -1805,9 +1806,10 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     if model.source is None:
         raise ValueError("model.source is None: set it to the folder of its config.json")
     config = read_json(model.source / "config.json")
-    # The dtype's key has a new and an old name; transformers loads as it says.
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(
-        model.lm_head_weight.dtype).removeprefix("torch.")
+    # The dtype's key has a new and an old name, and files have either or both; transformers loads
+    # as it says.
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+        config[key] = str(model.lm_head_weight.dtype).removeprefix("torch.")
     if model.config.hybrid is not None:
         config["hybrid"] = dataclasses.asdict(model.config.hybrid)
     # Whoever finds the folder finds it whole: a rename is one step, a run that is killed leaves
@@ -2241,11 +2243,7 @@ class Tokenizer:
         the folder has no template, the messages are no such list, or the template refuses them
         (with its own words).
         """
-        folder = os.path.dirname(self.path)
-        name = "default" if tools is None or "tool_use" not in self.chat_templates else "tool_use"
-        if name not in self.chat_templates:
-            raise ValueError(f"{folder} has no chat template: copy chat_template.jinja or "
-                             "tokenizer_config.json from the instruct model, or use plain text")
+        source = self._chat_template(tools)
         for what, x in (("messages", messages), ("tools", tools or [])):
             if not isinstance(x, list) or not all(isinstance(item, dict) for item in x):
                 raise ValueError(f"{what} must be a list of objects, not {str(x)[:40]!r}")
@@ -2260,12 +2258,21 @@ class Tokenizer:
             if said:
                 m["reasoning_content"], m["thinking"] = said[0], m.get("thinking", said[0])
         try:
-            return _compile_template(self.chat_templates[name]).render(
+            return _compile_template(source).render(
                 **self._marks, messages=messages, tools=tools, documents=None,
                 add_generation_prompt=generation_prompt, generation_marks=marks)
         except Exception as error:  # a template is a program of strangers: anything may come
-            raise ValueError(f"the chat template of {folder} refuses this conversation: "
-                             + " ".join(str(error).split())) from None
+            raise ValueError(f"the chat template of {os.path.dirname(self.path)} refuses this "
+                             "conversation: " + " ".join(str(error).split())) from None
+
+    def _chat_template(self, tools):
+        """The text of the chat template for conversations with these tools; ValueError if none."""
+        name = "default" if tools is None or "tool_use" not in self.chat_templates else "tool_use"
+        if name not in self.chat_templates:
+            raise ValueError(f"{os.path.dirname(self.path)} has no chat template: copy "
+                             "chat_template.jinja or tokenizer_config.json from the instruct "
+                             "model, or use plain text")
+        return self.chat_templates[name]
 
     def render_chat_parts(self, messages, *, tools=None):
         """A conversation cut into what is learnt and what is given: (parts, skipped).
@@ -2284,12 +2291,12 @@ class Tokenizer:
         # here, calls of tools below.
         if tools and self.render_chat(messages, generation_prompt=False) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
-        # Many templates know strings only, and write parts as Python does: [{'type': 'text', ...
-        for m in messages:
-            content, shown = m.get("content"), str(m.get("content"))
-            if not isinstance(content, str) and "'" in shown and shown in text:
-                raise ValueError("the chat template writes a content of parts as Python shows it: "
-                                 "give a string")
+        # Many templates know strings only, and write others as Python does: [{'type': 'text', ...
+        for content in (m.get("content") for m in messages):
+            for x in (content, *(content if isinstance(content, list) else ())):
+                if not isinstance(x, str) and "'" in str(x) and str(x) in text:
+                    raise ValueError("the chat template writes a content that is no string as "
+                                     f"Python shows it ({str(x)[:40]}): give a string")
         # A turn that is not to be learnt is located all the same: generation blocks are counted.
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = self._turn_spans(text, messages, tools, turns)
@@ -2327,8 +2334,8 @@ class Tokenizer:
         that it will have in use.
         """
         render = functools.partial(self.render_chat, tools=tools, generation_prompt=False)
-        marked = render(messages, marks=_MARKS)
-        if _MARKS[0] in marked:
+        if _compile_template(self._chat_template(tools)).environment.has_generation:
+            marked = render(messages, marks=_MARKS)
             # The text outside, inside, outside ... of the blocks, in turns.
             pieces = re.split("|".join(_MARKS), marked)
             if "".join(pieces) != text or len(pieces) // 2 != len(turns):
@@ -2387,7 +2394,12 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}
 
+    def __init__(self, environment):
+        super().__init__(environment)
+        environment.has_generation = False  # an environment compiles one template only
+
     def parse(self, parser):
+        self.environment.has_generation = True
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
         call = self.call_method("mark", [jinja2.nodes.Name("generation_marks", "load")])
@@ -2504,13 +2516,20 @@ def chat(model, tokenizer, prompts, run):
             print("(the chat template rewrote what was said: all is read again)")
             held, count, cache = "", 0, None
         # BOS once, at the very beginning; a chat template writes its own.
-        bos = None if run.raw and not held else False
+        bos = None if run.raw and not count else False
         ids, new, times = tokenizer.encode(text[len(held):], bos=bos), [], [time.perf_counter()]
-        if not ids:  # an empty line of --raw: nothing to read
+        if not ids:  # such as an empty line of --raw
+            print("(nothing to read)")
             continue
         # Room for the longest answer that may come. A teacher's buffers grow with every turn, and
         # are copied, not read again; a student's have the same size at any length.
-        larger = Cache(model, 1, count + len(ids) + run.max_new_tokens)
+        try:
+            larger = Cache(model, 1, count + len(ids) + run.max_new_tokens)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(f"there is no memory for {count + len(ids):,} tokens and "
+                             f"--max-new-tokens {run.max_new_tokens:,} more: lower it") from None
         for x, old in zip(larger.tensors(), cache.tensors() if cache else ()):
             x[tuple(map(slice, old.shape))] = old
         cache = larger
@@ -2540,6 +2559,8 @@ def chat(model, tokenizer, prompts, run):
         print(f"\n[{len(ids)} tokens read in {times[1] - times[0]:.2f} s, {len(new)} written, "
               f"{rate:,.1f} a second; cache {sum(x.nbytes for x in cache.tensors()) / 1e6:,.1f} MB "
               f"for {count} tokens]")
+        if held.endswith("\ufffd"):  # cut inside of a character, whose next byte is in new[-1]
+            held, count, cache = "", 0, None  # so read all again, as text
 
 
 def main(argv=None):
@@ -2587,6 +2608,21 @@ def number(kind, low):
                                          f"number from {low:g} to 1e+13")
 
     return parse
+
+
+def new_folder(text):
+    """An argparse type: a folder to write, as a Path; it need not exist, but must be possible."""
+    path = Path(text)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file; name a folder")
+    return path
+
+
+def is_out_of_memory(error):
+    """Whether a MemoryError or RuntimeError says so: torch has a class for GPUs only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "can't allocate memory" in str(error))
 
 
 def run_command(main):

@@ -287,12 +287,16 @@ def test_content_may_be_a_list_of_parts_if_the_template_takes_it(chat):
 
 @pytest.mark.parametrize("content", [[{"type": "text", "text": "4"}], {"text": "4"}])
 def test_a_content_that_is_written_as_python_shows_it_is_not_learnt(chat, content):
-    for said in (0, 1):  # the user's, the assistant's
-        messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-        messages[said]["content"] = content
-        with pytest.raises(ValueError, match="as Python shows it"):
-            chat("{% for m in messages %}{{ m.role }}{{ m.content | trim }}<|end|>{% endfor %}"
-                 ).render_chat_parts(messages)
+    whole = "{{ m.content | trim }}"
+    for written in (whole, "{% for part in m.content %}{{ part }}{% endfor %}"):
+        if written != whole and isinstance(content, dict):
+            continue  # its keys are strings
+        for said in (0, 1):  # the user's, the assistant's
+            messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+            messages[said]["content"] = content
+            with pytest.raises(ValueError, match="as Python shows it"):
+                chat("{% for m in messages %}{{ m.role }}" + written + "<|end|>{% endfor %}"
+                     ).render_chat_parts(messages)
 
 
 def test_the_environment_is_transformers(chat):
@@ -403,6 +407,16 @@ def test_blocks_of_another_template_or_in_a_comment_do_not_matter(chat):
     assert chat("{# endgeneration #}" + CHATML).render_chat_parts(LONGEST) == plain
     both = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": BLOCKS}]
     assert chat(both).render_chat_parts(LONGEST) == plain
+    marked = [{"role": "user", "content": "\ufdd0"}, {"role": "assistant", "content": "x"}]
+    assert learnt(chat(CHATML), marked) == ["x<|im_end|>"]
+
+
+def test_a_turn_outside_of_the_templates_blocks_is_refused(chat):
+    some = BLOCKS.replace("{%- generation %}", "{%- if message.final %}{%- generation %}").replace(
+        "{%- endgeneration %}", "{%- endgeneration %}{%- endif %}")
+    assert some != BLOCKS
+    with pytest.raises(ValueError, match="0 generation blocks for 2 assistant turns"):
+        chat(some).render_chat_parts(LONGEST)
 
 
 def test_thinking_that_is_dropped_leaves_the_last_turn(chat):
@@ -572,7 +586,36 @@ def test_an_empty_line_ends_no_raw_conversation(talker, capsys, monkeypatch):
     monkeypatch.setattr(code, "stream", lambda model, *_, **__: iter(
         torch.tensor([model.config.eos_ids[:1]])))
     out = talk(capsys, monkeypatch, talker, "--raw", lines="one\n\ntwo\n")
-    assert out.count("tokens read in") == 2
+    assert out.count("tokens read in") == 2 and out.count("(nothing to read)") == 1
+
+
+def test_an_answer_cut_inside_a_character_is_read_whole_by_the_next_turn(
+        talker, capsys, monkeypatch):
+    emoji = load_with_tokenizer(talker)[1].encode("😀", bos=False)
+    read = []
+
+    def two_bytes(model, tokens, **options):
+        read.append(tokens.shape[1])
+        options["cache"].position += 1  # as if it had read something
+        yield from torch.tensor(emoji[:2])[:, None]
+
+    assert len(emoji) == 4
+    monkeypatch.setattr(code, "stream", two_bytes)
+    talk(capsys, monkeypatch, talker, "--raw", lines="one\ntwo\n")
+    assert read[1] > read[0] + 2  # "one", what was said of the character, "two"
+
+
+def test_bos_is_read_once(tmp_path, capsys, monkeypatch):
+    read = []
+
+    def silent(model, tokens, **options):
+        read.append(tokens[0].tolist())
+        yield torch.tensor(model.config.eos_ids[:1])
+
+    monkeypatch.setattr(code, "stream", silent)
+    talk(capsys, monkeypatch, TEACHER, lines="\none\n")
+    bos = load_with_tokenizer(TEACHER)[1].bos_id
+    assert read[0] == [bos] and bos not in read[1]
 
 
 def test_without_a_template_it_continues_text_and_says_so(capsys, monkeypatch):
@@ -584,7 +627,9 @@ def test_faults_are_one_sentence_and_exit_2(tmp_path, capsys):
     for arguments, words in (([tmp_path], "config.json does not exist"),
                              ([TEACHER, "--prompt", "x", "--top-p", "0"], "top_p"),
                              ([TEACHER, "--prompt", "x", "--device", "mps"], "--device mps"),
-                             ([TEACHER, "--prompt", "x", "--max-new-tokens", "0"], "from 1 to")):
+                             ([TEACHER, "--prompt", "x", "--max-new-tokens", "0"], "from 1 to"),
+                             ([TEACHER, "--prompt", "x", "--max-new-tokens", "1" + "0" * 12],
+                              "no memory for")):
         with pytest.raises(SystemExit) as left:
             code.run_command(functools.partial(code.main, [*map(str, arguments)]))
         assert left.value.code == 2 and words in capsys.readouterr().err

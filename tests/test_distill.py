@@ -866,17 +866,18 @@ def test_tasks_that_the_teacher_cannot_do_are_refused_before_training(tmp_path, 
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, corpus):
     for flag in ("--out", "--targets"):
-        refused = command(*tiny(tmp_path / "run", corpus, flag, corpus))
-        assert refused.returncode == 2 and f"{flag} {corpus} is a file" in refused.stderr
+        for path in (corpus, corpus / "run"):
+            refused = command(*tiny(tmp_path / "run", corpus, flag, path))
+            assert refused.returncode == 2 and f"{flag}: {corpus} is a file" in refused.stderr
 
 
 def test_molecules_of_no_family_need_no_separator(tmp_path):
     pytest.importorskip("rdkit")
-    task = {"id": "a", "type": "molecule", "sequences": [], "seed": 0, "max_new_tokens": 512}
+    task = {"id": "a", "type": "molecule", "sequences": [], "seed": 0, "max_new_tokens": 511}
     (tmp_path / "t.jsonl").write_text(json.dumps(task))
     config = distill.ModelConfig.from_hf(TEACHER)
-    assert config.separator_id is None and distill.evaluate.read_tasks([tmp_path / "t.jsonl"],
-                                                                       config=config)
+    assert config.separator_id is None and config.max_positions == 512
+    assert distill.evaluate.read_tasks([tmp_path / "t.jsonl"], directory=TEACHER)
 
 
 def test_parts_of_another_run_are_not_taken_for_ones_own(tmp_path, corpus):

@@ -663,6 +663,9 @@ def test_bad_input_is_one_sentence(tmp_path, student_dir):
             ([*gates, str(tmp_path / "b.txt")], "b.txt: 'utf-8' codec"),
             ([*gates, str(tmp_path / "c.txt")], "--data: the texts are empty"),
             (["speed", "--teacher", str(tmp_path / "none"), "--out", out], "none"),
+            ([*gates, str(TASKS[0]), "--picture", str(tmp_path / "no/g.png")], "there is no folder"),
+            (["lm-eval", "--model", str(TEACHER), "--tasks", "nosuchtask"],
+             "'nosuchtask' is none of|pip install lm_eval"),
             (["lm-eval", "--model", str(TEACHER), "--tasks", "piqa", "--device", "abc"],
              "--device abc|pip install lm_eval")):
         with pytest.raises((ValueError, OSError), match=words):

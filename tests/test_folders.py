@@ -101,6 +101,36 @@ def test_mistral_with_layer_types_is_ministral(folders, tmp_path):
     assert (load_pretrained(tmp_path / "m")(TOKENS) - hf(TOKENS).logits).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_smollm3_slides_by_its_list_whatever_the_switch_says(folders, tmp_path):
+    folder, hf = folders("smollm3-listed")
+    shutil.copytree(folder, tmp_path / "m")
+    change_json(tmp_path / "m/config.json", use_sliding_window=False, sliding_window=8,
+                layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"])
+    switched = type(hf).from_pretrained(tmp_path / "m", attn_implementation="eager")
+    expected = switched(TOKENS).logits
+    assert (expected - hf(TOKENS).logits).abs().max() > 0.1
+    assert (load_pretrained(tmp_path / "m")(TOKENS) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("keys", [(), ("dtype",), ("torch_dtype",), ("dtype", "torch_dtype")])
+def test_a_saved_config_names_the_dtype_of_its_tensors(copied, tmp_path, keys):
+    config = read_json(copied / "config.json")
+    config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+    (copied / "config.json").write_text(json.dumps({**config, **dict.fromkeys(keys, "float32")}))
+    save_pretrained(load_pretrained(copied, dtype=torch.bfloat16), tmp_path / "half")
+    saved = read_json(tmp_path / "half/config.json")
+    assert {k: saved[k] for k in saved if "dtype" in k} == dict.fromkeys(
+        keys or ("dtype",), "bfloat16")
+
+
+def test_a_folder_in_the_place_of_the_weights_is_named(copied):
+    (copied / "model.safetensors").unlink()
+    (copied / "model.safetensors").mkdir()
+    with pytest.raises(ValueError, match="model.safetensors is truncated, no safetensors file"):
+        load_pretrained(copied)
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0}
 
 

@@ -167,6 +167,8 @@ def test_all_that_a_tokenizer_reads_is_copied(pair, tmp_path):
     merge(pair, tmp_path / "out")
     for name in names:
         assert (tmp_path / "out" / name).read_text() == name
+    (pair[1] / "generation_config.json").write_text('{"temperature": 0.7}')  # of taste
+    merge(pair, tmp_path / "tasted")
     (pair[1] / names[0]).write_text("another template")
     with pytest.raises(ValueError, match="chat_template.jinja is sha256"):
         merge(pair, tmp_path / "other")
@@ -238,12 +240,13 @@ def test_mismatch_is_refused_and_nothing_written(pair, tmp_path, damage, words):
     (dict(weights=[1.5, -.5]), "none may be negative"),
     (dict(weights=[.5, float("nan")]), "must sum to 1"),
     (dict(method="ties"), "linear without, or ties with"),
+    (dict(directories=[]), "must sum to 1"),
     (dict(method="slerp"), "method 'slerp'"),
     (dict(density=0), "density 0"),
 ])
 def test_bad_settings_are_refused(pair, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
-        merge(pair, tmp_path / "out", **options)
+        merge(**{"directories": pair, "output": tmp_path / "out", **options})
     assert {p.name for p in tmp_path.iterdir()} == {"A", "B"}
 
 
@@ -452,7 +455,11 @@ def test_command_sweeps_over_task_files(pair, tmp_path, monkeypatch):
     tasks.write_text('{"type": "essay"}')
     with pytest.raises(ValueError, match="tasks.jsonl:1: expected a type"):
         merging.main(arguments)
-    tasks.write_text('{"id": "a", "type": "strand", "dna": "A"}')
+    row = {"id": "a", "type": "generate", "prompt": "a", "gold": "b", "max_new_tokens": 2048}
+    tasks.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="tasks.jsonl:1: max_new_tokens 2048 of 2048"):
+        merging.main(arguments)
+    tasks.write_text(json.dumps(dict(row, max_new_tokens=1)))
     with pytest.raises(ValueError, match="--device mps"):
         merging.main([*arguments, "--device", "mps"])
     assert {p.name for p in tmp_path.iterdir()} == {"A", "B", "tasks.jsonl"}
