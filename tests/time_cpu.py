@@ -1,4 +1,4 @@
-"""Time the plain PyTorch forms on a CPU, beside others: README, "Speed without a GPU".
+"""Time the plain PyTorch forms on a CPU, beside others: README, "Memory and speed".
 
     python tests/time_cpu.py [--threads 2]      # the mLSTM, the window, a decoding step; 4 minutes
     pip install --no-deps mlstm_kernels einops  # a rival; like transformers', timed where installed
