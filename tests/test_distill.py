@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import distill
+import one_layer
 from distill import (Mixture, Source, alignment_losses, collate, learning_rate, open_data,
                      read_text, sparse_kd_loss, teacher_topk, tokenise)
 from model import (Attention, Tokenizer, document_starts, is_new, load_pretrained, save_tensors,
@@ -854,6 +855,34 @@ def tiny(out, corpus, *more):
 
 def logged(out):
     return {(r["stage"], r["step"]): r for r in all_lines(out)}
+
+
+def test_one_layer_alone_learns_what_stage_one_teaches_it():
+    """one_layer.py trains a layer without the others: the same weights as with all of them."""
+    def student():
+        teacher = load_pretrained(TEACHER).requires_grad_(False)
+        return distill.student_from_teacher(teacher, window=16, features=2)
+
+    rows = [(torch.randint(0, 1000, (1, 96), generator=torch.Generator().manual_seed(i)),
+             torch.zeros(1, 96, dtype=torch.long), None) for i in range(3)]
+    alone, together, run = student(), student(), Namespace(steps=3, lr=1e-2)
+    inputs = one_layer.layer_inputs(alone, 2, rows)
+    mixer = alone.model["layers"][2].self_attn
+    before = one_layer.errors(mixer, *inputs[0])
+    one_layer.train_layer(run, mixer, inputs, {}, "")
+    after = one_layer.errors(mixer, *inputs[0])
+    assert (after[0] < before[0]).all() and torch.equal(after[1], before[1])
+    trainable = distill.select_trainable(together, "new")
+    optimizer = distill.make_optimizer(trainable)
+    for step, (tokens, docs, _) in enumerate(rows):
+        alignment_losses(together, tokens, docs, 1.0)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(
+            step, 3, 5, 1e-2, 1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+    like = dict(together.model["layers"][2].self_attn.named_parameters())
+    for name, p in mixer.named_parameters():
+        assert torch.allclose(p, like[name], atol=1e-6), name
 
 
 def test_tasks_that_the_teacher_cannot_do_are_refused_before_training(tmp_path, corpus):
