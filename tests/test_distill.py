@@ -885,6 +885,18 @@ def test_one_layer_alone_learns_what_stage_one_teaches_it():
         assert torch.allclose(p, like[name], atol=1e-6), name
 
 
+def test_nothing_to_train_is_refused_before_anything_is_written(tmp_path, corpus):
+    refused = command(*tiny(tmp_path / "run", corpus, "--mixer", "swa", "--train", "new"))
+    assert refused.returncode == 2 and "--train new: the mixer 'swa'" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_counts_the_micro_batch_that_will_run(tmp_path, corpus):
+    plans = [command(*tiny(tmp_path / "run", corpus, "--plan", "--micro-batch", n)).stdout
+             for n in (4, 400)]  # of a batch of 4
+    assert plans[0] == plans[1] and "at 4 x 64 tokens at once" in plans[0]
+
+
 def test_tasks_that_the_teacher_cannot_do_are_refused_before_training(tmp_path, corpus):
     task = {"id": "a", "type": "generate", "prompt": "x", "gold": "y", "max_new_tokens": 512}
     (tmp_path / "t.jsonl").write_text(json.dumps(task))

@@ -440,6 +440,16 @@ def test_command_merges_and_explains_errors(pair, tmp_path, capsys):
         merging.main([*map(str, pair), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--greedy"], "are of a --sweep"), (["--step", ".5"], "are of a --sweep"),
+    (["--sweep", "t.jsonl", "--greedy", "--step", ".5"], "--greedy tries uniform means only"),
+    (["--density", ".5"], "--density is of --method ties")])
+def test_flags_that_would_do_nothing_are_refused(pair, tmp_path, flags, words):
+    with pytest.raises(ValueError, match=words):
+        merging.main([*map(str, pair), "--out", str(tmp_path / "out"), *flags])
+    assert {p.name for p in tmp_path.iterdir()} == {"A", "B"}
+
+
 def test_command_sweeps_over_task_files(pair, tmp_path, monkeypatch):
     import evaluate
 
