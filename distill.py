@@ -5,8 +5,9 @@
     stage II   distil: the whole student learns next tokens and the teacher's distribution over
                its top-k tokens (Eq. 13).
 
-Settings default to the paper's (arXiv 2603.15590: 8B teachers, context 4096); without --teacher
-a small preset runs on the teacher that ships in tests/teacher. The run writes into --out:
+Settings default to the paper's (arXiv 2603.15590: 8B teachers, context 4096), but for wider
+--features; without --teacher a small preset runs on the teacher that ships in tests/teacher. The
+run writes into --out:
 
     data/        the texts as token ids, made once
     seed/        the student after stage I (a folder that model.load_pretrained opens)
@@ -145,8 +146,9 @@ def text_start(file, offset):
 def read_text(path, start=0, stop=None):
     """Yield (place, piece) of a .txt file, or of its bytes start..stop.
 
-    One long text, cut at line ends into about fifty pieces or more, so that some can be held out.
-    Ranges that meet hold every piece once. ValueError names file and line.
+    One long text, cut at line ends so that some of it can be held out: into pieces of 2 to 64 KB,
+    fifty or more of a file from 100 KB on. Ranges that meet hold every piece once. ValueError names
+    file and line.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -366,9 +368,9 @@ class Source:
     file alone, as `held_out_hashes` chooses.
     """
 
-    def __init__(self, name, folder, split, T, fraction=0.02, held_out=None):
+    def __init__(self, name, folder, split, T, held_out=None):
         documents = np.fromfile(folder / "documents.bin", DOCUMENT)
-        held_out = held_out_hashes(folder, fraction) if held_out is None else held_out
+        held_out = held_out_hashes(folder) if held_out is None else held_out
         self.name, self.folder, self.T = name, folder, T
         self.skipped = int(documents["skipped"].sum())  # of the whole file
         starts = documents["length"].cumsum() - documents["length"]
@@ -399,12 +401,11 @@ class Source:
                          np.searchsorted(self.ends, b, "left") + 1)
         pieces = []  # where they lie in the files: slices, or indices of a shuffled family
         for d in docs:
-            shift = self.starts[d] - (self.ends[d] - self.lengths[d])  # stream -> file
-            piece = slice(max(a + shift, self.starts[d]),
-                          min(b + shift, self.starts[d] + self.lengths[d]))
+            start, length = self.starts[d], self.lengths[d]
+            shift = start - (self.ends[d] - length)  # stream -> file
+            piece = slice(max(a + shift, start), min(b + shift, start + length))
             if order is not None and self.separators[d] >= 0:
-                first = self.starts[d]
-                piece = self.shuffled(d, order)[piece.start - first:piece.stop - first]
+                piece = self.shuffled(d, order)[piece.start - start:piece.stop - start]
             pieces.append(piece)
         tokens = [self.tokens[piece] for piece in pieces]
         return (np.concatenate(tokens), np.repeat(docs, [len(t) for t in tokens]),
@@ -601,15 +602,16 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
 def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
     """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of (h_T - h_S)^2.
 
+    h is what a mixer returns for its heads, before o_proj mixes them (model.Attention.mix). The
+    teacher's forward pass is made inside its student, whose frozen weights are the teacher's own.
+    Each layer gets the TEACHER's input; softmax attention gives the target, the student's mixer the
+    prediction, and the teacher's output goes on to the next layer. So layers do not depend on each
+    other, and memory is that of one: with `backward_scale` each layer's gradients (of scale * loss)
+    are added and its graph is freed before the next. positions: as in `Transformer.forward`.
+    Returns (layers,) fp32, detached.
+
     Paper: sums. Here: means, so that gradients, which are clipped at 1, have one size at every
     context and width.
-    h is what a mixer returns for its heads, before o_proj mixes them (model.Attention.mix).
-    The teacher's forward pass, made inside its student, whose frozen weights are the teacher's own.
-    Each layer gets the TEACHER's input; its softmax output is the target, its hybrid output the
-    prediction, and the teacher's output goes on to the next layer. So layers do not depend on each
-    other, and memory is that of one layer: with `backward_scale` each layer's graph is used at once
-    (gradients of scale * loss are added) and freed. positions: as in `Transformer.forward`.
-    Returns (layers,) fp32, detached.
     """
     if positions is None:
         positions = student.positions(tokens, document_ids=document_ids)
@@ -626,8 +628,8 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
                 h = attention.mix(heads, document_ids=document_ids)
                 loss = (h.float() - target.float()).square().mean()
                 if backward_scale is not None:
-                    # Not under `autocast`, which would round the mLSTM's fp32 products on the way
-                    # back: 12 % slower on a CPU, for gradients of bf16.
+                    # Outside of autocast, which would make the fp32 products of the mLSTM bf16 ones
+                    # on the way back.
                     with torch.autocast(x.device.type, enabled=False):
                         (loss * backward_scale).backward()
             losses.append(loss.detach())
@@ -676,7 +678,7 @@ def autocast(run):
 def start_processes(run):
     """Join torchrun's processes, if it started this one; set run.device, .dtype, .rank, .world.
 
-    Raises ValueError for a device that this torch lacks.
+    Raises ValueError for a device that this torch lacks, and for rows that cannot be dealt out.
     """
     if "RANK" in os.environ and run.device.startswith("cuda"):
         run.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -762,9 +764,9 @@ def shard(model, device, dtype):
     """FSDP2: every process keeps 1/world of each matrix; a block is gathered while it runs.
 
     In `dtype`, with gradients summed in fp32 and the fp32 masters sharded. The new parameters
-    (gates, feature maps) are gathered in fp32: rounding a forget gate's bias of 6.9 to bf16 moves
-    its half-life by 3 %. Micro-batches each sum their gradients: keeping them until the last one
-    would need whole gradients on every GPU.
+    (gates, feature maps) are gathered in fp32: rounding a forget gate's bias of 8.6 to bf16 moves
+    its half-life by up to 3 %. Micro-batches each sum their gradients: keeping them until the last
+    one would need whole gradients on every GPU.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -883,15 +885,15 @@ def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
     OSError, and Stopped when `stop` becomes true.
     """
     sources, config = mixtures[0].sources, teacher.config
-    cache = TargetCache(run.targets, sources, {
+    stored = TargetCache(run.targets, sources, {
         "format": TARGETS_FORMAT, "teacher_sha256": teacher_sha256(run.teacher),
         "tokenizer_sha256": tokenizer_sha256(run.teacher),
         "data": [source.folder.name for source in sources],  # name and hash of each file
         "context": run.context, "k": min(run.topk, config.vocab_size),
         "vocab_size": config.vocab_size})
     needed = sorted({m.locate(i) for m in mixtures for i in range(len(m.which))})
-    missing = [row for row in needed if not cache.path(*row).exists()]
-    row_bytes, size = cache.row_type.itemsize, tqdm.format_sizeof
+    missing = [row for row in needed if not stored.path(*row).exists()]
+    row_bytes, size = stored.row_type.itemsize, tqdm.format_sizeof
     need, free = len(missing) * row_bytes, shutil.disk_usage(run.targets).free
     if rank == 0:
         print(f"targets   {run.targets}: {row_bytes / run.context:,.0f} bytes a token; "
@@ -900,13 +902,14 @@ def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
     if need > free:
         raise ValueError(f"--targets {run.targets}: {size(need)}B are to be written, {size(free)}B "
                          "are free: take another disk, fewer --tokens or a lower --topk")
+    # From `needed`, which is the same on all processes; `missing` shrinks while others write.
     mine = sorted(set(needed[rank::world]) & set(missing))
     with tqdm(desc="targets", total=len(mine) * run.context, unit="tok", unit_scale=True,
               disable=rank > 0 or not mine) as bar:
         for a in range(0, len(mine), run.micro_batch):
             part = mine[a:a + run.micro_batch]
             try:
-                cache.write(run, part, teacher)
+                stored.write(run, part, teacher)
             except OSError as error:
                 raise OSError(f"--targets {run.targets}: {error}. The rows before are whole, and "
                               "the same command goes on behind them") from None
@@ -916,7 +919,7 @@ def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
     # Summed, so that all processes leave or none: one that is done may have seen no signal yet.
     if all_sum(torch.tensor(float(bool(stop)), device=run.device)):
         raise Stopped("a part of the targets", "the same command")
-    return cache
+    return stored
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1052,6 +1055,11 @@ def make_optimizer(trainable):
 STATE = ("weight", "exp_avg", "exp_avg_sq")  # the files are STATE-RANK.safetensors
 
 
+def state_tensor(optimizer, p, state):
+    """The tensor of parameter p that is saved as this kind of STATE."""
+    return p.detach() if state == "weight" else optimizer.state[p][state]
+
+
 def save_checkpoint(run, stage, step, trainable, optimizer):
     """Write trained weights and optimiser state after `step` steps of `stage`; keep the last two.
 
@@ -1069,9 +1077,8 @@ def save_checkpoint(run, stage, step, trainable, optimizer):
     sharded = any(hasattr(p, "to_local") for p in trainable.values())
     if sharded or run.rank == 0:
         for state in STATE:
-            tensors = {name: p.detach() if state == "weight" else optimizer.state[p][state]
-                       for name, p in trainable.items()}
-            save_tensors({name: local_rows(x)[0] for name, x in tensors.items()},
+            save_tensors({name: local_rows(state_tensor(optimizer, p, state))[0]
+                          for name, p in trainable.items()},
                          tmp / f"{state}-{run.rank:04d}.safetensors")
     barrier()
     if run.rank == 0:
@@ -1132,8 +1139,7 @@ def load_checkpoint(run, stage, trainable, optimizer):
         for name, p in trainable.items():
             optimizer.state[p]["step"].fill_(step)
             for state in STATE:
-                into, first = local_rows(p.detach() if state == "weight" else
-                                         optimizer.state[p][state])
+                into, first = local_rows(state_tensor(optimizer, p, state))
                 into.copy_(read_whole(files[state], name)[first:first + len(into)])
         print(f"resuming {stage} from {path}" + ("" if world == run.world else (
             f", written by {world} processes, now {run.world}: sums change their order, so losses "
@@ -1687,7 +1693,7 @@ SMALL = dict(
     data=[(HERE / f"tests/teacher/data/{name}.jsonl", weight) for name, weight in (
         ("code", 0.35), ("math", 0.05), ("prose", 0.25), ("recall", 0.35))])
 SMALL_EXPERTS = dict(
-    out=Path("out-experts"), tokens=204_800,
+    out=Path("out-experts"), tokens=409_600,
     tasks=sorted(str(p) for p in (HERE / "tests/tasks").glob("*.jsonl")))
 
 
@@ -1803,9 +1809,9 @@ def check_arguments(run):
 
 
 def settings_of(run):
-    """What must not change between a run and its resumption, as JSON.
+    """What --resume must find unchanged, as JSON: all settings but those in `free`.
 
-    All but what changes no number, or by rounding alone: devices, processes, formats, memory.
+    Those change no number, or by rounding alone: devices, processes, formats, memory.
     """
     free = ("out", "resume", "device", "save_every", "eval_every", "plan",
             "micro_batch", "recompute", "rank", "world", "kernels", "dtype")

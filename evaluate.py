@@ -10,7 +10,7 @@
 
 A score is worth something only beside the teacher's on the same rows, read in the same way. So
 one `Scorer` serves both, and nothing in a row's score depends on what else was scored with it
-(but for probes, which are fitted on their file's other rows).
+(but for probes, which are fitted on their file's other rows, and the rounding of batches).
 
 Published benchmarks (PIQA, MMLU, GSM8K, ...) run in lm-evaluation-harness itself, through the
 bridge in section 8. Not here: benchmarks judged by another language model (MT-Bench), training
@@ -72,12 +72,13 @@ TIE = 1e-12  # rounding of a ratio; scores that differ by one row in a billion d
 def recovery(student, teacher, chance=None):
     """Recovery A_S / A_T of every task (Eq. 15), as a dict.
 
-    chance: level of guessing per task; both scores are counted from there, since near that level
-    any student "recovers" all of it. Infinite where the teacher's score is at or below chance (0
-    when none is given). Raises ValueError if tasks differ or a score is negative or not finite.
+    chance: level of guessing per task; both scores are counted from there. Infinite where the
+    teacher's score is at or below chance (0 when none is given). Raises ValueError if tasks differ
+    or a score is negative or not finite.
     """
     if student.keys() != teacher.keys() or not teacher:
-        raise ValueError(f"only one model has scores of {student.keys() ^ teacher.keys() or 'any'}")
+        raise ValueError("both models need scores of the same tasks, one or more; only one has "
+                         f"{sorted(student.keys() ^ teacher.keys())}")
     if not all(0 <= score < math.inf for score in (*student.values(), *teacher.values())):
         raise ValueError("scores must be finite and not negative")
     level = chance or dict.fromkeys(teacher, 0.0)
@@ -139,7 +140,7 @@ def bootstrap(student, teacher, *, draws=4000, seed=0):
 # task, named as the file; its score is the mean over its rows.
 #
 #   type       field           meaning
-#   (all)      id              string, once a file
+#   (all)      type, id        strings; an id stands once in a file
 #   choice     context         may be "" (then BOS, or EOS, stands before the choice); otherwise
 #                              best ends in a word (`Scorer.encode_pair` says why)
 #              choices         two or more continuations, usually with a leading space
@@ -168,7 +169,7 @@ def bootstrap(student, teacher, *, draws=4000, seed=0):
 #              max_new_tokens  default 128
 
 # Both tables below are the whole grammar: a new type of row is a line in FIELDS, its rules, and a
-# function of section 5.
+# function that `score_rows` calls.
 
 FIELDS = {  # type: {name: default, or where there is none the value's type}
     "choice": {"context": str, "choices": list, "gold": int, "metric": "acc"},
@@ -379,16 +380,16 @@ class Scorer:
         while a batch saves 20 %. Texts that many pairs read are computed once: whole inputs
         (all one-token choices of a question), and long contexts, whose cache is then copied.
         """
-        # short: inputs -> the pairs that read them. The last token is predicted and never read, so
-        # the four one-token choices of a question have the same inputs, and cost one pass.
+        # short: inputs -> the pairs that read them (the last token is predicted, and never read);
+        # long: context -> its continuations.
         found, short, long = {}, {}, {}
         for context, new in dict.fromkeys(pairs):
             if len(context) < LONG:
                 short.setdefault(context + new[:-1], []).append((context, new))
             else:
                 long.setdefault(context, []).append(new)
-        on_gpu = self.device.type != "cpu"
-        for batch in _equal_lengths(short, len, lambda T: max(1, on_gpu * TOKENS // T)):
+        at_once = 0 if self.device.type == "cpu" else TOKENS  # 0: each goes alone
+        for batch in _equal_lengths(short, len, lambda T: max(1, at_once // T)):
             for inputs, logits in zip(batch, self.model(torch.tensor(batch, device=self.device))):
                 for context, new in short[inputs]:
                     found[context, new] = self._read(logits[-len(new):], new)
@@ -432,7 +433,6 @@ class Scorer:
         requests: (ids of the prompt, strings that end the text, most new tokens); the model's eos
         ids end it too. The strings are searched in the decoded text, since tokens cut it elsewhere,
         and cut off. The beginning of a character whose other bytes have not come is held back.
-        Prompts go together only if equally long: padding on the left would enter sinks and state.
         """
         eos = self.model.config.eos_ids
         for batch in _equal_lengths(range(len(requests)), lambda i: len(requests[i][0]),
@@ -509,9 +509,9 @@ def run_program(program, *, seconds=10):
     """Whether a Python program (str) reaches its last line within `seconds`, in a process apart.
 
     seconds: of wall clock, and of CPU. Fresh isolated interpreter in an empty folder of its own; no
-    environment; limits on memory (1 GB), CPU time, file size (16 MB) and processes; no child
-    processes, no network, and by `open` and its like no writing outside of the folder. What is left
-    of its session is killed.
+    environment but its place; limits on memory (1 GB), CPU time, file size (16 MB) and processes;
+    no child processes, no network, and by `open` and its like no writing outside of the folder.
+    What is left of its session is killed.
     """
     secret = os.urandom(16).hex()
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,

@@ -124,7 +124,8 @@ def check_settings(inputs, output, weights, method, seed, density):
     if len(weights) + bool(seed) != len(inputs):
         raise ValueError(f"{len(weights)} weights are given for {len(inputs) - bool(seed)} folders")
     if method != ("ties" if seed else "linear"):
-        raise ValueError(f"method {method!r}, seed model {seed}: give linear without, or ties with")
+        raise ValueError(f"method {method!r}, seed model {seed}: ties needs --seed-model, linear "
+                         "takes none")
     if not 0 < density <= 1:
         raise ValueError(f"density {density} must be above 0 and at most 1")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):

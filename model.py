@@ -186,10 +186,11 @@ class ModelConfig:
         return dataclasses.replace(config, eos_ids=eos)
 
 
-# What a config.json means where it is silent: first Llama's defaults, then those in which a family
-# differs. A published config.json often leaves out what its family's class in transformers has as
-# default, so these are read off there (but sizes, which the tensors check, and eos ids). A key
-# whose value is null is not silent: "sliding_window": null is Mistral's full attention.
+# What a config.json means where it is silent: first Llama's defaults (and two keys that others
+# read), then those in which a family differs. A published config.json often leaves out what its
+# family's class in transformers has as default, so these are read off there (but sizes, which the
+# tensors check, and eos ids). A key whose value is null is not silent: "sliding_window": null is
+# Mistral's full attention.
 FAMILIES = {
     "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048,
@@ -293,13 +294,14 @@ def _parse_windows(c, nope, path):
     from max_window_layers on (Qwen), three of four (Olmo 3), those without RoPE (SmolLM3).
     """
     family, layers, window = c["model_type"], range(c["num_hidden_layers"]), c.get("sliding_window")
-    unused = ("qwen2", "qwen3") if c.get("layer_types") else ("qwen2", "qwen3", "smollm3")
-    if family in unused and not c.get("use_sliding_window"):
-        window = None  # their files name a width that is not in use (SmolLM3's list decides itself)
+    kinds = c.get("layer_types")
+    # Qwen's files name a width also where it is not in use; SmolLM3's do, unless they list kinds.
+    switched = family in ("qwen2", "qwen3") or family == "smollm3" and not kinds
+    if switched and not c.get("use_sliding_window"):
+        window = None
     late = layers[c["max_window_layers"]:]
     sliding = {"mistral": layers, "ministral": layers, "qwen2": late, "qwen3": late,
                "olmo3": [i for i in layers if (i + 1) % 4], "smollm3": nope}.get(family, ())
-    kinds = c.get("layer_types")
     if kinds and family in ("ministral", "qwen2", "qwen3", "olmo3", "smollm3"):
         if len(kinds) != len(layers) or not set(kinds) <= {"sliding_attention", "full_attention"}:
             raise ValueError(f"{path}: layer_types must be {len(layers)} times sliding_attention "
@@ -580,8 +582,9 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     starts = None if document_ids is None else document_starts(document_ids)
     outputs = []
-    L = min(512, max(128, N // 16))  # blocks of queries: memory O(L N), not O(T N)
-    for a in range(N - T, N, L):
+    # Blocks of queries: memory O(L N), not O(T N). The first `old` positions have no query.
+    L, old = min(512, max(128, N // 16)), N - T
+    for a in range(old, N, L):
         b, low = min(a + L, N), 0 if window is None else max(0, a - window + 1)
         t = torch.arange(a, b, device=q.device)[:, None]
         s = torch.arange(low, b, device=q.device)
@@ -592,7 +595,7 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
             visible = visible & (s >= starts[:, a:b, None])
         if T == 1 and starts is None:  # a step with a cache: it sees all from `low` on, no mask
             visible = None
-        outputs.append(_grouped_attention(q[:, :, a - (N - T):b - (N - T)], k[:, :, low:b],
+        outputs.append(_grouped_attention(q[:, :, a - old:b - old], k[:, :, low:b],
                                           v[:, :, low:b], visible))
     return torch.cat(outputs, dim=2)
 
@@ -687,9 +690,10 @@ class Attention(nn.Module):
 # One numerical idea carries all three forms. The input gate is an exponential, so S and z would
 # overflow: they are kept divided by e^m, where m is the largest exponent so far. The factor is the
 # same above and below the fraction and cancels: an input gate of e^90, which fp32 cannot hold, is
-# harmless, and what it drowns was worth nothing beside it. No clamp of the denominator, no epsilon,
-# no 1/sqrt(D). (xLSTM's max(|q z|, e^-m) belongs to the version with a norm layer behind it.)
-# Everything here runs in fp32: bf16 gates alone would cost up to 1 % of the output.
+# harmless, and what it drowns was worth nothing beside it. Nothing is added to the denominator, it
+# is clamped only against 0 / 0, and there is no 1/sqrt(D). (xLSTM's max(|q z|, e^-m) belongs to the
+# version with a norm layer behind it.) Everything here runs in fp32: bf16 gates alone would cost up
+# to 1 % of the output.
 
 EMPTY = -1e30  # log of nothing: m of an empty state. Finite, because -inf - -inf is NaN
 FORGET = -1e4  # log of a forget gate that forgets all: e^-1e4 is exactly 0, and sums stay exact
@@ -793,15 +797,15 @@ def _chunk_gates(log_i, log_f, m, document_ids, L):
     b = F.pad(log_f.clamp_min(FORGET), (0, pad)).unflatten(2, (-1, L)).cumsum(-1)
     c = F.pad(log_i.double().clamp_min(EMPTY), (0, pad), value=EMPTY).unflatten(2, (-1, L)) - b
     total = b[..., -1]
-    # m' = total + max(m, max c), chunk after chunk, is a running maximum once the totals of all
-    # chunks before are taken off. Rounded as it will be stored, and only then used: S and z are
-    # divided by this very e^m, and another rounding would scale them in silence.
+    # m' = total + max(m, max c). For x = m - (the totals of all chunks before) that is
+    # x' = max(x, max c - before): a running maximum, and no loop. m is rounded to the dtype that
+    # will store it before anything is computed with it: S and z are divided by just this e^m.
     before = F.pad(total.cumsum(-1), (1, 0))  # (B, H, N + 1)
-    steps = torch.cat((m[..., None].double(), c.amax(-1) - before[..., :-1]), dim=-1)
-    m = (steps.cummax(-1).values + before).to(m.dtype).double()
+    x = torch.cat((m[..., None].double(), c.amax(-1) - before[..., :-1]), dim=-1)
+    m = (x.cummax(-1).values + before).to(m.dtype).double()
     r = torch.maximum(m[..., :-1, None], c.cummax(-1).values)
-    # r cancels, so its gradient may be anything. With c's, that of W_tt = e^(c_t - r_t) is exactly
-    # 0, and does not drown the forget gates' small gradients in its rounding.
+    # r cancels in h, so any gradient of it is right. Given c's, W_tt = e^(c_t - r_t) has a gradient
+    # of exactly 0, and no rounding error in which the forget gates' small gradients would drown.
     return c, r.detach() + (c - c.detach()), m, total
 
 
@@ -820,7 +824,7 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
     wide, L = torch.promote_types(q.dtype, torch.float32), chunk_size
     with torch.autocast(q.device.type, enabled=False):
         S, z, m = state or empty_state(B, H, width, E, q.device)
-        S = torch.cat((S, z[..., None]), dim=-1).flatten(0, 1).to(wide)  # (B H, F, E + 1): see v
+        S = torch.cat((S, z[..., None]), dim=-1).flatten(0, 1).to(wide)  # (B H, F, E + 1), z last
         c, r, m, total = _chunk_gates(log_i, log_f, m.to(wide), document_ids, L)
         carry = (m[..., :-1, None] - r).exp()
         write = (c + (total - m[..., 1:])[..., None]).exp()
@@ -828,7 +832,7 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
         # c and r stay float64 until their difference is taken.
         gates = [x.flatten(0, 1).unbind(1) for x in (
             c, r, *(x.to(wide) for x in (carry, write, keep)))]  # N of (B H, L); keep (B H, 1, 1)
-        v = F.pad(v, (0, 1), value=1.0)  # the normaliser z is the state of one more value, 1
+        v = F.pad(v, (0, 1), value=1.0)  # z is the state of a value that is always 1
         q, k, v = (x.flatten(0, 1).split(L, dim=1) for x in (q, k, v))  # each: N of (B heads, L, .)
         future = torch.ones(L, L, dtype=torch.bool, device=c.device).triu(1)
         h = []
@@ -886,7 +890,7 @@ def window_attention(q, k, v, *, window, sinks, document_ids=None):
         document_starts(document_ids))
     t = torch.arange(N * L, device=q.device).view(N, L, 1)
     s = t[:, :1] - W + torch.arange(W + L, device=q.device)  # (N, 1, W + L): the band
-    # value=T: padding is a document of its own, which sees itself. A row without keys is NaN.
+    # value=T: padded rows are a document that sees itself; a row that sees no key would be NaN.
     start = F.pad(starts, (0, pad), value=T).view(-1, N, L, 1)  # (B or 1, N, L, 1)
     sink = start[:, :, :1] + torch.arange(sinks, device=q.device)  # (B or 1, N, 1, sinks)
     see_sink = (sink >= start) & (sink < s[..., :1])  # unless it is in the band already
@@ -1004,7 +1008,7 @@ class Gate(nn.Linear):
 class StudentAttention(Attention):
     """What a student's mixers share: who computes, and how much memory they ask of a cache.
 
-    A mixer that is a reader has a branch of that name, and `mix` says what becomes of its output.
+    A mixer has a `window_branch`, a `recurrent_branch` or both; `mix` says what becomes of them.
     In training documents are told apart by ids; in generation a cache holds one document a row.
     """
 
@@ -1414,8 +1418,9 @@ def assign(model, name, parameter):
 # 7. Cache and generation: a prefill of any length hands over exactly to one-token steps
 # ----------------------------------------------------------------------------------------------
 # Here the method pays. A teacher's cache holds keys and values of every token: 128 KB a token for
-# Llama-3.1-8B, 17 GB at 131k tokens, and each step reads all of it. A student's holds a window, the
-# sinks and one matrix a head: 270 MB for 32 layers with 4 features in fp32, at any length.
+# Llama-3.1-8B, 17 GB at 131k tokens, and each step reads all of it. A student's holds one matrix
+# a head, 270 MB in fp32 for 32 layers with 4 features, and window and sinks, 68 MB in bf16, at any
+# length.
 #
 # Two forms compute the same: a sequence (prefill, of any length after any length) and a step of one
 # token. A sequence leaves the cache as steps would have left it, so the two may follow each other

@@ -5,7 +5,7 @@
         --features 1 4 8 --steps 300
 
 Stage I gives every layer its TEACHER's input, so no layer's learning depends on another's. One can
-be trained without the rest, on inputs that the teacher makes once: an idea for a mixer costs two
+be trained without the rest, on inputs that the teacher makes once: an idea for a mixer costs
 minutes here where a stage I costs an hour, and shows in the heads that it helps.
 
 Printed for held-out rows of each file, per head: |h_S - h_T|^2 / |h_T|^2, where h is what attention
@@ -97,7 +97,7 @@ def train_layer(run, mixer, train, held, title):
     trainable = {name: p.requires_grad_() for name, p in mixer.named_parameters() if is_new(name)}
     optimizer, started = distill.make_optimizer(trainable), time.perf_counter()
     for step in range(run.steps + 1):
-        if step % max(1, run.steps // 4) == 0:
+        if step % max(1, run.steps // 4) == 0 or step == run.steps:
             for name, rows in held.items():
                 show(f"{title}, step {step}, {name}", sum(errors(mixer, *row) for row in rows))
         if step == run.steps:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import make_bio
-from distill import (Mixture, Source, alignment_losses, collate, learning_rate, make_optimizer,
-                     parse_row, plan_students, select_trainable, tokenise)
+from distill import (Mixture, Source, alignment_losses, collate, held_out_hashes, learning_rate,
+                     make_optimizer, parse_row, plan_students, select_trainable, tokenise)
 import evaluate
 from evaluate import (Scorer, base_embeddings, canonical_smiles, evaluate_rows, family_nats,
                       molecule_shares, ridge_probe, sample_sequences, strand_scores)
@@ -313,13 +313,14 @@ def test_the_split_sees_neither_order_nor_strand(tmp_path, folder, families):
     first = tokenise(families[0], tokenizer, 257, tmp_path / "d")
     held = [{tuple(sorted(bytes(s.tokens[a + 1:a + n - 1].tolist()).split(b"\n")))
              for a, n in zip(s.starts, s.lengths)}
-            for s in (Source("f", x, "heldout", 64, fraction=0.2) for x in (first, other))]
+            for s in (Source("f", x, "heldout", 64, held_out_hashes(x, 0.2))
+                      for x in (first, other))]
     assert held[0] == held[1] and len(held[0]) == 8
     strands = ["".join(rng.choices("ACGT", k=rng.randint(20, 60))) for _ in range(60)]
     both = tokenise(write_rows(tmp_path / "dna.jsonl", [{"dna": s} for s in strands]), tokenizer,
                     257, tmp_path / "d")
     for split, count in (("train", 96), ("heldout", 24)):
-        source = Source("dna", both, split, 64, fraction=0.2)
+        source = Source("dna", both, split, 64, held_out_hashes(both, 0.2))
         texts = [bytes(source.tokens[a + 1:a + n - 1].tolist()).decode()
                  for a, n in zip(source.starts, source.lengths)]
         assert len(texts) == count and {reverse_complement(t) for t in texts} == set(texts)

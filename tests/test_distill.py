@@ -87,7 +87,7 @@ def test_rows_hold_every_document_once_and_in_order(tmp_path, corpus, tokenizer)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     stream = {}
     for split in ("train", "heldout"):
-        source = Source("a", folder, split, T=64, fraction=0.1)
+        source = Source("a", folder, split, 64, distill.held_out_hashes(folder, 0.1))
         rows = [source.row(i) for i in range(source.num_rows)]
         for row, following in zip(rows, rows[1:]):  # the label-only token is the next row's first
             assert row[0][-1] == following[0][0] and row[1][-1] == following[1][0]
@@ -107,7 +107,7 @@ def test_copies_of_a_document_stay_on_one_side(tmp_path, tokenizer):
     texts = [words(rng, 40) for _ in range(50)]
     folder = tokenise(write_rows(tmp_path / "a.jsonl", texts * 3), tokenizer, None, tmp_path / "d")
     sides = [{tuple(source.tokens[s:s + n]) for s, n in zip(source.starts, source.lengths)}
-             for source in (Source("a", folder, split, T=64, fraction=0.1)
+             for source in (Source("a", folder, split, 64, distill.held_out_hashes(folder, 0.1))
                             for split in ("train", "heldout"))]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
 

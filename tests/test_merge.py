@@ -239,7 +239,7 @@ def test_mismatch_is_refused_and_nothing_written(pair, tmp_path, damage, words):
     (dict(weights=[.5, .4]), "must sum to 1"),
     (dict(weights=[1.5, -.5]), "none may be negative"),
     (dict(weights=[.5, float("nan")]), "must sum to 1"),
-    (dict(method="ties"), "linear without, or ties with"),
+    (dict(method="ties"), "ties needs --seed-model"),
     (dict(directories=[]), "must sum to 1"),
     (dict(method="slerp"), "method 'slerp'"),
     (dict(density=0), "density 0"),
