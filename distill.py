@@ -599,6 +599,26 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
     return gamma * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
 
+@torch.no_grad()
+def teacher_walk(student, tokens, document_ids, positions=None):
+    """Yield each layer's (mixer, its `Heads`, softmax attention's output (B, H, T, D)).
+
+    The teacher's forward pass inside its student: the teacher's output goes on to the next layer.
+    """
+    if positions is None:
+        positions = student.positions(tokens, document_ids=document_ids)
+    layers, x = student.model["layers"], student.embed(tokens)
+    for block, tables in zip(layers, student.rope_tables(positions, x.dtype)):
+        attention = block.self_attn
+        heads = attention.heads(block.attention_input(x), tables)
+        # The teacher's `mix` called on the student's module: the same projections, but the
+        # teacher's own window (`attention.window`), no sinks and no state.
+        target = Attention.mix(attention, heads, document_ids=document_ids)
+        yield attention, heads, target
+        if block is not layers[-1]:  # nobody reads what leaves the last
+            x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
+
+
 def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
     """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of (h_T - h_S)^2.
 
@@ -613,28 +633,17 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
     Paper: sums. Here: means, so that gradients, which are clipped at 1, have one size at every
     context and width.
     """
-    if positions is None:
-        positions = student.positions(tokens, document_ids=document_ids)
-    layers, losses = student.model["layers"], []
-    with torch.no_grad():
-        x = student.embed(tokens)
-        for block, tables in zip(layers, student.rope_tables(positions, x.dtype)):
-            attention = block.self_attn
-            heads = attention.heads(block.attention_input(x), tables)
-            # The teacher's `mix` called on the student's module: the same projections, but the
-            # teacher's own window (`attention.window`), no sinks and no state.
-            target = Attention.mix(attention, heads, document_ids=document_ids)  # (B, H, T, D)
-            with torch.set_grad_enabled(backward_scale is not None):
-                h = attention.mix(heads, document_ids=document_ids)
-                loss = (h.float() - target.float()).square().mean()
-                if backward_scale is not None:
-                    # Outside of autocast, which would make the fp32 products of the mLSTM bf16 ones
-                    # on the way back.
-                    with torch.autocast(x.device.type, enabled=False):
-                        (loss * backward_scale).backward()
-            losses.append(loss.detach())
-            if block is not layers[-1]:  # nobody reads what leaves the last
-                x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
+    losses = []
+    for attention, heads, target in teacher_walk(student, tokens, document_ids, positions):
+        with torch.set_grad_enabled(backward_scale is not None):
+            h = attention.mix(heads, document_ids=document_ids)
+            loss = (h.float() - target.float()).square().mean()
+            if backward_scale is not None:
+                # Outside of autocast, which would make the fp32 products of the mLSTM bf16 ones
+                # on the way back.
+                with torch.autocast(tokens.device.type, enabled=False):
+                    (loss * backward_scale).backward()
+        losses.append(loss.detach())
     return torch.stack(losses)
 
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill  # noqa: E402
-from model import (Attention, is_new, load_pretrained, load_with_tokenizer,  # noqa: E402
-                   number, student_from_teacher)
+from model import (is_new, load_pretrained, load_with_tokenizer, number,  # noqa: E402
+                   student_from_teacher)
 
 
 def open_rows(run, tokenizer, eos_ids):
@@ -41,21 +41,6 @@ def open_rows(run, tokenizer, eos_ids):
     return ([distill.collate([mixture.row(i)], "cpu") for i in range(run.rows)],
             {s.name: [distill.collate([s.row(i)], "cpu")
                       for i in range(min(run.eval_rows, s.num_rows))] for s in held})
-
-
-@torch.no_grad()
-def walk(model, tokens, docs):
-    """Yield each layer's (mixer, `Heads` and attention output (1, H, T, D) of the teacher).
-
-    As `distill.alignment_losses` walks: the teacher's output goes on to the next layer.
-    """
-    x, positions = model.embed(tokens), model.positions(tokens, document_ids=docs)
-    for block, tables in zip(model.model["layers"], model.rope_tables(positions, x.dtype)):
-        mixer = block.self_attn
-        heads = mixer.heads(block.attention_input(x), tables)
-        target = Attention.mix(mixer, heads, document_ids=docs)
-        yield mixer, heads, target
-        x = block.after_attention(x, mixer.o_proj(target.transpose(1, 2).flatten(2)))
 
 
 @torch.no_grad()
@@ -75,7 +60,8 @@ def show_layers(student, held):
     for name, rows in held.items():
         sums = [0] * student.config.num_layers
         for tokens, docs, _ in tqdm(rows, desc=name, unit="row", leave=False):
-            for i, (mixer, heads, target) in enumerate(walk(student, tokens, docs)):
+            for i, (mixer, heads, target) in enumerate(
+                    distill.teacher_walk(student, tokens, docs)):
                 sums[i] = sums[i] + errors(mixer, heads, target, docs)
         for i, layer in enumerate(sums):
             show(f"{name}, layer {i}", layer)
@@ -85,7 +71,8 @@ def layer_inputs(teacher, layer, rows):
     """What the teacher gives a layer for each row: [(heads, target, docs), ...]."""
     found = []
     for tokens, docs, _ in tqdm(rows, desc=f"inputs of layer {layer}", unit="row", leave=False):
-        for i, (_, heads, target) in enumerate(walk(teacher, tokens, docs)):
+        for i, (_, heads, target) in enumerate(
+                distill.teacher_walk(teacher, tokens, docs)):
             if i == layer:
                 found.append((heads, target, docs))
                 break
