@@ -29,7 +29,7 @@ import one_layer
 from distill import (Mixture, Source, alignment_losses, collate, learning_rate, open_data,
                      read_text, sparse_kd_loss, teacher_topk, tokenise)
 from model import (Attention, Tokenizer, document_starts, is_new, load_pretrained, save_tensors,
-                   student_from_teacher)
+                   sha256, student_from_teacher)
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tests/teacher"
@@ -403,6 +403,24 @@ def test_tokenising_twice_reads_the_first_result(tmp_path, corpus, tokenizer):
     assert (folder / "tokens.bin").stat().st_mtime_ns == stamp
     corpus.write_text(corpus.read_text() + '{"text": "one more document"}\n')
     assert tokenise(corpus, tokenizer, 1023, tmp_path / "d") != folder
+
+
+def test_who_changes_the_files_must_raise_their_format(tmp_path, tokenizer, monkeypatch):
+    """Or files and targets of the format before would be taken for the new ones, without a word.
+
+    The digest is what format 6 holds of these rows: raise DATA_FORMAT if it has to change.
+    """
+    monkeypatch.setattr(tokenizer, "chat_templates", {"default": (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (
+        {"text": "two words, <|eot|> and 42"}, {"text": ""}, {"dna": "AACG"},
+        {"messages": [{"role": "user", "content": "hi"},
+                      {"role": "assistant", "content": "yes"}]})))
+    folder = tokenise(path, tokenizer, 1, tmp_path / "data")
+    digest = sha256(*(folder / name for name in distill.FILES))
+    assert (distill.DATA_FORMAT, digest[:16]) == (6, "bce3366f3c7090a6")
 
 
 def test_conversations_learn_the_assistants_tokens_only(tmp_path, tokenizer, monkeypatch):
