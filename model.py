@@ -176,14 +176,18 @@ class ModelConfig:
             raise ValueError(f"{path}: a setting is missing or cannot be ({error!r})"
                              ) from None
         # generation_config.json overrides config.json: instruct models stop at more ids (Llama's
-        # at three). An id below 0 would never be sampled, so that no answer ends; one above the
-        # vocabulary has no embedding.
+        # at three). An id below 0 would never be sampled, so that no answer ends. Nor would one
+        # above the vocabulary, and it has no embedding; but transformers writes Olmo's 50279 for
+        # however small a model.
         generation = read_json(path.with_name("generation_config.json"), {})
         eos = _as_tuple(generation.get("eos_token_id")) or config.eos_ids
-        if not all(type(i) is int and 0 <= i < config.vocab_size for i in eos):
-            raise ValueError(f"{path} or generation_config.json: eos_token_id {eos} is outside the "
-                             f"vocabulary of {config.vocab_size}")
-        return dataclasses.replace(config, eos_ids=eos)
+        if not all(type(i) is int and i >= 0 for i in eos):
+            raise ValueError(f"{path} or generation_config.json: eos_token_id {eos} is no token id")
+        known = tuple(i for i in eos if i < config.vocab_size)
+        if known != eos:
+            print(f"{path} or generation_config.json: eos_token_id {eos} is not all in the "
+                  f"vocabulary of {config.vocab_size}; what is not ends no text")
+        return dataclasses.replace(config, eos_ids=known)
 
 
 # What a config.json means where it is silent: first Llama's defaults (and two keys that others
@@ -230,7 +234,7 @@ def _parse_config(c, path):
     rotated = c.get("no_rope_layers") or [(i + 1) % c["no_rope_layer_interval"] for i in layers]
     nope = tuple(i for i in layers if not rotated[i])
     rope, sliding_rope = _parse_ropes(c, path)
-    hybrid = dict(c.get("hybrid") or {})
+    hybrid = {**(c.get("hybrid") or {})}
     if hybrid.pop("folded", False):  # earlier versions could; False says that this one is not
         raise ValueError(f"{path}: a student with a folded output gate is no longer read: save it "
                          "anew from the student it was folded from")
@@ -262,7 +266,7 @@ def _check_config(c, path):
                          "floats are read: fetch the original, or dequantise and save it")
     for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
                  "intermediate_size", "vocab_size", *(["head_dim"] if c.get("head_dim") else [])):
-        if not (isinstance(c[name], int) and 1 <= c[name] <= 1 << 24):
+        if not (type(c[name]) is int and 1 <= c[name] <= 1 << 24):
             raise ValueError(f"{path}: {name} = {c[name]!r} is not an integer from 1 to 2^24")
     for name in ("rms_norm_eps", *(FAMILIES["granite"] if c["model_type"] == "granite" else ())):
         if not _is_positive(c[name]):
@@ -1578,8 +1582,9 @@ def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=No
     """Yield the ids (B,) that continue each row of tokens (B, T) int64, one step at a time.
 
     temperature 0: the most likely token; otherwise sampling from the smallest set of tokens whose
-    probability reaches top_p. stop: ids that end a row (the model's eos ids when None); a finished
-    row repeats its stop id until all are done. seed: of the sampling, for all rows together.
+    probability reaches top_p. stop: id or ids that end a row (the model's eos ids when None); a
+    finished row repeats its stop id until all are done. seed: of the sampling, for all rows
+    together.
     cache: a `Cache` of what came before tokens (None: nothing did); it takes in the tokens and all
     ids yielded but the last, so that a conversation can go on with it.
     compile: compile the step (takes up to minutes, once a process and shape).
@@ -1589,8 +1594,11 @@ def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=No
     if T == 0 or not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate needs a prompt of 1 token or more (got {T}), temperature >= 0 "
                          f"(got {temperature}) and 0 < top_p <= 1 (got {top_p})")
-    stop = torch.tensor(model.config.eos_ids if stop is None else tuple(stop), dtype=torch.long,
-                        device=tokens.device)
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < model.config.vocab_size:
+        raise ValueError(f"the prompt has ids from {int(tokens.min())} to {int(tokens.max())}, and "
+                         f"the vocabulary is 0 to {model.config.vocab_size - 1}")
+    stop = model.config.eos_ids if stop is None else (stop,) if isinstance(stop, int) else stop
+    stop = torch.tensor(tuple(stop), dtype=torch.long, device=tokens.device)
     random = torch.Generator(tokens.device)
     random.manual_seed(seed) if seed is not None else random.seed()
     cache = Cache(model, B, T + max_new_tokens) if cache is None else cache
@@ -1687,7 +1695,8 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     # Files may hold two things more: tables of RoPE's angles, which are computed here, and a tied
     # model's lm_head, a copy of its embedding.
-    copied = config.tied and "lm_head.weight" in stored
+    copied = config.tied and stored.get("lm_head.weight", (0, 0))[1] == (
+        shapes["model.embed_tokens.weight"])
     found = {name: shape for name, (_, shape) in stored.items() if not (
         name.endswith("rotary_emb.inv_freq") or copied and name == "lm_head.weight")}
     # A tensor too many is as bad as one too few: a bias that nobody adds changes every logit.
@@ -1810,7 +1819,8 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
         raise ValueError(f"{directory} exists and is not empty; name a new folder")
     if model.source is None:
         raise ValueError("model.source is None: set it to the folder of its config.json")
-    config = read_json(model.source / "config.json")
+    source = Path(model.source)
+    config = read_json(source / "config.json")
     # The dtype's key has a new and an old name, and files have either or both; transformers loads
     # as it says.
     for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
@@ -1820,14 +1830,14 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     # Whoever finds the folder finds it whole: a rename is one step, a run that is killed leaves
     # only the .tmp, and the next one clears that away.
     tmp = directory.with_name(directory.name + ".tmp")
-    if tmp == Path(model.source).resolve():
+    if tmp == source.resolve():
         raise ValueError(f"{directory} is written as {tmp} first, and that is the model's own "
                          "source; name another folder")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    for name in tokenizer_files(model.source):
+    for name in tokenizer_files(source):
         (tmp / name).parent.mkdir(exist_ok=True)
-        shutil.copy(model.source / name, tmp / name)
+        shutil.copy(source / name, tmp / name)
     for name, value in {"config.json": config, **dict(extra)}.items():
         write_json(tmp / name, value)
     # Shards in the model's order: a loader that reads layer by layer goes through them once. Index
@@ -1929,7 +1939,8 @@ def _piece_pattern(pre_tokenizer):
                 "invert": True}),
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             # Written for Oniguruma, run by another engine: what the two read differently.
-            if found := re.search(r"\{[0-9,]+\}\+|\[\[:|\\[wWbB]|\$|(?<!\[)\^", regex):
+            unlike = r"\{[0-9,]+\}\+|\{,[0-9]|\(\?[a-z]*m|\[\[:|\\[wWbB]|\$|(?<!\[)\^"
+            if found := re.search(unlike, regex):
                 raise ValueError(f"{found[0]!r} in the pattern {regex!r} is not supported")
             return regex
     raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported, only byte-level "
@@ -2022,10 +2033,12 @@ class Tokenizer:
         self.separator_id = read_json(folder / "config.json", {}).get("separator_id")
         config = read_json(folder / "tokenizer_config.json", {})
         # A mark such as "bos_token" is a string, or an object with its text as "content". All of
-        # them are variables of the chat template.
+        # them are variables of the chat template. special_tokens_map.json is of old folders, and
+        # not read, as in transformers, where the configuration lists the added tokens itself.
+        old = {} if "added_tokens_decoder" in config else read_json(
+            folder / "special_tokens_map.json", {})
         more = config.get("extra_special_tokens")
-        marks = {**config, **read_json(folder / "special_tokens_map.json", {}),
-                 **(more if isinstance(more, dict) else {})}
+        marks = {**config, **old, **(more if isinstance(more, dict) else {})}
         self._marks = {name: x.get("content") if isinstance(x, dict) else x
                        for name, x in marks.items()
                        if name.endswith("_token") and isinstance(x, (str, dict))}
@@ -2104,11 +2117,14 @@ class Tokenizer:
         An added token may take the white space around it along (lstrip, rstrip), or be one only
         between other words (single_word); the byte-level families ask for neither.
         """
-        model, added = spec["model"], spec["added_tokens"]
-        added = [token for token in added if token["content"]]  # "" is none, as there
+        model = spec["model"]
+        if model.get("type", "BPE") != "BPE":
+            raise ValueError(f"not supported: model.type {model['type']!r}, only byte-level BPE is")
+        added = [token for token in spec.get("added_tokens") or ()
+                 if token["content"]]  # "" is none, as there
         self.added = {token["content"]: token["id"] for token in added}
         self.special = {token["id"] for token in added if token["special"]}
-        normalizers = _steps(spec["normalizer"], "normalizers")
+        normalizers = _steps(spec.get("normalizer"), "normalizers")
         refused = [f"normalizer {step}" for step in normalizers if step["type"] != "NFC"]
         refused += [f"model.{key} = {model[key]!r}" for key in (
             "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
@@ -2122,7 +2138,8 @@ class Tokenizer:
                     or words.get(token["id"], token["content"]) != token["content"]
                     or self.added[token["content"]] != token["id"]]
         self._nfc = bool(normalizers)
-        self._read_bos(spec["post_processor"])
+        self._read_bos(spec.get("post_processor"))
+        pattern = _piece_pattern(spec.get("pre_tokenizer"))  # refuses what has no such bytes
         ranks, self._id_of_rank = _bpe_ranks(model, self.added)
         if model.get("unk_token") and not self._id_of_rank.keys() >= set(range(256)):
             refused.append("model.unk_token where the vocabulary lacks bytes")
@@ -2131,7 +2148,7 @@ class Tokenizer:
         self._bytes = {i: bytes(_BYTE_OF[c] for c in token)
                        for token, i in model["vocab"].items() if token not in self.added}
         normalised = {token["content"] for token in added if token["normalized"]}
-        return _piece_pattern(spec["pre_tokenizer"]), ranks, normalised
+        return pattern, ranks, normalised
 
     def _read_bos(self, post_processor):
         """Which token is BOS, and whether encode puts it in front."""
@@ -2296,12 +2313,19 @@ class Tokenizer:
         # here, calls of tools below.
         if tools and self.render_chat(messages, generation_prompt=False) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
-        # Many templates know strings only, and write others as Python does: [{'type': 'text', ...
-        for content in (m.get("content") for m in messages):
+        # Many templates know strings only. A list of parts they write as Python does, [{'type' ...,
+        # or (Qwen 3's) not at all.
+        for i, message in enumerate(messages):
+            content = message.get("content")
             for x in (content, *(content if isinstance(content, list) else ())):
                 if not isinstance(x, str) and "'" in str(x) and str(x) in text:
                     raise ValueError("the chat template writes a content that is no string as "
                                      f"Python shows it ({str(x)[:40]}): give a string")
+            if content and isinstance(content, list) and text == self.render_chat(
+                    [*messages[:i], {**message, "content": ""}, *messages[i + 1:]],
+                    tools=tools, generation_prompt=False):
+                raise ValueError("the chat template does not write a content that is a list of "
+                                 f"parts ({str(content)[:40]}): give a string")
         # A turn that is not to be learnt is located all the same: generation blocks are counted.
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = self._turn_spans(text, messages, tools, turns)
@@ -2357,7 +2381,7 @@ class Tokenizer:
                 # (Should a template add nothing, no turn of it starts where generation does.)
                 header = longer[len(os.path.commonprefix((text, longer))):]
                 prompt = header in text and text[:text.find(header) + len(header)]
-            end = self._end_of_turn(text, prompt, render(messages[:i + 1]))
+            end = prompt and self._end_of_turn(text, prompt, render(messages[:i + 1]))
             located = prompt and text.startswith(prompt) and end > len(prompt)
             spans[i] = (len(prompt), end) if located else None
         return spans
@@ -2448,8 +2472,12 @@ def _read_chat_templates(folder, config):
     files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
     if (folder / "chat_template.jinja").exists():
         files["default"] = folder / "chat_template.jinja"
-    if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    try:
+        if files:
+            return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder}: a chat template (*.jinja) is not UTF-8 ({error}); convert it"
+                         ) from None
     templates = config.get("chat_template") or read_json(
         folder / "chat_template.json", {}).get("chat_template") or []
     if isinstance(templates, str):

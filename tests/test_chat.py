@@ -299,6 +299,19 @@ def test_a_content_that_is_written_as_python_shows_it_is_not_learnt(chat, conten
                      ).render_chat_parts(messages)
 
 
+@pytest.mark.parametrize("said", [0, 1])  # the user's, the assistant's
+def test_parts_that_the_template_leaves_out_are_not_learnt(chat, said):
+    """As Qwen 3's templates do, which write a content only if it is a string."""
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    tokenizer = chat("{% for m in messages %}<{{ m.role }}>{% if m.content is string %}"
+                     "{{ m.content }}{% endif %}<|end|>{% endfor %}"
+                     "{% if add_generation_prompt %}<assistant>{% endif %}")
+    assert learnt(tokenizer, messages)
+    messages[said]["content"] = [{"type": "text", "text": "4"}]
+    with pytest.raises(ValueError, match="does not write a content that is a list of parts"):
+        tokenizer.render_chat_parts(messages)
+
+
 def test_the_environment_is_transformers(chat):
     template = ("{{ '<ü&>' | tojson }} {{ {'b': 1, 'a': [2]} | tojson(indent=2, sort_keys=true) }} "
                 "{{ strftime_now('%Y %z') }} {{ [1] | tojson(true) }} {{ bos_token }}{{ eos_token }}{{ pad_token }} "
@@ -350,6 +363,11 @@ def test_where_the_template_stands(plain, tmp_path):
     assert texts() == ("</s>file",) * 2 and texts([{"x": 7}]) == ("7more",) * 2
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|eot_id|>"}')
     assert texts() == ("<|eot_id|>file",) * 2
+    config.write_text(json.dumps({**marks, "added_tokens_decoder": {}}))
+    assert texts() == ("</s>file",) * 2
+    (folder / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="jinja.* is not UTF-8"):
+        Tokenizer(folder)
 
 
 # ------------------------------------------------------------------ what is learnt
@@ -417,6 +435,17 @@ def test_a_turn_outside_of_the_templates_blocks_is_refused(chat):
     assert some != BLOCKS
     with pytest.raises(ValueError, match="0 generation blocks for 2 assistant turns"):
         chat(some).render_chat_parts(LONGEST)
+
+
+def test_a_first_turn_whose_header_the_text_lacks_is_skipped_and_counted(chat):
+    """The generation prompt of DeepSeek's and others' templates ends in "<think>"."""
+    tokenizer = chat("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+                     "{% if add_generation_prompt %}<assistant><think>{% endif %}")
+    messages = [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "2+2?"},
+                {"role": "assistant", "content": "<think>sum</think>4"}]
+    parts, skipped = tokenizer.render_chat_parts(messages)
+    assert skipped == 1
+    assert [text for text, mine in parts if mine] == ["sum</think>4<|end|>"]
 
 
 def test_thinking_that_is_dropped_leaves_the_last_turn(chat):

@@ -695,7 +695,8 @@ def test_a_row_stops_alone_and_repeats_its_stop_id(both):
     free = generate(both[1], prompt, max_new_tokens=30, stop=())[:, 20:]
     stop = free[0, 5].item()
     first = [row.index(stop) if stop in row else 30 for row in free.tolist()]
-    found = generate(both[1], prompt, max_new_tokens=30, stop=[stop])[:, 20:]
+    found = generate(both[1], prompt, max_new_tokens=30, stop=stop)[:, 20:]
+    assert torch.equal(found, generate(both[1], prompt, max_new_tokens=30, stop={stop})[:, 20:])
     for row, full, n in zip(found.tolist(), free.tolist(), first):
         assert row[:n + 1] == full[:n + 1][:len(row)] and set(row[n:]) <= {stop}
     assert found.shape[1] == min(30, max(first) + 1)
@@ -710,6 +711,9 @@ def test_sampling_follows_seed_temperature_and_top_p(both):
     assert torch.equal(generate(both[1], prompt, temperature=1.0, top_p=1e-6, **args), greedy)
     with pytest.raises(ValueError, match="top_p"):
         generate(both[1], prompt, top_p=0.0, **args)
+    for wrong in (-1, both[1].config.vocab_size):
+        with pytest.raises(ValueError, match=f"the prompt has ids from .*{wrong}"):
+            generate(both[1], torch.tensor([[wrong]]), **args)
 
 
 def test_sampled_frequencies_match_the_nucleus():

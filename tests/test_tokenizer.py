@@ -356,12 +356,13 @@ def test_lone_surrogates_do_not_crash(folder):
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
 REFUSALS = {
     "Metaspace": lambda spec: spec.update(pre_tokenizer=METASPACE),
-    "SentencePiece": lambda spec: spec.update(pre_tokenizer=None),
+    "SentencePiece": lambda spec: (spec.pop("pre_tokenizer"), spec["model"]["vocab"].update(
+        {"\u2581a": 9000}), spec["model"]["merges"].append(["\u2581", "a"])),
     "Whitespace": lambda spec: spec.update(pre_tokenizer={"type": "Whitespace"}),
     "add_prefix_space": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
     "Lowercase": lambda spec: spec.update(normalizer={"type": "Lowercase"}),
     "byte_fallback": lambda spec: spec["model"].update(byte_fallback=True),
-    "no byte-level BPE": lambda spec: spec.update(model={"type": "Unigram", "vocab": []}),
+    "model.type 'Unigram'": lambda spec: spec.update(model={"type": "Unigram", "vocab": []}),
     "unk_token": lambda spec: (spec["model"].update(unk_token="a"),
                                spec["model"]["vocab"].pop("!")),
     "lstrip": lambda spec: spec["added_tokens"][0].update(lstrip=True),
@@ -372,6 +373,10 @@ REFUSALS = {
     r"1,3}\+' in the pattern": lambda spec: spec.update(pre_tokenizer={
         "type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": r"\p{N}{1,3}+|\P{N}"}, "behavior": "Isolated",
+             "invert": False}, dict(spec["pre_tokenizer"], use_regex=False)]}),
+    r"\(\?m' in the pattern": lambda spec: spec.update(pre_tokenizer={
+        "type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": r"\p{L}+|(?m:.)"}, "behavior": "Isolated",
              "invert": False}, dict(spec["pre_tokenizer"], use_regex=False)]}),
     "ignore_merges with 'qzqz'": lambda spec: (  # two tokens spell it, and no merge
         spec["model"].update(ignore_merges=True), spec["model"]["vocab"].update(qz=9000, qzqz=9001),
@@ -388,6 +393,15 @@ def test_what_cannot_be_expressed_is_refused_by_name(folder, tmp_path, word):
     with pytest.raises(ValueError, match=word) as error:
         Tokenizer(write(tmp_path, spec))
     assert str(tmp_path / "tokenizer.json") in str(error.value)
+
+
+def test_keys_that_a_file_may_leave_out(folder, tmp_path):
+    tokenizers, spec = pytest.importorskip("tokenizers"), json.loads(json.dumps(folder("gpt2")[2]))
+    for key in ("normalizer", "post_processor", "added_tokens"):
+        spec.pop(key)
+    ours = Tokenizer(write(tmp_path, spec))
+    hf = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert ours.encode("It's 42, eh?") == hf.encode("It's 42, eh?").ids
 
 
 def test_missing_and_torn_files_are_named_with_a_remedy(folder, tmp_path):
