@@ -191,7 +191,7 @@ def parse_row(row, tokenizer, eos_id):
     if found == ["messages"]:
         return [(*encode_chat(value, row.get("tools"), tokenizer), None, 0, -1)]
     if found == ["dna"]:  # the other strand is as good a text, and no other content
-        strands = value, reverse_complement(value)
+        strands = (value, reverse_complement(value)) if value else ()
         return [(plain(strand) + end, True, 0, min(strands), 0, -1) for strand in strands]
     if found == ["sequences"] and value and all(isinstance(s, str) and s for s in value):
         head = plain("")  # BOS, or nothing
@@ -374,10 +374,13 @@ class Source:
         self.name, self.folder, self.T = name, folder, T
         self.skipped = int(documents["skipped"].sum())  # of the whole file
         starts = documents["length"].cumsum() - documents["length"]
-        chosen = np.isin(documents["hash"], held_out) == (split == "heldout")
-        documents = documents[chosen]
         self.tokens = map_array(folder / "tokens.bin", np.uint32)
         self.loss = map_array(folder / "loss.bin", bool)
+        if not len(self.tokens) == len(self.loss) == documents["length"].sum():
+            raise ValueError(f"{folder} is damaged, as by a copy that was cut off: delete it, and "
+                             "the run makes it again")
+        chosen = np.isin(documents["hash"], held_out) == (split == "heldout")
+        documents = documents[chosen]
         self.lengths, self.starts = documents["length"], starts[chosen]  # in the files
         self.heads, self.separators = documents["head"], documents["separator"]
         self.ends = self.lengths.cumsum()  # in the stream of chosen documents
@@ -502,7 +505,8 @@ def open_data(run, tokenizer, eos_id):
             sources.append(source)
             if source.num_rows == 0:
                 raise ValueError(f"--data {path}: {source.total} {split} tokens do not fill a row "
-                                 f"of --context {run.context}; give more text or a shorter context")
+                                 f"of --context {run.context}; give more documents, of which one "
+                                 "in fifty is held out, or a shorter context")
             if source.labels == 0:
                 raise ValueError(f"--data {path}: none of the {source.total} {split} tokens is to "
                                  "be learnt; do its conversations have an assistant's turns?")
@@ -1154,6 +1158,8 @@ def load_checkpoint(run, stage, trainable, optimizer):
             f", written by {world} processes, now {run.world}: sums change their order, so losses "
             "go on equal to rounding, not to the bit")))
         return step
+    if checkpoints(run, stage):
+        print(f"no checkpoint of {stage} is whole: it begins anew")
     return 0
 
 
@@ -1520,6 +1526,10 @@ class Progress(tqdm):
 
     def __init__(self, run, stage, first, steps):
         self.run, self.stage, self.tokens = run, stage, run.batch * run.context
+        self.path = run.out / "log.jsonl"
+        if run.rank == 0:  # a full disk may have left half a line
+            self.path.touch()
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         super().__init__(desc=stage, total=steps * self.tokens, initial=first * self.tokens,
                          unit="tok", unit_scale=True, dynamic_ncols=True, disable=run.rank > 0)
 
@@ -1531,8 +1541,13 @@ class Progress(tqdm):
         self.update(self.tokens)
         self.set_postfix({key: f"{value:.3g}" for key, value in metrics.items()})
         if self.run.rank == 0:
-            with open(self.run.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": self.stage, "step": step + 1, **metrics}) + "\n")
+            line = json.dumps({"stage": self.stage, "step": step + 1, **metrics}) + "\n"
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                raise OSError(f"{self.path} cannot be written ({error}): free some space, then "
+                              "--resume") from None
 
 
 def report(results):
@@ -1587,7 +1602,8 @@ def open_model(run, directory, train=None):
 def new_student(run, teacher):
     """The student before training, or for --start the one to go on from; says what it is.
 
-    A new student shares its teacher's weights, and --start must be of this teacher: ValueError.
+    A new student shares its teacher's weights. --start must have this teacher's shape (ValueError);
+    a seed of another teacher can only be told by its weights, which is said.
     """
     if run.start:
         student = open_model(run, run.start)
@@ -1595,6 +1611,12 @@ def new_student(run, teacher):
         if like != teacher.config:
             raise ValueError(f"--start {run.start}: its config.json is not of a student of "
                              f"{run.teacher}")
+        for name, p in teacher.named_parameters():
+            rows, first = local_rows(student.get_parameter(name).detach())
+            if not torch.equal(rows, p[first:first + len(rows)].to(rows.dtype)):
+                print(f"student   --start {run.start} has other weights than {run.teacher}: it has "
+                      "been through stage II, or is another teacher's")
+                break
     else:
         student = student_from_teacher(teacher, window=run.window, sinks=run.sinks, mixer=run.mixer,
                                        features=run.features, kernels=run.kernels)
@@ -1738,7 +1760,7 @@ def parse_arguments(argv):
     add("--sinks", default=4, type=number(int, 0), metavar="N", help="first tokens, seen as well")
     add("--features", default=4, type=int, choices=(1, 2, 4, 8), help="mLSTM width, in head widths")
     add = p.add_argument_group("both stages").add_argument
-    add("--context", default=4096, help="tokens a row", **COUNT)
+    add("--context", default=4096, type=number(int, 2), metavar="N", help="tokens a row")
     add("--batch", default=64, help="rows a step", **COUNT)
     add("--micro-batch", default=1, help="rows in a process's memory at once", **COUNT)
     add("--warmup", default=100, help="steps of rising learning rate", **COUNT)
@@ -1956,9 +1978,9 @@ def finish(run, folders, results, tokenizer, heldout, started):
     *_, final = folders.values()
     show_samples(run, final, tokenizer, heldout)
     if run.tasks:  # recovery, C_0 and alpha* (Eq. 15-17)
-        students = [x for folder in folders.values() for x in ("--student", str(folder))]
-        evaluate.main(["compare", "--teacher", str(run.teacher), *students, "--tasks", *run.tasks,
-                       "--out", str(run.out / "report"), "--device", str(run.device)])
+        students = [f"--student={folder}" for folder in folders.values()]  # "=": -x is a folder
+        evaluate.main(["compare", f"--teacher={run.teacher}", *students, "--tasks", *run.tasks,
+                       f"--out={run.out / 'report'}", "--device", str(run.device)])
     print(f"\n{time.time() - started:.0f} s. The student is in {final}: model.load_pretrained opens"
           f" it, `python model.py {final}` talks to it")
 

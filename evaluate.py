@@ -326,17 +326,13 @@ def check_length(tokens, most, new=0):
                          f" reads {most} (config.json: max_position_embeddings): take fewer")
 
 
-class Scorer:
-    """A model on disk, its tokenizer, and what the harness asks of a model.
+class Reader:
+    """A model's texts as it reads them. It needs no weights, so that tasks can be checked early."""
 
-    Loads and raises as `load_with_tokenizer`.
-    """
-
-    def __init__(self, directory, device="cpu"):
-        self.model, self.tokenizer = load_with_tokenizer(directory, device=device)
-        config, bos_id = self.model.config, self.tokenizer.bos_id
-        self.device, self.max_tokens = torch.device(device), config.max_positions
+    def __init__(self, config, tokenizer):
+        self.tokenizer, self.max_tokens = tokenizer, config.max_positions
         # What stands before a text that has no context: BOS, or EOS where a family has none.
+        bos_id = tokenizer.bos_id
         self.prefix = config.eos_ids[:1] if bos_id is None else (bos_id,)
 
     def encode(self, text):
@@ -366,6 +362,49 @@ class Scorer:
                              "first characters may be one token with the context's last)")
         lost = max(0, len(left) + len(right) - 1 - self.max_tokens)  # the last is only predicted
         return (tuple(left[lost:]), tuple(right)), lost
+
+    def cut_prompt(self, text, max_new_tokens):
+        """A prompt's ids, and how many were lost at its left end for the output to fit.
+
+        The left end, as in the harness: the question stands on the right, examples before it. The
+        report counts such rows, since a student that reads less is not scored on the same task.
+        """
+        ids = self.encode(text) or list(self.prefix)
+        room = self.max_tokens - max_new_tokens
+        if room < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens} of {self.max_tokens}: no text fits")
+        return ids[-room:], max(0, len(ids) - room)
+
+    def check_row(self, row):
+        """ValueError for a task's row that the model cannot read, or not write all that it asks.
+
+        A prompt may lose its left end, which is counted; a sequence may not.
+        """
+        new = row.get("max_new_tokens", 0)
+        for choice in row.get("choices", ()):
+            self.encode_pair(row["context"], choice)
+        if row["type"] in ("generate", "code"):
+            self.cut_prompt("", new)
+        if row["type"] in SEQUENCES:
+            members = [self.tokenizer.encode_member(x) for x in row.get("sequences", ())]
+            bases = self.tokenizer.encode(row.get("dna", ""), bos=False)
+            prefix = row["type"] in ("probe", "molecule")  # BOS or EOS is read as well
+            check_length(sum(map(len, members), len(bases)) + prefix, self.max_tokens, new)
+            if row["type"] == "probe" and len(bases) != len(row["labels"]):
+                raise ValueError(f"{len(bases)} tokens, {len(row['labels'])} labels; a probe needs "
+                                 "a token a base")
+
+
+class Scorer(Reader):
+    """A model on disk, its tokenizer, and what the harness asks of a model.
+
+    Loads and raises as `load_with_tokenizer`.
+    """
+
+    def __init__(self, directory, device="cpu"):
+        self.model, tokenizer = load_with_tokenizer(directory, device=device)
+        super().__init__(self.model.config, tokenizer)
+        self.device = torch.device(device)
 
     @torch.inference_mode()
     def loglikelihoods(self, pairs):
@@ -451,18 +490,6 @@ class Scorer:
                 if None not in texts:
                     break
             yield from zip(batch, texts)
-
-    def cut_prompt(self, text, max_new_tokens):
-        """A prompt's ids, and how many were lost at its left end for the output to fit.
-
-        The left end, as in the harness: the question stands on the right, examples before it. The
-        report counts such rows, since a student that reads less is not scored on the same task.
-        """
-        ids = self.encode(text) or list(self.prefix)
-        room = self.max_tokens - max_new_tokens
-        if room < 1:
-            raise ValueError(f"max_new_tokens {max_new_tokens} of {self.max_tokens}: no text fits")
-        return ids[-room:], max(0, len(ids) - room)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -623,9 +650,9 @@ def read_tasks(task_files, allow_code_execution=False, limit=None, directory=Non
     """{name of the file without .jsonl: its first `limit` rows}; refuses what would stop scoring.
 
     That is, beside bad rows: files of one name, code without the flag or on a system that runs no
-    program with limits, molecules without RDKit; and, of the model in this `directory`, longer
-    outputs than it can write and sequences that it cannot read. Call it before hours of training,
-    too. Raises ValueError or OSError.
+    program with limits, molecules without RDKit, a probe alone; and what the model in this
+    `directory` cannot read (`Reader.check_row`). Call it before hours of training, too. Raises
+    ValueError or OSError.
     """
     tasks = {Path(path).stem: read_task(path)[:limit] for path in task_files}
     if len(tasks) < len(task_files):
@@ -638,27 +665,16 @@ def read_tasks(task_files, allow_code_execution=False, limit=None, directory=Non
         raise ValueError(f"{sys.executable} runs no program with limits here, as code tasks need")
     if "molecule" in first:
         canonical_smiles([])
+    for rows in tasks.values():
+        probes = [row["where"] for row in rows if row["type"] == "probe"]
+        if len(probes) == 1:
+            raise ValueError(f"{probes[0]}: a probe is fitted on the file's others: two rows or "
+                             "more")
     if directory:
-        most = ModelConfig.from_hf(directory).max_positions
-        tokenizer = Tokenizer(directory) if first.keys() & SEQUENCES else None
+        reader = Reader(ModelConfig.from_hf(directory), Tokenizer(directory))
         for row in itertools.chain(*tasks.values()):
-            _at(row["where"], _check_row_length, row, most, tokenizer)
+            _at(row["where"], reader.check_row, row)
     return tasks
-
-
-def _check_row_length(row, most, tokenizer):
-    """ValueError if a model that reads `most` tokens cannot read and write what a row asks.
-
-    A prompt may lose its left end, which is counted; a sequence may not.
-    """
-    new = row.get("max_new_tokens", 0)
-    if new >= most:
-        raise ValueError(f"max_new_tokens {new} of {most}: no text fits")
-    if row["type"] in SEQUENCES:
-        members = [tokenizer.encode_member(sequence) for sequence in row.get("sequences", ())]
-        prefix = row["type"] in ("probe", "molecule")  # BOS or EOS is read as well
-        tokens = sum(map(len, members), len(tokenizer.encode(row.get("dna", ""), bos=False)))
-        check_length(tokens + prefix, most, new)
 
 
 def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=None,
@@ -839,10 +855,6 @@ def score_probes(scorer, rows):
     features = [base_embeddings(scorer, row["dna"]) for row in rows]
     alphabet = sorted(set("".join(row["labels"] for row in rows)))
     labels = [torch.tensor([alphabet.index(c) for c in row["labels"]]) for row in rows]
-    for row, x, y in zip(rows, features, labels):
-        if len(x) != len(y) or len(rows) < 2:
-            raise ValueError(f"{row['where']}: {len(x)} tokens, {len(y)} labels, {len(rows)} rows; "
-                             "a probe needs a token a base, and two rows or more")
     chance = torch.cat(labels).bincount().max().item() / sum(map(len, labels))
     for parity in (0, 1):
         x, y = torch.cat(features[1 - parity::2]), torch.cat(labels[1 - parity::2])
@@ -927,6 +939,7 @@ def lm_eval_model(scorer):
     last bit.
     """
     from lm_eval.api.model import LM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Bridge(LM):
@@ -947,11 +960,13 @@ def lm_eval_model(scorer):
         def generate_until(self, requests):
             asked = []
             for text, options in (request.args for request in requests):
-                if options.get("do_sample") and options.get("temperature", 1) > 0:
-                    raise ValueError("this task samples; the bridge generates greedily only")
-                until, new = options.get("until") or [], options.get("max_gen_toks", 256)
-                asked.append((scorer.cut_prompt(text, new)[0],
-                              [until] if isinstance(until, str) else until, new))
+                options = normalize_gen_kwargs(options)  # its keys have several names
+                samples = options.get("do_sample") and options.get("temperature", 1) > 0
+                if samples or options.get("num_beams", 1) > 1:
+                    raise ValueError("this task samples, or searches with beams; the bridge "
+                                     "generates greedily only")
+                new, until = options["max_gen_toks"], [x for x in options["until"] if x]
+                asked.append((scorer.cut_prompt(text, new)[0], until, new))
             return [text for _, text in sorted(scorer.generate(asked))]
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
@@ -1202,7 +1217,8 @@ def run_compare(run):
     run.out.mkdir(parents=True, exist_ok=True)
 
     def score(folder, name):
-        samples = run.out / f"samples-{re.sub(r'[^a-zA-Z0-9._]+', '-', name)}.jsonl"
+        name = re.sub(r"[^a-zA-Z0-9._]+", "-", name)[-200:]  # a file's name has its limit
+        samples = run.out / f"samples-{name}.jsonl"
         return evaluate_rows(folder, run.tasks, samples=samples, device=run.device, limit=run.limit,
                              allow_code_execution=run.allow_code_execution)
 
@@ -1254,7 +1270,8 @@ def run_lm_eval(run):
     Teacher and student each in a run of its own; their tables can be compared line by line.
     """
     try:
-        import lm_eval
+        import lm_eval.tasks
+        import lm_eval.utils
     except ImportError:
         raise ValueError("the bridge needs lm-evaluation-harness: pip install lm_eval") from None
     if run.include_path and not Path(run.include_path).is_dir():

@@ -494,10 +494,10 @@ def test_rows_of_sequences_are_scored_and_go_on_after_a_stop(tmp_path, scorer):
     ({"type": "family", "sequences": []}, "one or more"),
     ({"type": "family", "sequences": ["MK\nV"]}, "contains the separator"),
     ({"type": "molecule", "sequences": [], "seed": 1, "temperature": -1.0}, "0 or more"),
-    ({"type": "molecule", "sequences": [], "seed": 1, "max_new_tokens": 512}, "no text fits"),
+    ({"type": "molecule", "sequences": [], "seed": 1, "max_new_tokens": 512}, "and 512 new ones"),
     ({"type": "molecule", "sequences": ["C" * 400], "seed": 1}, "402 tokens and 128 new ones"),
     ({"type": "strand", "dna": "ACGT" * 256}, "1024 tokens, and the model reads 512"),
-    ({"type": "probe", "dna": "ACGT", "labels": "0101"}, "1 rows")])
+    ({"type": "probe", "dna": "ACGT", "labels": "0101"}, "two rows or more")])
 def test_bad_rows_of_sequences_are_named(tmp_path, scorer, row, words):
     path = write_rows(tmp_path / "t.jsonl", [{"id": "a", **row}])
     with pytest.raises(ValueError) as error:

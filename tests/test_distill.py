@@ -640,6 +640,10 @@ def test_an_empty_text_is_no_document_and_the_tail_is_counted(tmp_path, tokenize
                                          context=64, experts=False, eval_rows=1), tokenizer, 1023)
     assert (f"{source.num_rows * 64:,} of {source.total:,} tokens fill rows"
             in capsys.readouterr().out)
+    assert distill.parse_row({"dna": ""}, tokenizer, 1023) == []
+    os.truncate(folders[0] / "tokens.bin", 400)
+    with pytest.raises(ValueError, match=f"{folders[0]} is damaged"):
+        Source("a", folders[0], "train", 64)
 
 
 @pytest.mark.parametrize("which, shares", [("new", "new"), ("mixer", "self_attn"), ("all", "")])
@@ -1234,9 +1238,21 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, corpus)
     last = sorted(out.glob("checkpoints/distil-*[0-9]"))[-1]
     file = last / "exp_avg-0000.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"stage": "distil", "st')  # as a full disk leaves it
     resumed = command(*tiny(out, corpus, "--save-every", 2, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert f"{last} cannot be read" in resumed.stdout
+    assert logged(out)["distil", 8]
+
+
+def test_if_all_checkpoints_are_torn_the_stage_begins_anew_and_says_so(tmp_path, capsys):
+    run = Namespace(out=tmp_path, world=1)
+    (tmp_path / "checkpoints/align-00000007").mkdir(parents=True)
+    assert distill.load_checkpoint(run, "distil", {}, None) == 0
+    assert capsys.readouterr().out == ""
+    assert distill.load_checkpoint(run, "align", {}, None) == 0
+    assert "no checkpoint of align is whole: it begins anew" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ several processes
@@ -1486,4 +1502,7 @@ def test_experts_share_a_seed_and_are_merged_and_scored(tmp_path, corpus):
     again = command(*tiny(tmp_path / "more", corpus, "--start", out / "seed"))
     assert again.returncode == 0 and "stage I is skipped" in again.stdout
     assert "whatever --mixer" in again.stdout and "held-out, start:" in again.stdout
+    assert "has other weights" not in again.stdout
+    later = command(*tiny(tmp_path / "later", corpus, "--start", out / "merged", "--tokens", 64))
+    assert later.returncode == 0 and "merged has other weights" in later.stdout
     assert not any(stage == "align" for stage, _ in logged(tmp_path / "more"))

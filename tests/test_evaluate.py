@@ -488,6 +488,38 @@ def test_rolling_loglikelihood_predicts_each_token_once(student_dir):
     assert total == pytest.approx(expected, abs=1e-3)
 
 
+def test_the_harness_s_other_names_for_a_limit_are_read_and_sampling_is_refused(student_dir):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    scorer = Scorer(student_dir)
+
+    def said(**options):
+        return evaluate.lm_eval_model(scorer).generate_until([Instance(
+            "generate_until", {}, ("sum: 1+2=", {"until": ["", "no such end"], **options}), 0)])
+
+    full = said(max_gen_toks=12)
+    assert full[0] and full == said(max_new_tokens=12) == said(max_tokens=12, temperature=0.0)
+    for sampled in ({"temperature": 0.8}, {"do_sample": True}, {"num_beams": 2}):
+        with pytest.raises(ValueError, match="greedily only"):
+            said(**sampled)
+
+
+def test_lm_eval_s_command_runs_in_a_process_of_its_own():
+    pytest.importorskip("lm_eval")  # which loads its parts when they are asked for
+    result = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", "lm-eval", "--model", TEACHER, "--tasks", "nosuch"],
+        capture_output=True, text=True)
+    assert result.returncode == 2 and "'nosuch' is none of" in result.stderr.splitlines()[-1]
+
+
+def test_a_choice_that_melts_into_its_context_is_refused_before_a_model_is_loaded(tmp_path):
+    for choices, words in ((["t", "r"], "has 0 tokens"), ([" sat" * 600, " b"], "expected 1 to")):
+        path = write_rows(tmp_path / "t.jsonl", [
+            {**CHOICE, "context": "the ca", "choices": choices, "gold": 0}])
+        with pytest.raises(ValueError, match=words):
+            evaluate.read_tasks([path], directory=TEACHER)
+
+
 def test_chat_prompts_are_the_tokenizer_s_and_a_begun_answer_stays_open(student_dir, monkeypatch):
     pytest.importorskip("lm_eval")
     scorer = Scorer(student_dir)

@@ -458,6 +458,8 @@ def test_command_sweeps_over_task_files(pair, tmp_path, monkeypatch):
         return {"one": first, "two": 0.5}
 
     monkeypatch.setattr(evaluate, "evaluate_tasks", scores)
+    for folder in pair:
+        shutil.copy(Path(__file__).parent / "teacher/tokenizer.json", folder)
     tasks = tmp_path / "tasks.jsonl"
     arguments = [*map(str, pair), "--out", str(tmp_path / "out"), "--sweep", str(tasks)]
     with pytest.raises(FileNotFoundError, match="tasks.jsonl"):
