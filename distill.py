@@ -194,14 +194,19 @@ def parse_row(row, tokenizer, eos_id):
         strands = (value, reverse_complement(value)) if value else ()
         return [(plain(strand) + end, True, 0, min(strands), 0, -1) for strand in strands]
     if found == ["sequences"] and value and all(isinstance(s, str) and s for s in value):
-        head = plain("")  # BOS, or nothing
-        members = [i for sequence in value for i in tokenizer.encode_member(sequence)]
-        if end == [tokenizer.separator_id]:
-            end = []  # the last member ends with it already; a second would be an empty member
-        return [(head + members + end, True, 0, json.dumps(sorted(value)), len(head),
-                 tokenizer.separator_id)]
+        return [encode_family(value, tokenizer, end)]
     raise ValueError('expected one of: a string "text" or "dna", a list "messages", a list '
                      f'"sequences" of strings that are not empty; found {", ".join(row) or "{}"}')
+
+
+def encode_family(sequences, tokenizer, end):
+    """A family as `parse_row` returns it; end: the ids behind it, [EOS] or none."""
+    head = tokenizer.encode("", specials=False)  # BOS, or nothing
+    members = [i for sequence in sequences for i in tokenizer.encode_member(sequence)]
+    if end == [tokenizer.separator_id]:
+        end = []  # the last member ends with it already; a second would be an empty member
+    return (head + members + end, True, 0, json.dumps(sorted(sequences)), len(head),
+            tokenizer.separator_id)
 
 
 def encode_chat(messages, tools, tokenizer):

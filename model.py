@@ -339,8 +339,7 @@ def _parse_ropes(c, path):
 def _parse_rope(r, c, path):
     """The RoPE settings of a kind of layer; the whole config c has what they leave out.
 
-    The key was "type" before it was "rope_type". A factor stretches the context: by slower angles
-    for all features (linear), for the slow ones only (llama3), by a ramp over features (yarn).
+    The key was "type" before it was "rope_type".
     """
     kind = r.get("rope_type") or r.get("type") or "default"
     theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0  # RoFormer's
@@ -352,6 +351,15 @@ def _parse_rope(r, c, path):
             or r.get("truncate", True) is not True):
         raise ValueError(f"{path}: rope type {kind!r} with {sorted(r)} is not supported, only "
                          "default, linear, llama3, and yarn without mscale and truncate")
+    return Rope(theta, kind, **_parse_stretch(kind, r, c, path))
+
+
+def _parse_stretch(kind, r, c, path):
+    """How a longer context than was trained on is reached, as arguments of `Rope`.
+
+    By slower angles for all features (linear), for the slow ones only (llama3), by a ramp over
+    features (yarn).
+    """
     factor, key = r["factor"], "original_max_position_embeddings"
     given = {name: r[name] for name in ("low_freq_factor", "high_freq_factor", "beta_fast",
                                         "beta_slow", "attention_factor") if r.get(name)}
@@ -366,7 +374,7 @@ def _parse_rope(r, c, path):
         given.pop("attention_factor", None)  # as transformers, which reads it for YaRN alone
     if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
         given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
-    return Rope(theta, kind, float(factor), original, **given)
+    return {"factor": float(factor), "original": original, **given}
 
 
 def _as_tuple(value):
@@ -1840,15 +1848,8 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
         shutil.copy(source / name, tmp / name)
     for name, value in {"config.json": config, **dict(extra)}.items():
         write_json(tmp / name, value)
-    # Shards in the model's order: a loader that reads layer by layer goes through them once. Index
-    # and shards are named as transformers names them, so that other programs find them.
-    shards, size = [{}], 0
-    for name, p in model.named_parameters():
-        if size + p.nbytes > max_shard_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = p
-        size += p.nbytes
+    # Index and shards are named as transformers names them, so that other programs find them.
+    shards = cut_into_shards(model, max_shard_bytes)
     files = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards):  # one at a time leaves the accelerator
@@ -1858,6 +1859,21 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
             "metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
             "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}})
     os.replace(tmp, directory)  # also if it exists: it is empty
+
+
+def cut_into_shards(model, most):
+    """[{name: parameter}, ...] of at most `most` bytes each, or of one parameter.
+
+    In the model's order: a loader that reads layer by layer goes through the files once.
+    """
+    shards, size = [{}], 0
+    for name, p in model.named_parameters():
+        if size + p.nbytes > most and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = p
+        size += p.nbytes
+    return shards
 
 
 def save_tensors(tensors, path):
@@ -1945,6 +1961,25 @@ def _piece_pattern(pre_tokenizer):
             return regex
     raise ValueError(f"pre_tokenizer {json.dumps(pre_tokenizer)} is not supported, only byte-level "
                      "BPE; SentencePiece (Metaspace, or none), as in Llama 2, is not")
+
+
+def _unlike(model, added):
+    """Settings of a BPE model and its added tokens with which ids would differ here, in words.
+
+    An added token may take the white space around it along (lstrip, rstrip), or be one only between
+    other words (single_word); the byte-level families ask for neither. And `tokenizers` numbers
+    added tokens itself: a file that says otherwise is not what it reads.
+    """
+    vocab, words = model["vocab"], {i: token for token, i in model["vocab"].items()}
+    last = {token["content"]: token["id"] for token in added}  # of a token that is listed twice
+    return [
+        *(f"model.{key} = {model[key]!r}" for key in (
+            "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+          if model.get(key)),
+        *(f"lstrip, rstrip or single_word of {token}" for token in added
+          if token["lstrip"] or token["rstrip"] or token["single_word"]),
+        *(f"the id {i} of {text!r}" for text, i in ((t["content"], t["id"]) for t in added)
+          if (vocab.get(text, i), words.get(i, text), last[text]) != (i, text, i))]
 
 
 def _last_merge(token, priority):
@@ -2113,34 +2148,21 @@ class Tokenizer:
         """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table, normalised).
 
         normalised: the added tokens to be looked for in normalised text.
-
-        An added token may take the white space around it along (lstrip, rstrip), or be one only
-        between other words (single_word); the byte-level families ask for neither.
         """
         model = spec["model"]
         if model.get("type", "BPE") != "BPE":
             raise ValueError(f"not supported: model.type {model['type']!r}, only byte-level BPE is")
+        pattern = _piece_pattern(spec.get("pre_tokenizer"))  # first: it names SentencePiece
         added = [token for token in spec.get("added_tokens") or ()
                  if token["content"]]  # "" is none, as there
         self.added = {token["content"]: token["id"] for token in added}
         self.special = {token["id"] for token in added if token["special"]}
         normalizers = _steps(spec.get("normalizer"), "normalizers")
-        refused = [f"normalizer {step}" for step in normalizers if step["type"] != "NFC"]
-        refused += [f"model.{key} = {model[key]!r}" for key in (
-            "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
-            if model.get(key)]
-        refused += [f"lstrip, rstrip or single_word of {token}" for token in added
-                    if token["lstrip"] or token["rstrip"] or token["single_word"]]
-        # `tokenizers` numbers them itself, and a file that says otherwise is not what it reads.
-        words = {i: token for token, i in model["vocab"].items()}
-        refused += [f"the id {token['id']} of {token['content']!r}" for token in added
-                    if model["vocab"].get(token["content"], token["id"]) != token["id"]
-                    or words.get(token["id"], token["content"]) != token["content"]
-                    or self.added[token["content"]] != token["id"]]
         self._nfc = bool(normalizers)
         self._read_bos(spec.get("post_processor"))
-        pattern = _piece_pattern(spec.get("pre_tokenizer"))  # refuses what has no such bytes
         ranks, self._id_of_rank = _bpe_ranks(model, self.added)
+        refused = [f"normalizer {step}" for step in normalizers if step["type"] != "NFC"]
+        refused += _unlike(model, added)
         if model.get("unk_token") and not self._id_of_rank.keys() >= set(range(256)):
             refused.append("model.unk_token where the vocabulary lacks bytes")
         if refused:
@@ -2309,23 +2331,7 @@ class Tokenizer:
         can be found in the text, or a tool call or the tools are not in it.
         """
         text = self.render_chat(messages, tools=tools, generation_prompt=False)
-        # What a template leaves out it leaves out without a word, so that is looked for: tools
-        # here, calls of tools below.
-        if tools and self.render_chat(messages, generation_prompt=False) == text:
-            raise ValueError("the chat template does not write the tools: leave them out")
-        # Many templates know strings only. A list of parts they write as Python does, [{'type' ...,
-        # or (Qwen 3's) not at all.
-        for i, message in enumerate(messages):
-            content = message.get("content")
-            for x in (content, *(content if isinstance(content, list) else ())):
-                if not isinstance(x, str) and "'" in str(x) and str(x) in text:
-                    raise ValueError("the chat template writes a content that is no string as "
-                                     f"Python shows it ({str(x)[:40]}): give a string")
-            if content and isinstance(content, list) and text == self.render_chat(
-                    [*messages[:i], {**message, "content": ""}, *messages[i + 1:]],
-                    tools=tools, generation_prompt=False):
-                raise ValueError("the chat template does not write a content that is a list of "
-                                 f"parts ({str(content)[:40]}): give a string")
+        self._check_all_is_written(text, messages, tools)
         # A turn that is not to be learnt is located all the same: generation blocks are counted.
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = self._turn_spans(text, messages, tools, turns)
@@ -2345,6 +2351,27 @@ class Tokenizer:
             done = end
         parts.append((text[done:], False))
         return [part for part in parts if part[0]], len(wanted) - len(found)
+
+    def _check_all_is_written(self, text, messages, tools):
+        """ValueError for tools and contents that the template leaves out, as it does in silence.
+
+        Many templates know strings only. A content that is a list of parts they write as Python
+        does, [{'type': ..., or (Qwen 3's) not at all.
+        """
+        render = functools.partial(self.render_chat, generation_prompt=False)
+        if tools and render(messages) == text:
+            raise ValueError("the chat template does not write the tools: leave them out")
+        for i, message in enumerate(messages):
+            content = message.get("content")
+            parts = content if isinstance(content, list) else []
+            for x in (content, *parts):
+                if not isinstance(x, str) and "'" in str(x) and str(x) in text:
+                    raise ValueError("the chat template writes a content that is no string as "
+                                     f"Python shows it ({str(x)[:40]}): give a string")
+            if parts and text == render(
+                    [*messages[:i], {**message, "content": ""}, *messages[i + 1:]], tools=tools):
+                raise ValueError("the chat template does not write a content that is a list of "
+                                 f"parts ({str(parts)[:40]}): give a string")
 
     def _turn_spans(self, text, messages, tools, turns):
         r"""Turn -> the (start, end) in text of what the assistant said there, or None.
