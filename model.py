@@ -11,8 +11,9 @@ whose memory is constant:
 and a learned scalar gate per head and token chooses between them (Eq. 11).
 
 One Transformer, one Block, two mixers: `Attention` (the teacher's) and `HybridAttention`, which
-inherits the projections and overrides `mix`. That override is the paper's contribution, and the
-part above it is all one needs to read first; caches, files and tokenizer follow and can wait.
+inherits the projections and overrides `mix`. That override is the paper's contribution. Sections 2
+to 6 are all one needs to read first, and of section 1 `ModelConfig`; how files spell it, caches,
+weights on disk and the tokenizer can wait.
 
 Contents: 1 configuration · 2 norm, RoPE, softmax attention · 3 the mLSTM · 4 window and sinks ·
 5 the hybrid mixer · 6 the Transformer · 7 cache, generation · 8 weights on disk · 9 tokenizer ·
@@ -31,6 +32,9 @@ Glossary (code: meaning, symbol in the paper)
                     3 W_ts is a weight, in FeatureMap W the matrix.)
     N               chunks or blocks; in softmax attention keys
     o               output gate, o_t: 0 the window speaks, 1 the mLSTM
+    (x)             outer product
+    stage I, II     distill.py's trainings: of the new parameters, layer by layer, towards the
+                    teacher's attention; then of the student towards its next-token probabilities
 
 Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), scoring
 (evaluate.py), merging (merge.py), GPU kernels (kernels.py).
@@ -88,8 +92,8 @@ class Rope:
     kind: str = "default"  # "default", "linear", "llama3" or "yarn"
     factor: float = 1.0  # by how much the context is stretched
     original: int = 0  # context length of pretraining, before the stretch by `factor`
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
+    low_freq_factor: float = 0.0  # llama3, which has no default
+    high_freq_factor: float = 0.0  # llama3, likewise
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     attention_factor: float = 1.0  # yarn: multiplies cos AND sin, so q.k scales by its square
@@ -138,7 +142,7 @@ class ModelConfig:
     rope: Rope
     sliding_rope: Rope  # differs from `rope` only in Olmo 3
     layer_windows: tuple  # per layer: the TEACHER's own window (tokens, itself included) or None
-    max_positions: int  # of the teacher's training; nothing here depends on it
+    max_positions: int  # of the teacher's training: evaluate.py refuses longer texts, nothing here
     eos_ids: tuple  # ids that end a generation
     nope_layers: tuple = ()  # indices of layers that do not rotate q and k (SmolLM3)
     embedding_multiplier: float = 1.0  # Granite scales what enters the first layer,
@@ -239,7 +243,7 @@ def _parse_config(c, path):
         raise ValueError(f"{path}: a student with a folded output gate is no longer read: save it "
                          "anew from the student it was folded from")
     try:
-        hybrid = Hybrid(**hybrid) if "hybrid" in c else None
+        hybrid = Hybrid(**hybrid) if c.get("hybrid") is not None else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return ModelConfig(
@@ -361,17 +365,15 @@ def _parse_stretch(kind, r, c, path):
     features (yarn).
     """
     factor, key = r["factor"], "original_max_position_embeddings"
-    given = {name: r[name] for name in ("low_freq_factor", "high_freq_factor", "beta_fast",
-                                        "beta_slow", "attention_factor") if r.get(name)}
-    if kind == "llama3":  # which has no defaults for these
-        given |= {name: r[name] for name in ("low_freq_factor", "high_freq_factor")}
+    reads = {"linear": (), "llama3": ("low_freq_factor", "high_freq_factor"),
+             "yarn": ("beta_fast", "beta_slow", "attention_factor")}[kind]
+    # llama3 has no defaults for its two: null is refused below, and what is missing by `from_hf`.
+    given = {name: r[name] for name in reads if kind == "llama3" or r.get(name)}
     # As transformers reads it: from the top first, and without the key the stretched length.
     original = c.get(key) or r.get(key) or c["max_position_embeddings"]
     for name, x in {"factor": factor, key: original, **given}.items():
         if not _is_positive(x):
             raise ValueError(f"{path}: rope's {name} = {x!r} is not a positive number")
-    if kind != "yarn":
-        given.pop("attention_factor", None)  # as transformers, which reads it for YaRN alone
     if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
         given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
     return {"factor": float(factor), "original": original, **given}
@@ -563,13 +565,13 @@ def _grouped_attention(q, k, v, visible):
     """Softmax attention of q (B, H, L, D) on fewer heads k, v (B, K, N, D), as `visible` says.
 
     The H / K query heads that share a key/value head are laid along the query axis, so k and v are
-    read once and never copied. visible: bool, broadcastable to (B, L, N), or None for all.
+    read once and never copied. visible: bool (B or 1, L, N), or None for all.
     """
     B, H, L, D = q.shape
     K = k.shape[1]
     q = q.reshape(B, K, H // K * L, D)
-    if visible is not None:
-        visible = visible[:, None].expand(-1, H // K, -1, -1).flatten(1, 2)[:, None]  # (B,1,GL,N)
+    if visible is not None:  # the G = H / K heads of a group see the same: (B or 1, 1, G L, N)
+        visible = visible.repeat(1, H // K, 1)[:, None]
     h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     return h.reshape(B, H, L, -1)
 
@@ -615,7 +617,7 @@ def softmax_attention(q, k, v, *, window=None, document_ids=None):
 class Heads(NamedTuple):
     """What a mixer may read of one layer. The teacher's needs the last three only."""
 
-    x: torch.Tensor  # (B, T, hidden), the block's normed input: for gates
+    x: torch.Tensor  # (B, T, hidden), what `Block.attention_input` gives: for gates
     raw: tuple  # projections of x before norm and rotation, q (B, T, H D), k and v (B, T, K D)
     q_plain: torch.Tensor  # (B, H, T, D) and
     k_plain: torch.Tensor  # (B, K, T, D), normed and not rotated: content without position
@@ -656,7 +658,8 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in (q, k, v))
         if norm == "head":  # Qwen3
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.attention_multiplier:  # Granite: scores are q.k times this, not 1/sqrt(D)
+        if self.config.attention_multiplier:
+            # Granite: scores are q.k times this. All here divide by sqrt(D), so that is undone.
             q = q * (self.config.attention_multiplier * math.sqrt(D))
         return Heads(x, raw, q, k, rotate(q, tables), rotate(k, tables), v)
 
@@ -668,7 +671,7 @@ class Attention(nn.Module):
         return softmax_attention(q, k, v, window=self.window, document_ids=document_ids)
 
     def forward(self, x, tables, *, document_ids=None, cache=None):
-        """x (B, T, hidden), normed, and its RoPE tables -> (B, T, hidden)."""
+        """x (B, T, hidden), of `Block.attention_input`, and its RoPE tables -> (B, T, hidden)."""
         h = self.mix(self.heads(x, tables), document_ids=document_ids, cache=cache)
         return self.o_proj(h.transpose(1, 2).flatten(2))
 
@@ -704,8 +707,8 @@ class Attention(nn.Module):
 # same above and below the fraction and cancels: an input gate of e^90, which fp32 cannot hold, is
 # harmless, and what it drowns was worth nothing beside it. Nothing is added to the denominator, it
 # is clamped only against 0 / 0, and there is no 1/sqrt(D). (xLSTM's max(|q z|, e^-m) belongs to the
-# version with a norm layer behind it.) Everything here runs in fp32: bf16 gates alone would cost up
-# to 1 % of the output.
+# version with a norm layer behind it.) Everything here runs in fp32, the chunkwise form's gates in
+# fp64: bf16 gates alone would cost up to 1 % of the output.
 
 EMPTY = -1e30  # log of nothing: m of an empty state. Finite, because -inf - -inf is NaN
 FORGET = -1e4  # log of a forget gate that forgets all: e^-1e4 is exactly 0, and sums stay exact
@@ -735,7 +738,7 @@ def mlstm_recurrent(q, k, v, log_i, log_f, *, state=None):
     log_i, log_f = log_i.to(wide), log_f.to(wide)
     h = []
     for t in range(T):
-        li, lf, k_t, v_t, q_t = (x[:, :, t] for x in (log_i, log_f, k, v, q))
+        q_t, k_t, v_t, li, lf = (x[:, :, t] for x in (q, k, v, log_i, log_f))
         # The state's exponent is m + lf once it has faded, the new token's is li. The larger one is
         # the new m; keep and write are e^(exponent - new m), so the larger of them is 1.
         m_new = torch.maximum(m + lf, li)
@@ -816,7 +819,7 @@ def _chunk_gates(log_i, log_f, m, document_ids, L):
     x = torch.cat((m[..., None].double(), c.amax(-1) - before[..., :-1]), dim=-1)
     m = (x.cummax(-1).values + before).to(m.dtype).double()
     r = torch.maximum(m[..., :-1, None], c.cummax(-1).values)
-    # r cancels in h, so any gradient of it is right. Given c's, W_tt = e^(c_t - r_t) has a gradient
+    # r cancels in h, so any gradient of it is right. With that of c_t, W_tt = e^(c_t - r_t) has one
     # of exactly 0, and no rounding error in which the forget gates' small gradients would drown.
     return c, r.detach() + (c - c.detach()), m, total
 
@@ -832,7 +835,8 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
     was 2 to 4 times slower (13 with the backward). `split` and `unbind`, not slices: the gradient
     of a slice fills a tensor of the whole length, for every chunk (5 times slower at 4096 tokens).
     """
-    (B, H, _, width), (K, E), dtype = q.shape, (v.shape[1], v.shape[3]), v.dtype
+    B, H, _, width = q.shape
+    K, E, dtype = v.shape[1], v.shape[3], v.dtype
     wide, L = torch.promote_types(q.dtype, torch.float32), chunk_size
     with torch.autocast(q.device.type, enabled=False):
         S, z, m = state or empty_state(B, H, width, E, q.device)
@@ -841,17 +845,17 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
         carry = (m[..., :-1, None] - r).exp()
         write = (c + (total - m[..., 1:])[..., None]).exp()
         keep = (m[..., :-1] + total - m[..., 1:]).exp()[..., None, None]
-        # c and r stay float64 until their difference is taken.
-        gates = [x.flatten(0, 1).unbind(1) for x in (
-            c, r, *(x.to(wide) for x in (carry, write, keep)))]  # N of (B H, L); keep (B H, 1, 1)
+        carry, write, keep = (x.to(wide) for x in (carry, write, keep))
+        # Each: N of (B H, L); keep: of (B H, 1, 1). c and r stay fp64 until they are subtracted.
+        gates = [x.flatten(0, 1).unbind(1) for x in (c, r, carry, write, keep)]
         v = F.pad(v, (0, 1), value=1.0)  # z is the state of a value that is always 1
         q, k, v = (x.flatten(0, 1).split(L, dim=1) for x in (q, k, v))  # each: N of (B heads, L, .)
         future = torch.ones(L, L, dtype=torch.bool, device=c.device).triu(1)
         h = []
         for q_n, k_n, v_n, c_n, r_n, carry_n, write_n, keep_n in zip(q, k, v, *gates):
             l = q_n.shape[1]  # L, or what is left
-            q_n, k_n, v_n = q_n.to(wide), *(  # (B H, l, F or E + 1)
-                x.to(wide).repeat_interleave(H // K, dim=0) for x in (k_n, v_n))
+            q_n = q_n.to(wide)  # (B H, l, F); k_n alike, v_n (B H, l, E + 1)
+            k_n, v_n = (x.to(wide).repeat_interleave(H // K, dim=0) for x in (k_n, v_n))
             # Mask before the exponential: behind it the future overflows, and its gradient is NaN.
             log_W = (c_n[:, None, :l] - r_n[:, :l, None]).to(wide)
             W = log_W.masked_fill(future[:l, :l], -torch.inf).exp()  # (B H, l, l)
@@ -886,8 +890,8 @@ def mlstm_chunkwise(q, k, v, log_i, log_f, *, state=None, document_ids=None, chu
 def window_attention(q, k, v, *, window, sinks, document_ids=None):
     """Softmax attention over the last `window` tokens and the document's first `sinks` (Eq. 3, 4).
 
-    q (B, H, T, D), k and v (B, K, T, D), rotated; document_ids (B, T) or None. The current token
-    counts as one of the window; a sink inside the window counts once. Returns (B, H, T, D).
+    q (B, H, T, D), k and v (B, K, T, D), q and k rotated; document_ids (B, T) or None. The current
+    token counts as one of the window; a sink inside the window counts once. Returns (B, H, T, D).
 
     A mask over all keys would be (T, T). So queries go in blocks of L, and each block gets its own
     keys: the band of L + W tokens that ends with it, and in front of them the sinks of the document
@@ -966,10 +970,13 @@ class FeatureMap(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, D, features * D))
 
     def forward(self, x, plain, kernels="torch"):
-        """Rotated x and unrotated `plain` (B, heads, T, D) -> (B, heads, T, F) fp32, sum 1."""
+        """Rotated x and unrotated `plain` (B, heads, T, D) -> (B, heads, T, F) fp32, sum 1.
+
+        From the Triton kernel in x's dtype.
+        """
         D, width = self.weight.shape[1:]
         if kernels == "triton":
-            return _kernels().feature_map(x, self.weight, None if width == D else plain)
+            return _kernels().feature_map(x, self.weight, plain=None if width == D else plain)
         W = self.weight.to(x.dtype)
         logits = x @ W if width == D else torch.cat(
             (x @ W[..., :width // 2], plain @ W[..., width // 2:]), dim=-1)
@@ -1083,10 +1090,10 @@ class LinearAttention(StudentAttention):
                 v, *self.log_gates(x))
         if step:
             return mlstm_step(*args, cache.state)
-        mlstm = _kernels().mlstm if kernels == "triton" else mlstm_chunkwise
+        form = _kernels().mlstm if kernels == "triton" else mlstm_chunkwise
         if cache is None:
-            return mlstm(*args, document_ids=document_ids)[0]
-        h, state = mlstm(*args, state=cache.state)
+            return form(*args, document_ids=document_ids)[0]
+        h, state = form(*args, state=cache.state)
         for old, new in zip(cache.state, state):
             old.copy_(new)
         return h
@@ -1126,8 +1133,6 @@ class HybridAttention(MLSTMAttention, WindowAttention):
         o = torch.sigmoid(self.output_gate(heads.raw))  # (B, H, T)
         mlstm = self.recurrent_branch(heads, document_ids, cache)
         swa = self.window_branch(heads, document_ids, cache)
-        if self.kernels == "triton" and o.shape[2] > 1:
-            return _kernels().gate_mix(o, mlstm, swa)
         return torch.lerp(swa, mlstm, o[..., None].to(swa.dtype))  # Eq. 11: o mlstm + (1 - o) swa
 
 
@@ -1147,21 +1152,21 @@ def is_new(name):
 def initialise_mixer(attention):
     """Start values of the new parameters: the student begins near window-only attention.
 
-    Stage I then need only find what the window lacks. Feature maps start as (rotated) copies of q
-    and k, so that near means similar from the first step; input gates write all tokens alike;
+    Stage I then need only find what the window lacks. Feature maps start as copies of q and k (from
+    4 D on with their negatives, since a softmax sees large values only; at 8 D also the same turned
+    at random), so that near means similar from the first step; input gates write all tokens alike;
     forget gates start nearly open, because a head that forgets at once learns nothing of the
     distant past, and differ by head, because one span does not suit all. Our choice, by measurement
     on the shipped teacher.
     """
     for name, p in attention.named_parameters():
         if "feature_map" in name:
-            # Blocks of D columns: the identity, its negative (a softmax sees large values only,
-            # so each sign needs features of its own), then the same of a rotation at random.
             D, features = p.shape[1], p.shape[2] // p.shape[1]
             random = torch.randn(D, D, generator=torch.Generator().manual_seed(0))
-            rotation = torch.linalg.qr(random).Q
-            blocks = [torch.eye(D), -torch.eye(D), rotation, -rotation][:max(1, features // 2)]
-            p.copy_(torch.cat(blocks * min(features, 2), dim=-1).expand_as(p))  # both halves alike
+            turn = torch.linalg.qr(random).Q
+            # Blocks of D columns. 1 D: one. 2, 4, 8 D: two equal halves of one, two, four.
+            half = [torch.eye(D), -torch.eye(D), turn, -turn][:max(1, features // 2)]
+            p.copy_(torch.cat(half * min(features, 2), dim=-1).expand_as(p))
         elif is_new(name):
             p.zero_()
     if hasattr(attention, "forget_gate"):  # heads forget half after 256 ... 4096 tokens
@@ -1273,10 +1278,12 @@ class Transformer(nn.Module):
         In the residual stream's `dtype`; Olmo rotates in fp32.
         """
         c = self.config
-        ropes = [NOPE if i in c.nope_layers else c.rope if window is None else c.sliding_rope
-                 for i, window in enumerate(c.layer_windows)]
-        made = {rope: [table if c.is_olmo else table.to(dtype)
-                       for table in rope_tables(rope, positions, c.head_dim)] for rope in {*ropes}}
+        ropes = [c.rope if window is None else c.sliding_rope for window in c.layer_windows]
+        for i in c.nope_layers:
+            ropes[i] = NOPE
+        made = {rope: rope_tables(rope, positions, c.head_dim) for rope in {*ropes}}
+        if not c.is_olmo:
+            made = {rope: [x.to(dtype) for x in tables] for rope, tables in made.items()}
         return [made[rope] for rope in ropes]
 
     def positions(self, tokens, *, document_ids=None, cache=None):
@@ -2035,12 +2042,11 @@ def _bpe_ranks(model, added):
 # A folder names one as "tokenizer_class" in tokenizer_config.json, beside bos_token and eos_token,
 # and lists its tokens in vocab.txt, one a line, its number (from 0) the id, empty lines unused.
 # "bytes" needs no list: ids 0 to 255, then BOS and EOS. "DNAKmerTokenizer" is GENERator's own.
-SMILES_PIECES = r"\[[^\[\]]*\]|Br|Cl|%[0-9]{2}|[\s\S]"  # atoms and ring numbers stay whole
 _SEQUENCES = {
     "bytes": r"[\s\S]",
     "kmer": r"[ACGT]{K}|[\s\S]",  # what is left before another letter or the end: one by one
     "DNAKmerTokenizer": r"[ACGT]{K}|[\s\S]",
-    "smiles": SMILES_PIECES}
+    "smiles": r"\[[^\[\]]*\]|Br|Cl|%[0-9]{2}|[\s\S]"}  # atoms and ring numbers stay whole
 
 
 def _one_of(texts):
@@ -2296,7 +2302,7 @@ class Tokenizer:
         # A key of value null is a key that is not there, as in transformers: data sets in columns
         # give every message every key, and a template asks for "tool_calls" by its presence.
         messages = [{k: x for k, x in m.items() if x is not None} for m in messages]
-        # Thinking has three names in data sets; a template finds it by any, as in transformers.
+        # Thinking has three names in data sets; a template finds it by two, as in transformers.
         for m in messages:
             said = [m[k] for k in ("reasoning_content", "thinking", "reasoning") if k in m]
             if said:
@@ -2568,7 +2574,8 @@ def chat(model, tokenizer, prompts, run):
     prompts: an iterable of str. run: the options of `main`. Raises ValueError as `stream` and
     `render_chat` do.
     """
-    messages, text, held, count, cache = [], "", "", 0, None  # held: the text that cache has read
+    messages, text = [], ""
+    held, count, cache = "", 0, None  # what the cache has read: as text, in tokens
     for prompt in prompts:
         messages.append({"role": "user", "content": prompt})
         text = text + prompt if run.raw else tokenizer.render_chat(messages)
@@ -2614,7 +2621,7 @@ def chat(model, tokenizer, prompts, run):
         held, count = text + tokenizer.decode(new[:-1]), count + len(ids) + len(new) - 1
         text += said
         messages.append({"role": "assistant", "content": said})
-        # Reading is timed up to the first token, writing from there on.
+        # Reading is timed up to the first token, writing from there on (one token: all).
         rate = max(len(new) - 1, 1) / (times[-1] - times[min(1, len(new) - 1)])
         print(f"\n[{len(ids)} tokens read in {times[1] - times[0]:.2f} s, {len(new)} written, "
               f"{rate:,.1f} a second; cache {sum(x.nbytes for x in cache.tensors()) / 1e6:,.1f} MB "

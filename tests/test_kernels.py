@@ -97,9 +97,10 @@ def test_mlstm_equals_the_definition(kind, with_state):
     assert worst(run_mlstm(kernels.mlstm, inputs, state), expected) < 1e-5
 
 
-def test_a_log_forget_gate_of_minus_infinity_forgets_all():
+def test_gates_of_minus_infinity_write_nothing_and_forget_all():
     inputs, _ = mlstm_inputs()
-    inputs[4].data[..., 40] = -torch.inf
+    inputs[4].data[..., 20] = -torch.inf  # forget
+    inputs[3].data[..., 30:66] = -torch.inf  # write: a whole chunk, and its neighbours
     expected = model.mlstm_recurrent(*(x.double() for x in inputs))[0]
     assert worst([kernels.mlstm(*inputs)[0]], [expected]) < 1e-5
 
@@ -233,11 +234,11 @@ def test_feature_map_equals_the_definition(features, dtype, limit):
 
 
 def mixer(q, k, v, weight, log_i, log_f):
-    """All four operators as the hybrid mixer chains them."""
+    """All three operators as the hybrid mixer chains them."""
     h, (S, z, m) = kernels.mlstm(kernels.feature_map(q, weight, q.flip(2)),
                                  kernels.feature_map(k, weight[:1], k.flip(2)), v, log_i, log_f)
     swa = kernels.window_attention(q, k, v, window=5, sinks=2)
-    return kernels.gate_mix(torch.sigmoid(log_i), h, swa).sum() + S.sum()
+    return torch.lerp(swa, h, torch.sigmoid(log_i)[..., None]).sum() + S.sum()
 
 
 def test_torch_compile_sees_opaque_operators():
@@ -249,7 +250,7 @@ def test_torch_compile_sees_opaque_operators():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["mlstm", "window", "feature_map", "gate_mix"])
+@pytest.mark.parametrize("name", ["mlstm", "window", "feature_map"])
 def test_operators_are_registered_as_torch_wants_them(name):
     inputs, state = mlstm_inputs(5)
     q, k, v, log_i, log_f = (x.detach().transpose(1, 2).contiguous().requires_grad_()
@@ -258,8 +259,7 @@ def test_operators_are_registered_as_torch_wants_them(name):
     weight = torch.eye(16, device=DEVICE).repeat(2, 1, 2).requires_grad_()
     arguments = {"mlstm": (q, k, v, log_i, log_f, start, *state),
                  "window": (q, k, v, start.clamp_min(0), 5, 2),
-                 "feature_map": (q, q.detach().flip(1), weight),
-                 "gate_mix": (log_i, q, q.detach().clone().requires_grad_())}[name]
+                 "feature_map": (q, q.detach().flip(1), weight)}[name]
     torch.library.opcheck(getattr(torch.ops.xlstm_kernels, name).default, arguments)
 
 
@@ -303,7 +303,7 @@ def test_the_gpu_report_is_rehearsed_without_one(tmp_path, capsys):
     path = tmp_path / "report.md"
     assert time_gpu.main(["--tiny", "--report", str(path), "--only", "check", "table"]) == 0
     text = path.read_text()
-    assert text.count("| ok |") == 12 and "WRONG" not in text and text.endswith("0 failures\n")
+    assert text.count("| ok |") == 10 and "WRONG" not in text and text.endswith("0 failures\n")
     assert len(re.findall(r"\| (mlstm|feature map|window|all keys) \|.*e", text)) >= 11
 
 
@@ -311,15 +311,15 @@ def test_what_fails_is_a_row_of_the_gpu_report(tmp_path, capsys, monkeypatch):
     def breaks(*args, **options):
         raise torch.OutOfMemoryError("too | large\nby far")
 
-    right = kernels.gate_mix
-    monkeypatch.setattr(kernels, "gate_mix", lambda o, a, b: right(o, b, a))
+    right = kernels.feature_map
+    monkeypatch.setattr(kernels, "feature_map", lambda x, *more: right(x, *more).flip(-1))
     monkeypatch.setattr(kernels, "mlstm", breaks)
     monkeypatch.setattr(kernels, "window_attention", breaks)
     path = tmp_path / "report.md"
     assert time_gpu.main(["--tiny", "--report", str(path), "--only", "check"]) == 1
     text = path.read_text()
     assert "FAILED: OutOfMemoryError: too / large by far" in text
-    assert text.count("WRONG") == 2 and text.count("FAILED") == 6 and "8 failures" in text
+    assert text.count("WRONG") == 4 and text.count("FAILED") == 6 and "10 failures" in text
 
 
 def test_the_floor_is_that_of_an_h200():
@@ -406,7 +406,7 @@ def compile_all(width, features, *capabilities):
     phi_q, phi_k = (kernels.feature_map(
         x, torch.zeros(x.shape[1], width, features * width, requires_grad=True),
         x if features > 1 else None) for x in (q, k))
-    for out in (kernels.mlstm(phi_q, phi_k, v, gate, gate)[0], kernels.gate_mix(gate, q, q),
+    for out in (kernels.mlstm(phi_q, phi_k, v, gate, gate)[0],
                 kernels.window_attention(q, k, v, window=512, sinks=4)):
         out.sum().backward()
 
@@ -458,7 +458,7 @@ def test_kernels_compile_without_spilling():
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         stdout=subprocess.PIPE).stdout
     kernels_used = [json.loads(x) for x in output.splitlines() if x.startswith("{")]
-    assert len(kernels_used) == 2 * 17
+    assert len(kernels_used) == 2 * 14
     few = 24 if triton.__version__[:3] == "3.6" else 0  # Triton 3.6, gates_fwd (8 for sm_90)
     for used in kernels_used:
         assert used["STACK"] <= few and used["LOCAL"] == 0, used

@@ -841,10 +841,6 @@ class FakeKernels(types.ModuleType):
         rotated, unrotated = weight.chunk(2, dim=-1)
         return torch.cat((x @ rotated, plain @ unrotated), dim=-1).softmax(-1)
 
-    def gate_mix(self, o, a, b):
-        self.calls.append("mix")
-        return torch.lerp(b, a, o[..., None])
-
 
 @torch.no_grad()
 def test_kernels_run_sequences_when_chosen_and_steps_stay_plain(folders, tmp_path, monkeypatch):
@@ -861,7 +857,7 @@ def test_kernels_run_sequences_when_chosen_and_steps_stay_plain(folders, tmp_pat
     assert not fake.calls
     expected = plain(tokens, document_ids=ids)
     torch.testing.assert_close(student(tokens, document_ids=ids), expected)
-    assert sorted(fake.calls) == sorted(["mlstm", "window", "features", "features", "mix"] * 4)
+    assert sorted(fake.calls) == sorted(["mlstm", "window", "features", "features"] * 4)
     cache = Cache(student, 2, 40)
     parts = [student(tokens[:, :39], cache=cache)]
     fake.calls.clear()

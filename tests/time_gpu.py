@@ -122,9 +122,6 @@ def cases(kernels, model, device, K, T, D, features, dtype, wild):
         options = dict(window=90, sinks=4, document_ids=ids)
         yield ("window", lambda *x: [kernels.window_attention(*x, **options)],
                lambda *x: [model.window_attention(*x, **options)], narrow)
-        yield ("gate mix", lambda *x: [kernels.gate_mix(*x)],
-               lambda o, a, b: [o[..., None] * a + (1 - o[..., None]) * b],
-               (torch.sigmoid(log_i), narrow[0], narrow[0].flip(2)))
 
 
 def check(report, device, tiny):
