@@ -15,9 +15,11 @@ run writes into --out:
     checkpoints/ the last two, for --resume
     run.json, results.json, log.jsonl     settings, the final table, the losses
 
-With --experts, stage II runs once per --data file from the same seed and the experts are merged
-(Eq. 14). Under torchrun the batch is dealt out and stage II sharded (FSDP2). Not here: the
-mathematics (model.py), merging (merge.py), scoring (evaluate.py).
+With --experts, stage II runs from the same seed once per --data file (RUN/NAME/student) and once on
+all files for as long as all experts together (RUN/generalist/student, to compare with); the experts
+are merged (RUN/merged, Eq. 14). --tasks writes RUN/report. Under torchrun the batch is dealt out
+and stage II sharded (FSDP2). Not here: the mathematics (model.py), merging (merge.py), scoring
+(evaluate.py).
 
 Run:
     python distill.py                                             # shipped teacher, minutes on CPU
@@ -30,7 +32,8 @@ Run:
 
 Contents: 1 data · 2 losses · 3 processes · 4 targets on disk · 5 held-out comparison · 6 optimiser
 and checkpoints · 7 the two stages · 8 memory and time, before and during a run · 9 students and
-experts · 10 the command. To learn the method read 2 and 7; a new loss is a change in 2 alone.
+experts · 10 the command. To learn the method read 2 and 7; a new loss of the same two terms is a
+change in 2 alone.
 """
 
 import argparse
@@ -56,6 +59,7 @@ import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -74,10 +78,10 @@ from tqdm import tqdm
 import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, check_device,
-                   generate, is_new, load_pretrained, load_with_tokenizer, local_rows, new_folder,
-                   number, read_json, read_rows, reverse_complement, run_command,
-                   save_pretrained, save_tensors, sha256, student_config, student_from_teacher,
-                   tokenizer_files, write_json)
+                   drop_torn_line, generate, is_new, load_pretrained, load_with_tokenizer,
+                   local_rows, new_folder, number, read_json, read_rows, reverse_complement,
+                   run_command, save_pretrained, save_tensors, sha256, student_config,
+                   student_from_teacher, tokenizer_files, write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -94,7 +98,8 @@ HERE = Path(__file__).resolve().parent
 #     part files --end to end--> FILES, the same for any number of processes
 #     FILES --Source--> rows of one file --Mixture--> rows by weight --collate--> tensors
 #
-# Token ids lie flat in a file and are mapped into memory, so that a corpus of any size costs none.
+# Token ids lie flat in a file and are mapped into memory, so that a corpus costs 64 bytes of memory
+# a document, and none a token.
 
 DATA_FORMAT = 6  # part of the cache key: raise it when the files below change their meaning
 DOCUMENT = np.dtype([
@@ -102,7 +107,7 @@ DOCUMENT = np.dtype([
     ("labels", "<i8"),  # how many of them may be a label: those in the loss, never the first
     ("skipped", "<i8"),  # assistant's turns that are read and not learnt
     ("hash", "<i8"),  # of the content: decides whether the document is held out
-    ("head", "<i8"),  # of a family: where its first member starts
+    ("head", "<i8"),  # of a family (a row of "sequences"): where its first member starts
     ("separator", "<i8")])  # of a family: the id behind each member; else -1
 FILES = {"tokens.bin": np.uint32,  # the tokens' ids, document after document
          "loss.bin": bool,  # for each token: is it in the loss
@@ -146,9 +151,9 @@ def text_start(file, offset):
 def read_text(path, start=0, stop=None):
     """Yield (place, piece) of a .txt file, or of its bytes start..stop.
 
-    One long text, cut at line ends so that some of it can be held out: into pieces of 2 to 64 KB,
-    fifty or more of a file from 100 KB on. Ranges that meet hold every piece once. ValueError names
-    file and line.
+    One long text, cut at line ends so that some of it can be held out: into pieces of 2 to 64 KB
+    and the rest of a line: about fifty of a file of 0.1 to 3 MB, more of a larger one. Ranges that
+    meet hold every piece once. ValueError names file and line.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -166,12 +171,19 @@ def read_text(path, start=0, stop=None):
             start = end
 
 
-def parse_row(row, tokenizer, eos_id):
-    """A row of a .jsonl, or a piece of a .txt (a str) -> its documents.
+class Document(NamedTuple):
+    """What `parse_row` makes of a text."""
 
-    Each is a tuple: token ids; for each of them whether it is in the loss (True: all are);
-    assistant's turns skipped; a str that is equal for all guises of one content (None: the ids say
-    it); and of a family, the length of its head and its separator.
+    ids: list  # tokens
+    in_loss: bool | list = True  # for each token; True: all are
+    skipped: int = 0  # assistant's turns that are read and not learnt
+    content: str | None = None  # equal for all guises of one content; None: the ids say it
+    head: int = 0  # of a family (below): where its first member starts
+    separator: int = -1  # of a family: the id behind each member
+
+
+def parse_row(row, tokenizer, eos_id):
+    """A row of a .jsonl, or a piece of a .txt (a str) -> its documents, [Document, ...].
 
     `text` is [BOS] text EOS, a piece has no EOS. `dna`: a text, and its reverse complement as
     another. `messages`: a conversation, with a row's `tools`. `sequences`: a "family" (homologues,
@@ -182,17 +194,17 @@ def parse_row(row, tokenizer, eos_id):
     plain = partial(tokenizer.encode, specials=False)  # "<|eot|>" in a text means its letters
     end = [] if eos_id is None else [eos_id]
     if isinstance(row, str):
-        return [(plain(row), True, 0, None, 0, -1)]
+        return [Document(plain(row))]
     kinds = {"text": str, "messages": list, "dna": str, "sequences": list}
     found = [kind for kind, type_ in kinds.items() if isinstance(row.get(kind), type_)]
     value = row[found[0]] if len(found) == 1 else None
     if found == ["text"]:
-        return [(plain(value) + end, True, 0, None, 0, -1)] if value else []
+        return [Document(plain(value) + end)] if value else []
     if found == ["messages"]:
-        return [(*encode_chat(value, row.get("tools"), tokenizer), None, 0, -1)]
+        return [Document(*encode_chat(value, row.get("tools"), tokenizer))]
     if found == ["dna"]:  # the other strand is as good a text, and no other content
         strands = (value, reverse_complement(value)) if value else ()
-        return [(plain(strand) + end, True, 0, min(strands), 0, -1) for strand in strands]
+        return [Document(plain(strand) + end, content=min(strands)) for strand in strands]
     if found == ["sequences"] and value and all(isinstance(s, str) and s for s in value):
         return [encode_family(value, tokenizer, end)]
     raise ValueError('expected one of: a string "text" or "dna", a list "messages", a list '
@@ -200,13 +212,13 @@ def parse_row(row, tokenizer, eos_id):
 
 
 def encode_family(sequences, tokenizer, end):
-    """A family as `parse_row` returns it; end: the ids behind it, [EOS] or none."""
+    """A family's `Document`; end: the ids behind it, [EOS] or none."""
     head = tokenizer.encode("", specials=False)  # BOS, or nothing
     members = [i for sequence in sequences for i in tokenizer.encode_member(sequence)]
     if end == [tokenizer.separator_id]:
         end = []  # the last member ends with it already; a second would be an empty member
-    return (head + members + end, True, 0, json.dumps(sorted(sequences)), len(head),
-            tokenizer.separator_id)
+    return Document(head + members + end, content=json.dumps(sorted(sequences)), head=len(head),
+                    separator=tokenizer.separator_id)
 
 
 def encode_chat(messages, tools, tokenizer):
@@ -392,7 +404,7 @@ class Source:
         self.total, self.labels = int(self.lengths.sum()), int(documents["labels"].sum())
         self.num_rows = max(0, self.total - 1) // T
 
-    def row(self, i, order=None):
+    def row(self, i, seed=None):
         """Row i: token ids, document ids, in-loss flags; T + 1 of each (the last: label only).
 
         Rows i and i + 1 share one token, the label of one and the first input of the other: over an
@@ -400,26 +412,19 @@ class Source:
         are never read. A document longer than what is left of the row goes on in the next, there as
         a new document: what came before cannot be seen from it.
 
-        order: integers that decide how each family's members are ordered; None: as in the file.
+        seed: integers that decide how each family's members are ordered; None: as in the file.
         """
-        # The documents of this split end to end are "the stream". The row is its tokens a..b - 1,
-        # and `docs` are the documents that have one there.
-        a, b = i * self.T, (i + 1) * self.T + 1
-        docs = np.arange(np.searchsorted(self.ends, a, "right"),
-                         np.searchsorted(self.ends, b, "left") + 1)
-        pieces = []  # where they lie in the files: slices, or indices of a shuffled family
-        for d in docs:
-            start, length = self.starts[d], self.lengths[d]
-            shift = start - (self.ends[d] - length)  # stream -> file
-            piece = slice(max(a + shift, start), min(b + shift, start + length))
-            if order is not None and self.separators[d] >= 0:
-                piece = self.shuffled(d, order)[piece.start - start:piece.stop - start]
-            pieces.append(piece)
-        tokens = [self.tokens[piece] for piece in pieces]
-        return (np.concatenate(tokens), np.repeat(docs, [len(t) for t in tokens]),
-                np.concatenate([self.loss[piece] for piece in pieces]))
+        # The documents of this split end to end are "the stream".
+        stream = np.arange(i * self.T, (i + 1) * self.T + 1)
+        docs = np.searchsorted(self.ends, stream, "right")  # whose token each is
+        where = stream - self.ends[docs] + self.lengths[docs] + self.starts[docs]  # in the files
+        if seed is not None:
+            for d in np.unique(docs[self.separators[docs] >= 0]):
+                own = docs == d
+                where[own] = self.shuffled(d, seed)[where[own] - self.starts[d]]
+        return self.tokens[where], docs, self.loss[where]
 
-    def shuffled(self, d, order):
+    def shuffled(self, d, seed):
         """Where the tokens of family d stand in the files, members in a new order: (length,).
 
         A family is a set: a student that saw one order only would learn the order too.
@@ -427,7 +432,7 @@ class Source:
         where = np.arange(self.starts[d], self.starts[d] + self.lengths[d])
         ends = np.flatnonzero(self.tokens[where] == self.separators[d]) + 1
         head, *members, tail = np.split(where, [self.heads[d], *ends])
-        new = np.random.default_rng((*order, int(d))).permutation(len(members))
+        new = np.random.default_rng((*seed, int(d))).permutation(len(members))
         return np.concatenate([head, *(members[m] for m in new), tail])
 
 
@@ -471,8 +476,8 @@ class Mixture:
     def row(self, i):
         """Row i of the mixture, as `Source.row` gives it."""
         s, j = self.locate(i)
-        order = self.seed, s, int(self.nth[i]) // self.sources[s].num_rows
-        return self.sources[s].row(j, order if self.reorder else None)
+        epoch = int(self.nth[i]) // self.sources[s].num_rows
+        return self.sources[s].row(j, (self.seed, s, epoch) if self.reorder else None)
 
 
 def interleave(weights, n):
@@ -490,6 +495,10 @@ def interleave(weights, n):
         which[m], nth[m] = s, given[s]
         given[s] += 1
     return which, nth
+
+
+# `run`, here and below: what `parse_arguments` returns, and beside the flags device, dtype, rank
+# and world, which `start_processes` sets, and align_steps and distil_steps, which `main` does.
 
 
 def open_data(run, tokenizer, eos_id):
@@ -558,7 +567,7 @@ def teacher_topk(hidden, lm_head_weight, k):
     No order: the loss does not care, and sorting 256 of 128k for every token would take longer.
     """
     k, found = min(k, len(lm_head_weight)), []
-    for x, in slices(len(lm_head_weight), hidden.flatten(0, -2)):
+    for (x,) in slices(len(lm_head_weight), hidden.flatten(0, -2)):
         logits = F.linear(x, lm_head_weight).float()
         top = logits.topk(k, dim=-1, sorted=False)
         largest = top.values.amax(-1, keepdim=True)
@@ -601,9 +610,10 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
 
     parts = slices(len(weight), hidden.flatten(0, -2), labels.flatten(), topk_ids.flatten(0, -2),
                    topk_logprobs.flatten(0, -2))
-    # A single slice is small enough to be kept.
-    run = partial(checkpoint, sums, use_reentrant=False, preserve_rng_state=False)
-    total = sum(run(*part) if len(parts) > 1 else sums(*part) for part in parts)
+    # Computed again in the backward pass; but a single slice is small enough to be kept.
+    again = partial(checkpoint, sums, use_reentrant=False, preserve_rng_state=False)
+    of_slice = again if len(parts) > 1 else sums
+    total = sum(of_slice(*part) for part in parts)
     ce, kl = total / (labels != -100).sum().clamp_min(1)
     return gamma * ce + beta * kl, {"ce": ce.detach(), "kl": kl.detach()}
 
@@ -1037,7 +1047,7 @@ TRAIN = {"new": is_new, "mixer": lambda name: ".self_attn." in name, "all": lamb
 
 
 def select_trainable(student, which):
-    """Set requires_grad: "new" (gates and feature maps), "mixer" (+ q, k, v, o) or "all".
+    """Set requires_grad: "new" (gates and feature maps), "mixer" (all of attention) or "all".
 
     Paper: all. "mixer" is the middle curve of its Fig. 17, a little worse in CE and as close in KL;
     an 8B model's stage II then takes about a third of the memory.
@@ -1269,7 +1279,7 @@ def distil(run, student, teacher, stored, mixture, heldout, stop):
     """Stage II: train run.train's parameters on `distil_loss` for run.distil_steps steps, in place.
 
     The teacher's targets are those `stored` (a TargetCache) or, if None, made as they are needed.
-    Raises as `align`. A step in which no token is a label is said and changes nothing.
+    Raises as `align`. A step in which no token is a label is said and changes no weight.
     """
     trainable = select_trainable(student, run.train)
     describe(run, "stage II (distil)", student, trainable, run.distil_steps)
@@ -1419,7 +1429,8 @@ def plan_memory(run, config, stage, stored=None):
     the embeddings whole.
     "at work": activations, logits, casts of weights, temporary gradients (`working_bytes`).
     """
-    sharded, itemsize = stage == "distil" and "RANK" in os.environ, run.dtype.itemsize
+    sharded = stage == "distil" and "RANK" in os.environ
+    itemsize = run.dtype.itemsize
     share = run.world if sharded else 1
     with torch.device("meta"):
         student = Transformer(config)
@@ -1438,7 +1449,8 @@ def plan_memory(run, config, stage, stored=None):
         needs["gathered"] = itemsize * (2 * (total - sum(blocks)) + 4 * max(blocks))
     # By running few layers; all would take many minutes, at a third of a millisecond an operation.
     # Each peak grows by as much with every layer, the first aside: 2 and 3 tell of them all.
-    weight_dtype, few = run.dtype if sharded else torch.float32, min(2, config.num_layers)
+    weight_dtype = run.dtype if sharded else torch.float32
+    few = min(2, config.num_layers)
     peaks = [working_bytes(run, config, stage, layers, weight_dtype)
              for layers in (few, min(3, config.num_layers))]
     needs["at work"] = max(a + (config.num_layers - few) * (b - a) for a, b in zip(*peaks))
@@ -1489,7 +1501,8 @@ def show_time(run, student, teacher, stored, students):
     theirs: up to three times within a minute, and the best counts, as the first compiles kernels.
     Under torchrun stage II is sharded, which only its own steps, and their bar, can time.
     """
-    mixture, part = next(iter(students.values()))[1], my_micro_batches(run, 0)[0]
+    _, mixture = next(iter(students.values()))  # any of them: rows are of one size
+    part = my_micro_batches(run, 0)[0]
     batch = collate(map(mixture.row, part), run.device)
     distil_steps = sum(own.distil_steps for own, _ in students.values())
     for stage, which, steps, flag, budget, skipped in (
@@ -1532,9 +1545,8 @@ class Progress(tqdm):
     def __init__(self, run, stage, first, steps):
         self.run, self.stage, self.tokens = run, stage, run.batch * run.context
         self.path = run.out / "log.jsonl"
-        if run.rank == 0:  # a full disk may have left half a line
-            self.path.touch()
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        if run.rank == 0:
+            drop_torn_line(self.path)
         super().__init__(desc=stage, total=steps * self.tokens, initial=first * self.tokens,
                          unit="tok", unit_scale=True, dynamic_ncols=True, disable=run.rank > 0)
 
@@ -1676,8 +1688,9 @@ def stage_one(run, student, sources, weights, stop):
             align(run, student, Mixture(sources, weights, run.align_steps * run.batch, run.seed),
                   stop)
         once(run, seed, lambda: save_pretrained(student, seed))
-    for old in checkpoints(run, "align") if run.rank == 0 else ():
-        shutil.rmtree(old)
+    if run.rank == 0:
+        for old in checkpoints(run, "align"):
+            shutil.rmtree(old)
     return seed
 
 
@@ -1750,7 +1763,8 @@ AMOUNT = dict(type=number(float, 0), metavar="N")
 def parse_arguments(argv):
     """The command line -> settings; without --teacher the small preset comes before the paper's.
 
-    A flag's default stands in one place, here or in SMALL, and --help prints it. ArgumentParser
+    The paper's defaults stand here, and --help prints these; what the shipped teacher has instead
+    stands in SMALL. ArgumentParser
     ends the process with status 2 and one sentence when a value does not fit.
     """
     p = argparse.ArgumentParser(
@@ -1795,7 +1809,7 @@ def add_run_flags(add):
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of products; auto: bfloat16 on GPUs and on CPUs with AMX or AVX512's bf16")
     add("--kernels", default="auto", choices=("auto", "torch", "triton"),
-        help="what computes mLSTM and window; auto: Triton on a GPU")
+        help="what computes mLSTM, window and feature maps; auto: Triton on a GPU")
     add("--seed", default=0, type=number(int, 0), metavar="N", help="of the order of the data")
     add("--tasks", default=[], nargs="+", metavar="FILE", help="score the students on these")
     add("--eval-every", default=500, help="stage II's steps between held-out checks", **COUNT)
@@ -1839,7 +1853,7 @@ def check_arguments(run):
         raise ValueError("--experts needs two --data files or more: an expert for each")
     if run.tasks:
         # What would stop the scoring stops here, hours before.
-        evaluate.read_tasks(run.tasks, directory=run.teacher)
+        evaluate.read_tasks(run.teacher, run.tasks)
     if run.gamma + run.beta == 0:
         raise ValueError("--gamma and --beta must not both be 0")
 
@@ -1873,9 +1887,10 @@ def open_run(run):
             raise ValueError(f"--out {run.out} holds a run already; add --resume to go on with it, "
                              "or name another folder")
         # What a run finds finished it does not do again, and these would be another's.
-        if parts := [name for name in ("seed", "student", "checkpoints", "merged", *(
-                f"{source.stem}/student" for source, _ in run.data), "generalist/student")
-                if (run.out / name).exists()]:
+        names = ["seed", "student", "checkpoints", "merged",
+                 *(f"{file.stem}/student" for file, _ in run.data), "generalist/student"]
+        parts = [name for name in names if (run.out / name).exists()]
+        if parts:
             raise ValueError(f"--out {run.out} has parts of another run ({', '.join(parts)}) and "
                              "no run.json; name another folder, or delete them")
         return {}
@@ -1910,9 +1925,11 @@ def load(run):
 def measure(run, results, name, model, teacher, heldout):
     """A model's row of the table, unless a resumed run has it already; all rows to results.json.
 
-    teacher: None where stored targets replace it in training; then it is loaded for this alone.
+    model: or its folder. teacher: None where stored targets replace it in training; then it is
+    loaded for this alone.
     """
     if name not in results:
+        model = open_model(run, model) if isinstance(model, Path) else model
         results[name] = compare(run, model, teacher or open_model(run, run.teacher), heldout)
         if run.rank == 0:
             write_json(run.out / "results.json", results)
@@ -1936,7 +1953,8 @@ def main(argv=None):
     # Everything that can be refused comes before anything is written into --out but the data.
     results = open_run(run)
     teacher, tokenizer, student, sources, weights, heldout = load(run)
-    students, stop, stored = plan_students(run, sources, weights), catch_stop(), None
+    students, stored = plan_students(run, sources, weights), None
+    stop = catch_stop()  # from here on Ctrl-C and SIGTERM let a step end first
     if run.targets:
         mixtures = [mixture for _, mixture in students.values()]
         stored = prepare_targets(run, teacher, mixtures, stop, run.rank, run.world)
@@ -1948,26 +1966,29 @@ def main(argv=None):
     once(run, run.out / "run.json", lambda: write_json(run.out / "run.json", settings_of(run)))
 
     measure(run, results, "teacher", teacher, teacher, heldout)
-    if not run.start:
+    if not run.start:  # the student before any training
         measure(run, results, "entry", student, teacher, heldout)
     seed = stage_one(run, student, sources, weights, stop)
     if run.start or not why_no_align(run):  # of --start too: what stage II begins with
         name = "start" if run.start else "after stage I"
-        measure(run, results, name, open_model(run, seed), teacher, heldout)
+        measure(run, results, name, seed, teacher, heldout)
 
     # Stage I needed the teacher whole. Stage II shards it, or does without.
     student, folders = None, {}
-    teacher = None if stored else open_model(run, run.teacher) if dist.is_initialized() else teacher
+    if stored:
+        teacher = None
+    elif dist.is_initialized():
+        teacher = open_model(run, run.teacher)
     for name, (own, mixture) in students.items():
         if run.experts:
             print(f"\n===== {name} =====")
             once(run, own.out, own.out.mkdir)
         folders[name] = stage_two(own, seed, teacher, stored, mixture, heldout, stop)
-        measure(run, results, name, open_model(run, folders[name]), teacher, heldout)
+        measure(run, results, name, folders[name], teacher, heldout)
     if run.experts:  # the mean of the experts, without the generalist that they are compared with
         experts, folders["merged"] = list(folders.values())[:-1], run.out / "merged"
         once(run, folders["merged"], lambda: merge(experts, folders["merged"]))
-        measure(run, results, "merged", open_model(run, folders["merged"]), teacher, heldout)
+        measure(run, results, "merged", folders["merged"], teacher, heldout)
     teacher = None
     for which in (signal.SIGINT, signal.SIGTERM):  # nothing polls `stop` from here on
         signal.signal(which, signal.SIG_DFL)

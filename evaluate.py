@@ -52,9 +52,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (MIXERS, Cache, HybridAttention, ModelConfig, Tokenizer, Transformer,
-                   check_device, finite, generate, is_out_of_memory, load_pretrained,
-                   load_with_tokenizer, new_folder, number, read_rows, reverse_complement,
-                   run_command, sha256, stream, student_from_teacher, tokenizer_files, write_json)
+                   check_device, drop_torn_line, finite, generate, is_out_of_memory,
+                   load_pretrained, load_with_tokenizer, new_folder, number, read_rows,
+                   reverse_complement, run_command, sha256, stream, student_from_teacher,
+                   tokenizer_files, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -181,7 +182,6 @@ FIELDS = {  # type: {name: default, or where there is none the value's type}
     "strand": {"dna": str},
     "probe": {"dna": str, "labels": str},
     "molecule": {"sequences": list, "seed": int, "temperature": 1.0, "max_new_tokens": 128}}
-SEQUENCES = {"family", "strand", "probe", "molecule"}
 RULES = {  # name: (what holds for this value in its row, what to expect where it does not)
     "choices": (lambda v, row: len(v) > 1 and all(map(str.strip, v)), "two or more, none empty"),
     "gold": (lambda v, row: v in range(len(row["choices"])) if row["type"] == "choice"
@@ -384,12 +384,14 @@ class Reader:
         for choice in row.get("choices", ()):
             self.encode_pair(row["context"], choice)
         if row["type"] in ("generate", "code"):
-            self.cut_prompt("", new)
-        if row["type"] in SEQUENCES:
+            self.cut_prompt(row["prompt"], new)
+        if "sequences" in row or "dna" in row:
             members = [self.tokenizer.encode_member(x) for x in row.get("sequences", ())]
             bases = self.tokenizer.encode(row.get("dna", ""), bos=False)
-            prefix = row["type"] in ("probe", "molecule")  # BOS or EOS is read as well
-            check_length(sum(map(len, members), len(bases)) + prefix, self.max_tokens, new)
+            tokens = sum(map(len, members), len(bases))
+            if row["type"] in ("probe", "molecule"):  # reads BOS or EOS, and all tokens; in the
+                tokens += 1  # others the last is predicted and not read, which makes room for it
+            check_length(tokens, self.max_tokens, new)
             if row["type"] == "probe" and len(bases) != len(row["labels"]):
                 raise ValueError(f"{len(bases)} tokens, {len(row['labels'])} labels; a probe needs "
                                  "a token a base")
@@ -413,11 +415,11 @@ class Scorer(Reader):
         log-probability (nats, fp32 sum): of the continuation given the context; greedy: whether
         each of its tokens is the most likely one. Raises ValueError on NaN.
 
-        A result depends on its pair alone, not on what else is in the list: sequences share a
-        batch only if they are equally long, and on a CPU each goes alone, because matrix kernels
-        round differently below 16 rows, and in padded rows (up to 2e-5 in a logit, measured),
-        while a batch saves 20 %. Texts that many pairs read are computed once: whole inputs
-        (all one-token choices of a question), and long contexts, whose cache is then copied.
+        A result depends on its pair alone, on a GPU to the rounding of batches, which equally long
+        sequences share. On a CPU each goes alone, because matrix kernels round differently below 16
+        rows, and in padded rows (up to 2e-5 in a logit, measured), while a batch saves 20 %. Texts
+        that many pairs read are computed once: whole inputs (all one-token choices of a question),
+        and long contexts, whose cache is then copied.
         """
         # short: inputs -> the pairs that read them (the last token is predicted, and never read);
         # long: context -> its continuations.
@@ -482,7 +484,8 @@ class Scorer(Reader):
             for tokens in stream(self.model, prompts, max_new_tokens=max(most)):
                 for b, token in enumerate(tokens.tolist()):
                     if texts[b] is None:
-                        new[b] += [token] * (token not in eos)
+                        if token not in eos:
+                            new[b].append(token)
                         text = self.tokenizer.decode(new[b]).rstrip("\ufffd")
                         cut = min((text.find(s) for s in stops[b] if s in text), default=len(text))
                         if token in eos or cut < len(text) or len(new[b]) == most[b]:
@@ -565,7 +568,8 @@ def run_program(program, *, seconds=10):
 # 5. Scoring task files
 # ----------------------------------------------------------------------------------------------
 # Each kind of row has a function (scorer, rows) that yields (row, result) in an order of its own,
-# as results come. `evaluate_rows` writes them down at once, so that a stop loses one row at most.
+# as results come. `evaluate_rows` writes them down at once. A stop loses what is under way: up to
+# 256 rows of choices, 16 prompts, or a file's probes.
 
 
 def score_choices(scorer, rows):
@@ -637,20 +641,19 @@ def _read_samples(path, model):
     A last line without its end is cut off: the run was killed while it wrote. Results of another
     model are left aside, which is said; those of a task file that was edited have another key.
     """
-    path.touch()
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    drop_torn_line(path)
     results = [result for _, result in read_rows(path)]
     own = {(r["file"], r["id"]): r for r in results if r.get("model") == model}
-    if len(own) < len(results):
-        print(f"{path}: {len(results) - len(own)} lines are not of this model and are not used")
+    if others := sum(r.get("model") != model for r in results):
+        print(f"{path}: {others} lines are not of this model and are not used")
     return own
 
 
-def read_tasks(task_files, allow_code_execution=False, limit=None, directory=None):
+def read_tasks(directory, task_files, allow_code_execution=False, limit=None):
     """{name of the file without .jsonl: its first `limit` rows}; refuses what would stop scoring.
 
     That is, beside bad rows: files of one name, code without the flag or on a system that runs no
-    program with limits, molecules without RDKit, a probe alone; and what the model in this
+    program with limits, molecules without RDKit, a probe alone; and what the model in
     `directory` cannot read (`Reader.check_row`). Call it before hours of training, too. Raises
     ValueError or OSError.
     """
@@ -670,10 +673,9 @@ def read_tasks(task_files, allow_code_execution=False, limit=None, directory=Non
         if len(probes) == 1:
             raise ValueError(f"{probes[0]}: a probe is fitted on the file's others: two rows or "
                              "more")
-    if directory:
-        reader = Reader(ModelConfig.from_hf(directory), Tokenizer(directory))
-        for row in itertools.chain(*tasks.values()):
-            _at(row["where"], reader.check_row, row)
+    reader = Reader(ModelConfig.from_hf(directory), Tokenizer(directory))
+    for row in itertools.chain(*tasks.values()):
+        _at(row["where"], reader.check_row, row)
     return tasks
 
 
@@ -686,7 +688,7 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
     file that results are added to as they come and read from first, so that a second call goes on
     after a stop. limit: of rows a task. Raises ValueError or OSError naming file, line or flag.
     """
-    tasks = read_tasks(task_files, allow_code_execution, limit, directory)
+    tasks = read_tasks(directory, task_files, allow_code_execution, limit)
     files = {task: sha256(path) for task, path in zip(tasks, task_files)}
     model = _model_hash(directory) if samples else None
     done = _read_samples(Path(samples), model) if samples else {}
@@ -1253,7 +1255,7 @@ def run_molecules(run):
     """
     families = read_column(run.data, "sequences", list)
     known = list(itertools.chain(*families.values()))
-    canonical_smiles(known[:1])  # before the samples: is RDKit here, are these strings?
+    canonical_smiles(known[:1])  # before the samples: is RDKit here?
     scorer, samples = Scorer(run.model, run.device), []
     chosen = itertools.islice(families.items(), run.rows)
     for i, (place, family) in enumerate(tqdm([*chosen], desc="molecules", leave=False)):
@@ -1343,7 +1345,7 @@ def parse_arguments(argv):
 
     add = command("molecules", run_molecules, "sample SMILES: valid, unique and novel shares")
     add("--model", help="teacher or student", **folder, **need)
-    add("--data", help="families, rows of `sequences`; none is novel", **file, **need)
+    add("--data", help="families, rows of `sequences`; what they hold is not novel", **file, **need)
     add("--shots", type=number(int, 0), default=4, help="members before a sample")
     add("--rows", type=number(int, 1), default=100, help="families")
     add("--number", type=number(int, 1), default=10, help="samples a family")

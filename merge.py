@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (ModelConfig, check_device, list_tensors, new_folder, read_json, read_rows,
-                   run_command, sha256, tokenizer_files, write_json)
+from model import (ModelConfig, check_device, drop_torn_line, list_tensors, new_folder, read_json,
+                   read_rows, run_command, sha256, tokenizer_files, write_json)
 
 PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -197,6 +197,7 @@ def elect_and_average(changes, weights, thresholds):
     changes of that sign. Weights count in the election and in the average; the paper's experts
     are equal. Where the sum is exactly 0 nobody is elected and the seed's value stays.
     """
+    # float: as where the threshold was found, or rounding could drop the change that it is.
     trimmed = torch.stack([torch.where(c.float().abs() >= threshold, c, 0)
                            for c, threshold in zip(changes, thresholds)])  # (K, N)
     weights = torch.tensor(weights, dtype=torch.float64)[:, None]
@@ -230,8 +231,8 @@ def merge(directories, output, *, weights=None, method="linear", seed=None, dens
     weights: the lambdas, one a folder, >= 0 with sum 1; None: uniform. method "linear", or "ties"
     with the stage-I folder `seed` and the `density` in (0, 1] of changes kept. Each tensor keeps
     its dtype. Raises OSError or ValueError for a folder that cannot be read, one ValueError listing
-    all in which the folders differ, both before anything is written, and ValueError for weights
-    that are not finite; whatever fails, nothing is left behind.
+    all in which the folders differ, both before anything is written, and ValueError for a tensor
+    with NaN or inf; whatever fails, nothing is left behind.
     """
     uniform = [1 / len(directories) for _ in directories]
     weights = [float(w) for w in (uniform if weights is None else weights)]  # as JSON knows them
@@ -289,8 +290,8 @@ def sweep(directories, output, score, *, greedy=False, step=STEP, method="linear
     """Choose the lambdas by `score` (a callable: folder -> float, more is better), then merge.
 
     Tried are all multiples of `step`; of equal scores the most even lambdas win. greedy: from the
-    best single expert on, add the next best while the uniform mean is no worse (greedy soup, arXiv
-    2203.05482): 2 K - 1 scores for K experts.
+    best single expert on, try each other one, best first, and keep it if the uniform mean gets no
+    worse (greedy soup, arXiv 2203.05482): 2 K - 1 scores for K experts.
 
     Scores go to OUT.sweep/results.jsonl as they come, and the same call goes on from there. Each
     line says what it is of: the experts' hashes, the settings, and `about` (JSON), which is what
@@ -304,8 +305,7 @@ def sweep(directories, output, score, *, greedy=False, step=STEP, method="linear
     experts, seed = check(directories, output, grid[0], method, seed, density)
     candidate, results = Path(f"{output}.sweep/candidate"), Path(f"{output}.sweep/results.jsonl")
     results.parent.mkdir(parents=True, exist_ok=True)
-    results.touch()
-    os.truncate(results, results.read_bytes().rfind(b"\n") + 1)  # a line that a stop has torn
+    drop_torn_line(results)
     hashes = [folder.sha256 for folder in (*experts, seed) if folder]
     key = json.dumps([hashes, method, density, about])
     scores = {tuple(row["weights"]): row["score"] for _, row in read_rows(results)
@@ -386,7 +386,7 @@ def main(argv=None):
     if run.sweep:
         from evaluate import evaluate_tasks, read_tasks  # only a sweep scores
         check_device(run.device)
-        read_tasks(run.sweep, directory=run.directories[0])
+        read_tasks(run.directories[0], run.sweep)
         tasks = {str(path): sha256(path) for path in run.sweep}
 
         def score(folder):

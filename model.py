@@ -428,6 +428,12 @@ def write_json(path, value):
     os.replace(tmp, path)
 
 
+def drop_torn_line(path):
+    """Cut off a log's last line if it has no end, as a full disk leaves it. A new log is made."""
+    path.touch()
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
 class Place(NamedTuple):
     """A line of a file for messages, as file:line; its number is counted only if it is printed."""
 

@@ -940,7 +940,7 @@ def test_molecules_of_no_family_need_no_separator(tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps(task))
     config = distill.ModelConfig.from_hf(TEACHER)
     assert config.separator_id is None and config.max_positions == 512
-    assert distill.evaluate.read_tasks([tmp_path / "t.jsonl"], directory=TEACHER)
+    assert distill.evaluate.read_tasks(TEACHER, [tmp_path / "t.jsonl"])
 
 
 def test_parts_of_another_run_are_not_taken_for_ones_own(tmp_path, corpus):

@@ -517,7 +517,7 @@ def test_a_choice_that_melts_into_its_context_is_refused_before_a_model_is_loade
         path = write_rows(tmp_path / "t.jsonl", [
             {**CHOICE, "context": "the ca", "choices": choices, "gold": 0}])
         with pytest.raises(ValueError, match=words):
-            evaluate.read_tasks([path], directory=TEACHER)
+            evaluate.read_tasks(TEACHER, [path])
 
 
 def test_chat_prompts_are_the_tokenizer_s_and_a_begun_answer_stays_open(student_dir, monkeypatch):
