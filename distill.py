@@ -1764,8 +1764,8 @@ def parse_arguments(argv):
     """The command line -> settings; without --teacher the small preset comes before the paper's.
 
     The paper's defaults stand here, and --help prints these; what the shipped teacher has instead
-    stands in SMALL. ArgumentParser
-    ends the process with status 2 and one sentence when a value does not fit.
+    stands in SMALL. ArgumentParser ends the process with status 2 and one sentence when a value
+    does not fit.
     """
     p = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

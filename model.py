@@ -825,8 +825,9 @@ def _chunk_gates(log_i, log_f, m, document_ids, L):
     x = torch.cat((m[..., None].double(), c.amax(-1) - before[..., :-1]), dim=-1)
     m = (x.cummax(-1).values + before).to(m.dtype).double()
     r = torch.maximum(m[..., :-1, None], c.cummax(-1).values)
-    # r cancels in h, so any gradient of it is right. With that of c_t, W_tt = e^(c_t - r_t) has one
-    # of exactly 0, and no rounding error in which the forget gates' small gradients would drown.
+    # r cancels in h, so any gradient of it is right. It is given that of c_t: W_tt = e^(c_t - r_t)
+    # then has one of exactly 0, without an error of rounding in which the forget gates' small
+    # gradients would drown.
     return c, r.detach() + (c - c.detach()), m, total
 
 
@@ -2511,12 +2512,12 @@ def _read_chat_templates(folder, config):
     files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
     if (folder / "chat_template.jinja").exists():
         files["default"] = folder / "chat_template.jinja"
-    try:
-        if files:
+    if files:
+        try:
             return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder}: a chat template (*.jinja) is not UTF-8 ({error}); convert it"
-                         ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{folder}: a chat template (*.jinja) is not UTF-8 ({error}); convert "
+                             "it") from None
     templates = config.get("chat_template") or read_json(
         folder / "chat_template.json", {}).get("chat_template") or []
     if isinstance(templates, str):
