@@ -167,6 +167,7 @@ def main():
     for T in many:
         print(f"  {T:>6,} tokens  {forward[T] / T * 1e6:.2f}   {both[T] / T * 1e6:.2f}")
     decoding_step((1024, 8192, 65536))
+    decoding_step((1024, 8192, 65536), H=9, K=3, D=64)
 
 
 if __name__ == "__main__":
