@@ -9,6 +9,7 @@ Makes task files for the teacher of make_real_teacher.py, on which it is well ab
     copy-64, -256, -1000                       words of a sentence read so many tokens before
     lookup-64, -256, -1000                     one of two facts, told so many tokens before
     needle                                     evaluate.py's haystack, 128 to 512 tokens
+    long/lookup-2000, -4000, needle-2000, -4000        the same, beyond the context of README's runs
     chat-answer, -list, -json                  what the prompt says, in the form that was asked for
 
 Key idea: a task tells something about a student only where its teacher has the skill, so each form
@@ -40,6 +41,7 @@ from model import Tokenizer, read_rows
 
 ROWS = 100
 TWELVE = 12
+BEYOND = (2000, 4000)                  # tokens: two and four contexts of README's runs
 EXAMPLES = 2                           # earlier turns of a chat task
 
 
@@ -185,9 +187,9 @@ def lookups(rng, prose, distance):
                      "acc")
 
 
-def needles(rng):
+def needles(rng, lengths=(128, 256, 512)):
     while True:
-        yield {"type": "needle", "length": rng.choice((128, 256, 512)),
+        yield {"type": "needle", "length": rng.choice(lengths),
                "depth": round(rng.random(), 2), "seed": rng.randrange(10 ** 6)}
 
 
@@ -257,6 +259,10 @@ def generators(text, synsets, tokenizer):
         for distance in (64, 256, 1000):
             name = f"{task}-{distance}"
             found[name] = filler and rows(rng(name), filler, distance)
+    for tokens in BEYOND:
+        name = f"long/lookup-{tokens}"
+        found[name] = filler and lookups(rng(name), filler, tokens)
+        found[f"long/needle-{tokens}"] = needles(rng(f"needle-{tokens}"), (tokens,))
     for form in ("answer", "list", "json"):
         found[f"chat-{form}"] = chat(rng(f"chat-{form}"), tokenizer, form)
     return {task: rows for task, rows in found.items() if rows} | {"needle": needles(rng("needle"))}
@@ -284,8 +290,8 @@ def main(argv=None):
                 kept.setdefault(json.dumps(row), row)
             if len(kept) == ROWS:
                 break
-        write_rows(run.out / f"tasks/{task}.jsonl",
-                   [{"id": f"{task}-{i}", **row} for i, row in enumerate(kept.values())])
+        path = run.out / (f"{task}.jsonl" if "/" in task else f"tasks/{task}.jsonl")
+        write_rows(path, [{"id": f"{path.stem}-{i}", **row} for i, row in enumerate(kept.values())])
         print(f"{task}: {len(kept)} rows, {dropped} dropped")
 
 
