@@ -37,7 +37,6 @@ change in 2 alone.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -52,7 +51,6 @@ import signal
 import sys
 import threading
 import time
-import uuid
 import warnings
 import weakref
 import zlib
@@ -79,9 +77,9 @@ import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, check_device,
                    drop_torn_line, generate, is_new, load_pretrained, load_with_tokenizer,
-                   local_rows, new_folder, number, read_json, read_rows, reverse_complement,
-                   run_command, save_pretrained, save_tensors, sha256, student_config,
-                   student_from_teacher, tokenizer_files, write_json)
+                   local_rows, new_folder, number, read_json, read_rows, replacing,
+                   reverse_complement, run_command, save_pretrained, save_tensors, sha256,
+                   student_config, student_from_teacher, tokenizer_files, write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -113,24 +111,6 @@ FILES = {"tokens.bin": np.uint32,  # the tokens' ids, document after document
          "loss.bin": bool,  # for each token: is it in the loss
          "documents.bin": DOCUMENT}
 PART = 1 << 25  # bytes of a file that a process tokenises at a time, and that a stop can lose
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A new file that takes the place of `path` if the block ends well, whoever else does so.
-
-    So a file is whole or absent, after a kill and beside other processes that write it as well.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(tmp, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def text_start(file, offset):
@@ -619,13 +599,12 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
 
 
 @torch.no_grad()
-def teacher_walk(student, tokens, document_ids, positions=None):
+def teacher_walk(student, tokens, document_ids):
     """Yield each layer's (mixer, its `Heads`, softmax attention's output (B, H, T, D)).
 
     The teacher's forward pass inside its student: the teacher's output goes on to the next layer.
     """
-    if positions is None:
-        positions = student.positions(tokens, document_ids=document_ids)
+    positions = student.positions(tokens, document_ids=document_ids)
     layers, x = student.model["layers"], student.embed(tokens)
     for block, tables in zip(layers, student.rope_tables(positions, x.dtype)):
         attention = block.self_attn
@@ -638,7 +617,7 @@ def teacher_walk(student, tokens, document_ids, positions=None):
             x = block.after_attention(x, attention.o_proj(target.transpose(1, 2).flatten(2)))
 
 
-def alignment_losses(student, tokens, document_ids, backward_scale=None, *, positions=None):
+def alignment_losses(student, tokens, document_ids, backward_scale=None):
     """Stage I (Eq. 12): per layer, the mean over tokens, heads and width of (h_T - h_S)^2.
 
     h is what a mixer returns for its heads, before o_proj mixes them (model.Attention.mix). The
@@ -646,14 +625,14 @@ def alignment_losses(student, tokens, document_ids, backward_scale=None, *, posi
     Each layer gets the TEACHER's input; softmax attention gives the target, the student's mixer the
     prediction, and the teacher's output goes on to the next layer. So layers do not depend on each
     other, and memory is that of one: with `backward_scale` each layer's gradients (of scale * loss)
-    are added and its graph is freed before the next. positions: as in `Transformer.forward`.
+    are added and its graph is freed before the next.
     Returns (layers,) fp32, detached.
 
     Paper: sums. Here: means, so that gradients, which are clipped at 1, have one size at every
     context and width.
     """
     losses = []
-    for attention, heads, target in teacher_walk(student, tokens, document_ids, positions):
+    for attention, heads, target in teacher_walk(student, tokens, document_ids):
         with torch.set_grad_enabled(backward_scale is not None):
             h = attention.mix(heads, document_ids=document_ids)
             loss = (h.float() - target.float()).square().mean()
@@ -850,8 +829,7 @@ class TargetCache:
     def __init__(self, folder, sources, described):
         self.folder, self.sources, path = folder, sources, folder / "manifest.json"
         if not path.exists():
-            with replacing(path) as file:
-                file.write((json.dumps(described, indent=2) + "\n").encode())
+            write_json(path, described)
         found = read_json(path)
         differs = [f"{key} was {found.get(key)!r}, now {value!r}"
                    for key, value in described.items() if found.get(key) != value]

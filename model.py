@@ -42,6 +42,7 @@ Layout: every per-head tensor is (B, H, T, D). Not here: training (distill.py), 
 
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -55,6 +56,7 @@ import shutil
 import sys
 import time
 import unicodedata
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -418,14 +420,30 @@ def read_json(path, missing=None):
         raise ValueError(f"{path} is no JSON object ({error}); copy the file again") from None
 
 
-def write_json(path, value):
-    """Replace a small JSON file in one step: readers see the old one or the new one, whole.
+@contextlib.contextmanager
+def replacing(path):
+    """A new file, open to write, that takes the place of `path` if the block ends well.
 
-    value: anything json writes. Raises OSError.
+    So readers see the old one or the new one, whole, after a kill and beside other processes that
+    write it as well. Folders on the way are made. Raises OSError.
     """
-    tmp = Path(path).with_name(Path(path).name + ".tmp")
-    tmp.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(tmp, path)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(tmp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a small JSON file by `replacing`; value: anything json writes."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def drop_torn_line(path):
