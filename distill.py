@@ -86,11 +86,11 @@ HERE = Path(__file__).resolve().parent
 # ----------------------------------------------------------------------------------------------
 # 1. Data: files -> token ids on disk, once -> packed rows that keep their document boundaries
 # ----------------------------------------------------------------------------------------------
-# A row is `context` tokens of as many documents as fit. Where each ends is carried along as a
-# document id a token, never guessed from an end-of-text token: attention, recurrent state and
-# positions restart there, and no label crosses. Without that a recurrent student learns to read
-# the leftovers of another text in its state. Order is a function of (seed, step), so that a run
-# resumes from one integer, without a loader's state.
+# A row is `context` tokens of documents end to end, the last one cut. Where each ends is carried
+# along as a document id a token, never guessed from an end-of-text token: attention, recurrent
+# state and positions restart there, and no label crosses. Without that a recurrent student learns
+# to read the leftovers of another text in its state. Order is a function of (seed, step), so that a
+# run resumes from one integer, without a loader's state.
 #
 #     file --read_rows / read_text--> rows --parse_row--> documents as ids --> part files
 #     part files --end to end--> FILES, the same for any number of processes
@@ -114,7 +114,7 @@ PART = 1 << 25  # bytes of a file that a process tokenises at a time, and that a
 
 
 def text_start(file, offset):
-    """The first byte at or after `offset` of an open .txt where a piece of it may begin.
+    """Where in an open .txt, behind `offset`, a piece may begin; at 0: where the file does.
 
     A function of the file and the offset alone, so that processes which share a file agree on its
     pieces without talking. Behind a line end; there may be none for gigabytes: if none is within
@@ -123,7 +123,7 @@ def text_start(file, offset):
     file.seek(offset)
     if offset:
         file.readline(1 << 16)
-        while file.peek(1)[:1] and file.peek(1)[0] & 0xC0 == 0x80:  # goes on with a character
+        while file.peek(1)[:1] and file.peek(1)[0] & 0xC0 == 0x80:  # amid a character
             file.seek(1, os.SEEK_CUR)
     return file.tell()
 
@@ -169,7 +169,7 @@ def parse_row(row, tokenizer, eos_id):
     another. `messages`: a conversation, with a row's `tools`. `sequences`: a "family" (homologues,
     molecules) is [BOS], its members with the separator after each, EOS.
     An empty text is no document: behind BOS the end would be learnt. ValueError where the row has
-    none or several of these keys: which is meant is not guessed.
+    none or several of these keys, each with its type: which is meant is not guessed.
     """
     plain = partial(tokenizer.encode, specials=False)  # "<|eot|>" in a text means its letters
     end = [] if eos_id is None else [eos_id]
@@ -259,7 +259,7 @@ def _start_worker():
 
 
 def tokenise_parts(path, tokenizer, eos_id, parts, workers):
-    """Make the parts [(out, start, stop), ...] by `tokenise_part`; yields as each is done.
+    """Make the parts [(out, start, stop), ...] by `tokenise_part`; yields after each.
 
     In processes, not threads: almost half of the time is spent in Python itself. Spawned, not
     forked: the parent may hold threads, a GPU, a process group. The workers write their parts to
@@ -351,7 +351,7 @@ def map_array(path, dtype):
 def held_out_hashes(folder, fraction=0.02):
     """Hashes of the documents that a tokenised file holds out: the smallest `fraction`, at least 1.
 
-    A hash, not a position: order in the file and copies do not matter.
+    A hash, not a position: order in the file does not matter, and all copies go to one side.
     """
     hashes = np.fromfile(folder / "documents.bin", DOCUMENT)["hash"]
     rank = max(1, round(fraction * len(hashes))) - 1
@@ -571,9 +571,9 @@ def sparse_kd_loss(hidden, lm_head_weight, labels, topk_ids, topk_logprobs, *, g
     kind, weight = hidden.device.type, lm_head_weight
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if weight.requires_grad:
-        # Every slice adds to the gradient of lm_head. It is summed in the dtype of what the slices
-        # share, so they share fp32 and each casts it for itself: `weight.to` below. Left to
-        # autocast, or under FSDP2, which gathers bf16, they would share bf16 and sum in it.
+        # Autograd sums the slices' gradients of lm_head in the dtype of the tensor that they all
+        # read. So that one is fp32, and each slice casts it for itself (`weight.to` below).
+        # Autocast or FSDP2 would hand them one bf16 copy, and the sum would be bf16.
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def sums(x, labels, ids, logprobs):  # of a slice: CE and KL, (2,)
@@ -772,8 +772,8 @@ def shard(model, device, dtype):
 
     In `dtype`, with gradients summed in fp32 and the fp32 masters sharded. The new parameters
     (gates, feature maps) are gathered in fp32: rounding a forget gate's bias of 8.6 to bf16 moves
-    its half-life by up to 3 %. Micro-batches each sum their gradients: keeping them until the last
-    one would need whole gradients on every GPU.
+    its half-life by up to 3 %. Gradients are summed and scattered after every micro-batch:
+    waiting for the last one would need whole gradients on every GPU.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -1290,8 +1290,8 @@ def distil(run, student, teacher, stored, mixture, heldout, stop):
                 optimizer.step()
                 progress.log(step, lr=lr, norm=norm, ce=ce, kl=kl)
             else:
-                for state in optimizer.state.values():  # AdamW's count is the run's step, to
-                    state["step"] += 1                  # which `load_checkpoint` sets it
+                for state in optimizer.state.values():  # AdamW counts this step too, since a
+                    state["step"] += 1                  # resumed run sets its count to the run's
                 progress.log(step, labels=0)
                 tqdm.write(f"distil step {step + 1}: no token is a label, nothing was learnt from "
                            f"rows {rows_of_step(mixture, run, step)}")
@@ -1449,7 +1449,7 @@ def why_no_align(run):
 
 
 def show_plan(run):
-    """Print the memory that each stage needs. It reads config.json alone, and needs no weights."""
+    """Print the memory that each stage needs; of the teacher it reads no weights."""
     directory = Path(run.start or run.teacher)
     config, hf = ModelConfig.from_hf(directory), read_json(directory / "config.json")
     stored = hf.get("dtype", hf.get("torch_dtype"))  # the key's new and old name
@@ -1661,11 +1661,9 @@ def stage_one(run, student, sources, weights, stop):
     seed, skipped = run.start or run.out / "seed", why_no_align(run)
     if skipped:
         print(f"stage I is skipped: {skipped}")
-    if not seed.exists():
-        if not skipped:
-            align(run, student, Mixture(sources, weights, run.align_steps * run.batch, run.seed),
-                  stop)
-        once(run, seed, lambda: save_pretrained(student, seed))
+    if not skipped and not seed.exists():
+        align(run, student, Mixture(sources, weights, run.align_steps * run.batch, run.seed), stop)
+    once(run, seed, lambda: save_pretrained(student, seed))
     if run.rank == 0:
         for old in checkpoints(run, "align"):
             shutil.rmtree(old)
@@ -1748,8 +1746,9 @@ def parse_arguments(argv):
     p = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Distil a Transformer into a hybrid xLSTM student. Without --teacher: the "
-        "shipped one, with a small preset (SMALL in distill.py) in place of the paper's defaults "
-        "below.", usage="distill.py [--teacher DIR --data FILE... --out RUN] [options]")
+        "shipped one, with a small preset (SMALL in distill.py) in place of the defaults below, "
+        "which are the paper's but for --features.",
+        usage="distill.py [--teacher DIR --data FILE... --out RUN] [options]")
     add_run_flags(p.add_argument_group("the run").add_argument)
     add = p.add_argument_group("student").add_argument
     add("--mixer", default="hybrid", choices=MIXERS, help="the paper's, or a part of it alone")
