@@ -2329,7 +2329,7 @@ class Tokenizer:
         messages = [{k: x for k, x in m.items() if x is not None} for m in messages]
         # Thinking has three names in data sets; a template finds it by two, as in transformers.
         for m in messages:
-            said = [m[k] for k in ("reasoning_content", "thinking", "reasoning") if k in m]
+            said = [m[k] for k in _THINKING if k in m]
             if said:
                 m["reasoning_content"], m["thinking"] = said[0], m.get("thinking", said[0])
         try:
@@ -2337,8 +2337,8 @@ class Tokenizer:
                 **self._marks, messages=messages, tools=tools, documents=None,
                 add_generation_prompt=generation_prompt, generation_marks=marks)
         except Exception as error:  # a template is a program of strangers: anything may come
-            raise ValueError(f"the chat template of {os.path.dirname(self.path)} refuses this "
-                             "conversation: " + " ".join(str(error).split())) from None
+            raise _TemplateRefuses(f"the chat template of {os.path.dirname(self.path)} refuses "
+                                   "this conversation: " + " ".join(str(error).split())) from None
 
     def _chat_template(self, tools):
         """The text of the chat template for conversations with these tools; ValueError if none."""
@@ -2362,10 +2362,10 @@ class Tokenizer:
         can be found in the text, or a tool call or the tools are not in it.
         """
         text = self.render_chat(messages, tools=tools, generation_prompt=False)
-        self._check_all_is_written(text, messages, tools)
         # A turn that is not to be learnt is located all the same: generation blocks are counted.
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         spans = self._turn_spans(text, messages, tools, turns)
+        self._check_all_is_written(text, messages, tools, spans)
         wanted = [i for i in turns if _is_learnt(messages[i])]
         found = [i for i in wanted if spans[i]]
         if wanted and not found:
@@ -2383,26 +2383,32 @@ class Tokenizer:
         parts.append((text[done:], False))
         return [part for part in parts if part[0]], len(wanted) - len(found)
 
-    def _check_all_is_written(self, text, messages, tools):
-        """ValueError for tools and contents that the template leaves out, as it does in silence.
+    def _check_all_is_written(self, text, messages, tools, spans):
+        """ValueError for tools, contents and thoughts that the template leaves out in silence.
 
-        Many templates know strings only. A content that is a list of parts they write as Python
-        does, [{'type': ..., or (Qwen 3's) not at all.
+        A role that it does not know ("developer"), thinking, words beside a tool call: what is not
+        found in the text is left out where rendering without it gives the same. A content that is a
+        list of parts many write as Python does, [{'type': ..., or (Qwen 3's) not at all. Turns
+        without a span are left aside: `render_chat_parts` counts them.
         """
         render = functools.partial(self.render_chat, generation_prompt=False)
         if tools and render(messages) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
-        for i, message in enumerate(messages):
-            content = message.get("content")
-            parts = content if isinstance(content, list) else []
-            for x in (content, *parts):
+        written = [i for i in range(len(messages)) if spans.get(i, True)]
+        for i, key in itertools.product(written, ("content", *_THINKING)):
+            value = messages[i].get(key)
+            for x in (value, *(value if isinstance(value, list) else ())):
                 if not isinstance(x, str) and "'" in str(x) and str(x) in text:
-                    raise ValueError("the chat template writes a content that is no string as "
+                    raise ValueError(f"the chat template writes a {key} that is no string as "
                                      f"Python shows it ({str(x)[:40]}): give a string")
-            if parts and text == render(
-                    [*messages[:i], {**message, "content": ""}, *messages[i + 1:]], tools=tools):
-                raise ValueError("the chat template does not write a content that is a list of "
-                                 f"parts ({str(parts)[:40]}): give a string")
+            if not value or isinstance(value, str) and value.strip() in text:
+                continue
+            less = [*messages[:i], {**messages[i], key: ""}, *messages[i + 1:]]
+            with contextlib.suppress(_TemplateRefuses):  # then it reads what it refuses to miss
+                if render(less, tools=tools) == text:
+                    raise ValueError(f"the chat template does not write the {key} of message {i} "
+                                     f"({messages[i]['role']}): {str(value)[:40]!r}. Leave it out, "
+                                     "or say it as the template can")
 
     def _turn_spans(self, text, messages, tools, turns):
         r"""Turn -> the (start, end) in text of what the assistant said there, or None.
@@ -2466,6 +2472,13 @@ def _is_learnt(message):
     if any(x not in (None, 0, 1) for x in marks):  # True is 1, False is 0
         raise ValueError('"train" and "weight" of a message must be true, false, 1 or 0')
     return 0 not in marks
+
+
+_THINKING = "reasoning_content", "thinking", "reasoning"  # its names in data sets
+
+
+class _TemplateRefuses(ValueError):
+    """A chat template raised an error."""
 
 
 _MARKS = "\ufdd0", "\ufdd1"  # Unicode keeps these two for a program's own use: no text has them

@@ -308,8 +308,23 @@ def test_parts_that_the_template_leaves_out_are_not_learnt(chat, said):
                      "{% if add_generation_prompt %}<assistant>{% endif %}")
     assert learnt(tokenizer, messages)
     messages[said]["content"] = [{"type": "text", "text": "4"}]
-    with pytest.raises(ValueError, match="does not write a content that is a list of parts"):
+    with pytest.raises(ValueError, match="does not write the content of message"):
         tokenizer.render_chat_parts(messages)
+
+
+@pytest.mark.parametrize("dropped, said", [
+    ({"role": "developer", "content": "In French."}, {}),
+    (None, {"reasoning_content": "Two and two."}), (None, {"thinking": "Two and two."})])
+def test_what_the_template_leaves_out_is_not_passed_by(chat, dropped, said):
+    """As Qwen 2.5's does with roles that it does not know and with thinking."""
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": " 4\n"}]
+    tokenizer = chat("{% for m in messages %}{% if m.role in ('user', 'assistant') %}<{{ m.role }}>"
+                     "{{ m.content | trim }}<|end|>{% endif %}{% endfor %}"
+                     "{% if add_generation_prompt %}<assistant>{% endif %}")
+    assert learnt(tokenizer, messages) == ["4<|end|>"]  # trimmed is not left out
+    with pytest.raises(ValueError, match="does not write the (content|reasoning_content|thinking)"):
+        tokenizer.render_chat_parts([*([dropped] if dropped else []), messages[0],
+                                     {**messages[1], **said}])
 
 
 def test_the_environment_is_transformers(chat):
@@ -480,7 +495,7 @@ def test_a_system_text_in_the_last_user_turn_moves_as_turns_come(chat):
     assert learnt(ours, LONGEST) == ["4\n\n— four</s>"] and ours.render_chat_parts(LONGEST)[1] == 1
     assert len(learnt(ours, LONGEST[1:])) == 2 and ours.render_chat_parts(LONGEST[1:])[1] == 0
     drops = chat(MISTRAL.replace("message == users[-1]", "loop.last"))  # Mistral-Nemo's
-    with pytest.raises(ValueError, match="can be found"):
+    with pytest.raises(ValueError, match="does not write the content of message 0"):
         drops.render_chat_parts(LONGEST)
 
 
