@@ -953,6 +953,7 @@ def lm_eval_model(scorer):
         def loglikelihood_rolling(self, requests):
             totals = []
             for request in requests:
+                # No BOS: it stands before the first window. (HFLM scores a second one as a token.)
                 ids = scorer.tokenizer.encode(request.args[0], bos=False)
                 windows = get_rolling_token_windows(ids, scorer.prefix[0], scorer.max_tokens, 1)
                 pairs = [tuple(map(tuple, make_disjoint_window(w))) for w in windows]
@@ -972,10 +973,15 @@ def lm_eval_model(scorer):
             return [text for _, text in sorted(scorer.generate(asked))]
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            text = scorer.tokenizer.render_chat(chat_history,
+                                                generation_prompt=add_generation_prompt)
             if add_generation_prompt:
-                return scorer.tokenizer.render_chat(chat_history)
-            *before, last = chat_history  # the harness has begun the answer, which must stay open
-            return scorer.tokenizer.render_chat(before) + last["content"]
+                return text
+            # The harness has begun the answer, which must stay open: cut behind it, as transformers
+            # does. A template may have trimmed it.
+            said = chat_history[-1]["content"]
+            said = said if said in text else said.strip()
+            return text[:text.rindex(said) + len(said)]
 
     return Bridge()
 

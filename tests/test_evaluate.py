@@ -520,17 +520,23 @@ def test_a_choice_that_melts_into_its_context_is_refused_before_a_model_is_loade
             evaluate.read_tasks(TEACHER, [path])
 
 
-def test_chat_prompts_are_the_tokenizer_s_and_a_begun_answer_stays_open(student_dir, monkeypatch):
+def test_chat_prompts_are_the_tokenizer_s_and_a_begun_answer_stays_open(student_dir):
     pytest.importorskip("lm_eval")
+    chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
     scorer = Scorer(student_dir)
-    monkeypatch.setattr(scorer.tokenizer, "render_chat", lambda messages: "".join(
-        f"<{m['role']}>{m['content']}</>" for m in messages) + "<assistant>")
+    # As Qwen 3's, the template trims, and writes an empty thought before an answer that is whole.
+    scorer.tokenizer.chat_templates = {"default": (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think></think>"
+        "{% endif %}{{ m.content | trim }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")}
     bridge = evaluate.lm_eval_model(scorer)
     chat = [{"role": "user", "content": "2+3?"}]
     assert bridge.apply_chat_template(chat) == "<user>2+3?</><assistant>"
-    begun = [*chat, {"role": "assistant", "content": "It is"}]
-    assert bridge.apply_chat_template(begun, add_generation_prompt=False) == (
-        "<user>2+3?</><assistant>It is")
+    begun = [*chat, {"role": "assistant", "content": "It is "}]
+    expected, _ = chat_template_utils.render_jinja_template(
+        [begun], chat_template=scorer.tokenizer.chat_templates["default"],
+        continue_final_message=True)
+    assert [bridge.apply_chat_template(begun, add_generation_prompt=False)] == expected
 
 
 def test_compare_fills_every_field():
