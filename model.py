@@ -2337,8 +2337,8 @@ class Tokenizer:
                 **self._marks, messages=messages, tools=tools, documents=None,
                 add_generation_prompt=generation_prompt, generation_marks=marks)
         except Exception as error:  # a template is a program of strangers: anything may come
-            raise _TemplateRefuses(f"the chat template of {os.path.dirname(self.path)} refuses "
-                                   "this conversation: " + " ".join(str(error).split())) from None
+            raise ValueError(f"the chat template of {os.path.dirname(self.path)} refuses this "
+                             "conversation: " + " ".join(str(error).split())) from None
 
     def _chat_template(self, tools):
         """The text of the chat template for conversations with these tools; ValueError if none."""
@@ -2404,11 +2404,14 @@ class Tokenizer:
             if not value or isinstance(value, str) and value.strip() in text:
                 continue
             less = [*messages[:i], {**messages[i], key: ""}, *messages[i + 1:]]
-            with contextlib.suppress(_TemplateRefuses):  # then it reads what it refuses to miss
-                if render(less, tools=tools) == text:
-                    raise ValueError(f"the chat template does not write the {key} of message {i} "
-                                     f"({messages[i]['role']}): {str(value)[:40]!r}. Leave it out, "
-                                     "or say it as the template can")
+            try:
+                left_out = render(less, tools=tools) == text
+            except ValueError:
+                continue  # what the template refuses to miss it reads
+            if left_out:
+                raise ValueError(f"the chat template does not write the {key} of message {i} "
+                                 f"({messages[i]['role']}): {str(value)[:40]!r}. Leave it out, or "
+                                 "say it as the template can")
 
     def _turn_spans(self, text, messages, tools, turns):
         r"""Turn -> the (start, end) in text of what the assistant said there, or None.
@@ -2475,12 +2478,6 @@ def _is_learnt(message):
 
 
 _THINKING = "reasoning_content", "thinking", "reasoning"  # its names in data sets
-
-
-class _TemplateRefuses(ValueError):
-    """A chat template raised an error."""
-
-
 _MARKS = "\ufdd0", "\ufdd1"  # Unicode keeps these two for a program's own use: no text has them
 
 
