@@ -75,8 +75,8 @@ from tqdm import tqdm
 
 import evaluate
 from merge import merge
-from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, check_device,
-                   drop_torn_line, generate, is_new, load_pretrained, load_with_tokenizer,
+from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, append_json,
+                   check_device, drop_torn_line, generate, is_new, load_pretrained, load_with_tokenizer,
                    local_rows, new_folder, number, read_json, read_rows, replacing,
                    reverse_complement, run_command, save_pretrained, save_tensors, sha256,
                    student_config, student_from_teacher, tokenizer_files, write_json)
@@ -276,7 +276,8 @@ def tokenise_parts(path, tokenizer, eos_id, parts, workers):
     try:
         yield from pool.map(make, *zip(*parts))
     except BrokenExecutor:
-        raise OSError("a worker process was killed; is there too little memory?") from None
+        raise OSError(f"{path}: a process that tokenised it was killed; is there too little "
+                      "memory? What is done is kept: the same command goes on") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -293,6 +294,11 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
            f"{tokenizer_sha256(Path(tokenizer.path).parent)}")
     folder = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.exists():
+        tokens, loss = ((folder / name).stat().st_size for name in ("tokens.bin", "loss.bin"))
+        count = np.fromfile(folder / "documents.bin", DOCUMENT)["length"].sum()
+        if not 0 < count == loss == tokens / np.dtype(np.uint32).itemsize:
+            raise ValueError(f"{folder} is damaged, as by a copy that was cut off: delete it, and "
+                             "the run makes it again")
         return folder
     tmp, size = folder.with_name(folder.name + ".tmp"), path.stat().st_size
     parts = [(tmp / f"{i:06d}.npz", start, min(start + PART, size))
@@ -316,9 +322,6 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
     except ValueError:
         shutil.rmtree(tmp, ignore_errors=True)  # the file must change, and with it the key
         raise
-    except OSError as error:
-        raise OSError(f"{path}: tokenising stopped ({error}). {tmp} keeps what is done: when the "
-                      "cause, such as a full disk, is gone, the same call goes on") from None
     return folder
 
 
@@ -373,15 +376,13 @@ class Source:
         starts = documents["length"].cumsum() - documents["length"]
         self.tokens = map_array(folder / "tokens.bin", np.uint32)
         self.loss = map_array(folder / "loss.bin", bool)
-        if not len(self.tokens) == len(self.loss) == documents["length"].sum():
-            raise ValueError(f"{folder} is damaged, as by a copy that was cut off: delete it, and "
-                             "the run makes it again")
         chosen = np.isin(documents["hash"], held_out) == (split == "heldout")
         documents = documents[chosen]
         self.lengths, self.starts = documents["length"], starts[chosen]  # in the files
         self.heads, self.separators = documents["head"], documents["separator"]
         self.ends = self.lengths.cumsum()  # in the stream of chosen documents
         self.total, self.labels = int(self.lengths.sum()), int(documents["labels"].sum())
+        self.mute = int((documents["labels"] == 0).sum())
         self.num_rows = max(0, self.total - 1) // T
 
     def row(self, i, seed=None):
@@ -511,6 +512,9 @@ def open_data(run, tokenizer, eos_id):
               f"{source.lengths.max():,}; {weight / sum(weights):.0%} of every batch"
               + " of stage I" * run.experts
               + f"; {min(run.eval_rows, held.num_rows)} rows held out to measure by")
+        if source.mute:
+            print(f"          {source.mute:,} of its {len(source.lengths):,} documents have no "
+                  "token to learn, such as conversations without an assistant's turn")
         if source.skipped:
             print(f"          {source.skipped:,} of its assistant's turns are read and not learnt: "
                   "the chat template rewrites them once others follow")
@@ -914,11 +918,7 @@ def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
               disable=rank > 0 or not mine) as bar:
         for a in range(0, len(mine), run.micro_batch):
             part = mine[a:a + run.micro_batch]
-            try:
-                stored.write(run, part, teacher)
-            except OSError as error:
-                raise OSError(f"--targets {run.targets}: {error}. The rows before are whole, and "
-                              "the same command goes on behind them") from None
+            stored.write(run, part, teacher)
             bar.update(len(part) * run.context)
             if stop:
                 break
@@ -1372,8 +1372,7 @@ def working_bytes(run, config, stage, layers, weight_dtype):
     two, for they grow differently with the layers. Autocast keeps bf16 copies of all weights that
     train until the forward pass ends; the backward has its largest moment in one layer or the loss.
     """
-    config = dataclasses.replace(config, num_layers=layers,
-                                 layer_windows=config.layer_windows[:layers])
+    config = config.with_layers(layers)
     with FakeTensorMode(), torch.no_grad():
         student = Transformer(config)
         teacher = Transformer(dataclasses.replace(config, hybrid=None)).requires_grad_(False)
@@ -1536,13 +1535,7 @@ class Progress(tqdm):
         self.update(self.tokens)
         self.set_postfix({key: f"{value:.3g}" for key, value in metrics.items()})
         if self.run.rank == 0:
-            line = json.dumps({"stage": self.stage, "step": step + 1, **metrics}) + "\n"
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(line)
-            except OSError as error:
-                raise OSError(f"{self.path} cannot be written ({error}): free some space, then "
-                              "--resume") from None
+            append_json(self.path, {"stage": self.stage, "step": step + 1, **metrics})
 
 
 def report(results):
@@ -1597,15 +1590,11 @@ def open_model(run, directory, train=None):
 def new_student(run, teacher):
     """The student before training, or for --start the one to go on from; says what it is.
 
-    A new student shares its teacher's weights. --start must have this teacher's shape (ValueError);
-    a seed of another teacher can only be told by its weights, which is said.
+    A new student shares its teacher's weights. That --start is another teacher's seed, of the same
+    shape (`check_arguments`), can only be told by its weights, and is said.
     """
     if run.start:
         student = open_model(run, run.start)
-        like = student.config.hybrid and dataclasses.replace(student.config, hybrid=None)
-        if like != teacher.config:
-            raise ValueError(f"--start {run.start}: its config.json is not of a student of "
-                             f"{run.teacher}")
         for name, p in teacher.named_parameters():
             rows, first = local_rows(student.get_parameter(name).detach())
             if not torch.equal(rows, p[first:first + len(rows)].to(rows.dtype)):
@@ -1617,13 +1606,14 @@ def new_student(run, teacher):
                                        features=run.features, kernels=run.kernels)
     select_trainable(student, run.train)  # refuses what has nothing to train
     student.requires_grad_(False)
-    hybrid = student.config.hybrid
+    hybrid, attention = student.config.hybrid, student.model["layers"][0].self_attn
     if run.start:
         print(f"student   as in --start {run.start}, whatever --mixer, --window, --sinks and "
               "--features say")
-    print(f"student   mixer {hybrid.mixer}, window {hybrid.window}, {hybrid.sinks} sinks, "
-          f"{hybrid.features} x head_dim features; on {run.device} in {str(run.dtype)[6:]}, "
-          f"kernels: {student.kernels}")
+    print(f"student   mixer {hybrid.mixer}"
+          + f", window {hybrid.window}, {hybrid.sinks} sinks" * bool(attention.short_window)
+          + f", {hybrid.features} x head_dim features" * bool(attention.state_heads)
+          + f"; on {run.device} in {str(run.dtype)[6:]}, kernels: {student.kernels}")
     return student
 
 
@@ -1819,7 +1809,7 @@ def check_arguments(run):
         raise ValueError("--teacher DIR also needs --data FILE... and --out DIR")
     names = [path.stem for path, _ in run.data or ()]
     taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all", "teacher",
-             "entry", "start", "after stage I"}
+             "entry", "start", "after stage I", "run.json", "results.json", "log.jsonl"}
     if len(set(names)) < len(names) or taken & set(names):
         raise ValueError(f"--data: the files' names {names} name sources, folders and rows of the "
                          f"run; they must differ and be none of {sorted(taken)}: rename a file")
@@ -1833,6 +1823,17 @@ def check_arguments(run):
         evaluate.read_tasks(run.teacher, run.tasks)
     if run.gamma + run.beta == 0:
         raise ValueError("--gamma and --beta must not both be 0")
+    config = ModelConfig.from_hf(run.teacher)
+    if config.hybrid:
+        raise ValueError(f"--teacher {run.teacher} is a student itself (it has \"hybrid\" in its "
+                         "config.json): name its teacher")
+    start = run.start and ModelConfig.from_hf(run.start)
+    if start and (not start.hybrid or dataclasses.replace(start, hybrid=None) != config):
+        raise ValueError(f"--start {run.start}: its config.json is not of a student of "
+                         f"{run.teacher}")
+    if run.topk > config.vocab_size:
+        print(f"--topk    {run.topk} is more than the vocabulary: all {config.vocab_size} count")
+        run.topk = config.vocab_size
 
 
 def settings_of(run):
@@ -1864,8 +1865,8 @@ def open_run(run):
             raise ValueError(f"--out {run.out} holds a run already; add --resume to go on with it, "
                              "or name another folder")
         # What a run finds finished it does not do again, and these would be another's.
-        names = ["seed", "student", "checkpoints", "merged",
-                 *(f"{file.stem}/student" for file, _ in run.data), "generalist/student"]
+        folders = "", "generalist/", *(f"{file.stem}/" for file, _ in run.data)
+        names = "seed", "merged", *(x + y for x in folders for y in ("student", "checkpoints"))
         parts = [name for name in names if (run.out / name).exists()]
         if parts:
             raise ValueError(f"--out {run.out} has parts of another run ({', '.join(parts)}) and "
@@ -1890,6 +1891,9 @@ def load(run):
     teacher.requires_grad_(False)
     print(f"teacher   {run.teacher} ({teacher.config.family}, "
           f"{sum(p.numel() for p in teacher.parameters()):,} parameters)")
+    if run.context > teacher.config.max_positions:
+        print(f"          --context {run.context} is longer than the {teacher.config.max_positions}"
+              " tokens that it reads (max_position_embeddings): what it says there is a guess")
     student, eos_ids = new_student(run, teacher), teacher.config.eos_ids
     if run.rank > 0:
         barrier()
@@ -1991,7 +1995,8 @@ def finish(run, folders, results, tokenizer, heldout, started):
 def command(argv=None):
     """`main` for a shell, by `model.run_command`; a stopped run is no error. Ends the process."""
     try:
-        run_command(partial(main, argv))
+        run_command(partial(main, argv), memory="--plan tells what a step needs; a smaller "
+                    "--micro-batch, --context or --tokens needs less")
     except Stopped as where:
         done, *remedy = where.args
         print(f"stopped after {done}; go on with", *remedy or ["the same command and --resume"])

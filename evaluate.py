@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import (MIXERS, Cache, HybridAttention, ModelConfig, Tokenizer, Transformer,
-                   check_device, drop_torn_line, finite, generate, is_out_of_memory,
+                   append_json, check_device, drop_torn_line, finite, generate, is_out_of_memory,
                    load_pretrained, load_with_tokenizer, new_folder, number, read_rows,
                    reverse_complement, run_command, sha256, stream, student_from_teacher,
                    tokenizer_files, write_json)
@@ -694,13 +694,12 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
     done = _read_samples(Path(samples), model) if samples else {}
     todo = {task: _rows_left(rows, files[task], done) for task, rows in tasks.items()}
     scorer = Scorer(directory, device) if any(todo.values()) else None
-    with open(samples or os.devnull, "a", encoding="utf-8", buffering=1) as log:  # line by line
-        for task, rows in todo.items():
-            for row, result in tqdm(score_rows(scorer, rows), desc=task, total=len(rows),
-                                    leave=False):
-                result = {"model": model, "file": files[task], "id": row["id"], **result}
-                done[files[task], row["id"]] = result
-                log.write(json.dumps(result) + "\n")
+    for task, rows in todo.items():
+        for row, result in tqdm(score_rows(scorer, rows), desc=task, total=len(rows), leave=False):
+            result = {"model": model, "file": files[task], "id": row["id"], **result}
+            done[files[task], row["id"]] = result
+            if samples:
+                append_json(samples, result)
     return {task: [done[files[task], row["id"]] for row in rows] for task, rows in tasks.items()}
 
 
@@ -1195,9 +1194,7 @@ def open_speed_models(run):
     check_device(run.device)
     dtype = torch.float32 if torch.device(run.device).type == "cpu" else None  # as for scoring
     if run.random_layers:
-        config, n = ModelConfig.from_hf(run.teacher), run.random_layers
-        windows = (config.layer_windows * n)[:n]  # of a teacher whose layers take turns
-        config = dataclasses.replace(config, num_layers=n, layer_windows=windows)
+        config = ModelConfig.from_hf(run.teacher).with_layers(run.random_layers)
         with torch.device(run.device):
             teacher = Transformer(config).to(dtype or torch.bfloat16)
     else:

@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import (ModelConfig, check_device, drop_torn_line, list_tensors, new_folder, read_json,
-                   read_rows, run_command, sha256, tokenizer_files, write_json)
+from model import (ModelConfig, append_json, check_device, drop_torn_line, list_tensors, new_folder,
+                   read_json, read_rows, run_command, sha256, tokenizer_files, write_json)
 
 PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -320,8 +320,7 @@ def sweep(directories, output, score, *, greedy=False, step=STEP, method="linear
             value = float(score(candidate))
             if not math.isfinite(value):
                 raise ValueError(f"{candidate} (lambdas {weights}) scores {value}; look at it")
-            with open(results, "a") as f:
-                f.write(json.dumps({"of": key, "weights": weights, "score": value}) + "\n")
+            append_json(results, {"of": key, "weights": weights, "score": value})
             scores[weights] = value
             print(f"{value:.4f}  lambdas " + " ".join(f"{w:.3f}" for w in weights), flush=True)
         return scores[weights]

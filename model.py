@@ -141,12 +141,10 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    rope: Rope
-    sliding_rope: Rope  # differs from `rope` only in Olmo 3
     layer_windows: tuple  # per layer: the TEACHER's own window (tokens, itself included) or None
+    layer_ropes: tuple  # per layer: its Rope; Olmo 3 has two kinds, SmolLM3 layers with none
     max_positions: int  # of the teacher's training: evaluate.py refuses longer texts, nothing here
     eos_ids: tuple  # ids that end a generation
-    nope_layers: tuple = ()  # indices of layers that do not rotate q and k (SmolLM3)
     embedding_multiplier: float = 1.0  # Granite scales what enters the first layer,
     residual_multiplier: float = 1.0  # what a branch adds,
     attention_multiplier: float | None = None  # q.k (None: by 1/sqrt(D)),
@@ -163,6 +161,11 @@ class ModelConfig:
     def is_olmo(self):
         """Olmo 2/3: norms on the branch outputs, and other rounding orders in bf16."""
         return self.family in ("olmo2", "olmo3")
+
+    def with_layers(self, n):
+        """This model with n layers, whose kinds take turns as they do here: to measure by."""
+        return dataclasses.replace(self, num_layers=n, layer_windows=(self.layer_windows * n)[:n],
+                                   layer_ropes=(self.layer_ropes * n)[:n])
 
     @staticmethod
     def from_hf(directory):
@@ -238,8 +241,8 @@ def _parse_config(c, path):
     # no_rope_layers 1 means RoPE, whatever the name says.
     layers = range(c["num_hidden_layers"] if family == "smollm3" else 0)
     rotated = c.get("no_rope_layers") or [(i + 1) % c["no_rope_layer_interval"] for i in layers]
-    nope = tuple(i for i in layers if not rotated[i])
-    rope, sliding_rope = _parse_ropes(c, path)
+    nope = [i for i in layers if not rotated[i]]
+    windows, (full, sliding) = _parse_windows(c, nope, path), _parse_ropes(c, path)
     hybrid = {**(c.get("hybrid") or {})}
     if hybrid.pop("folded", False):  # earlier versions could; False says that this one is not
         raise ValueError(f"{path}: a student with a folded output gate is no longer read: save it "
@@ -258,8 +261,9 @@ def _parse_config(c, path):
         qkv_bias=family == "qwen2" or c["attention_bias"],
         o_bias=family != "qwen2" and c["attention_bias"],
         mlp_bias=family in ("llama", "smollm3", "granite") and c["mlp_bias"],
-        rope=rope, sliding_rope=sliding_rope, nope_layers=nope,
-        layer_windows=_parse_windows(c, nope, path), max_positions=c["max_position_embeddings"],
+        layer_windows=windows, layer_ropes=tuple(
+            NOPE if i in nope else full if window is None else sliding
+            for i, window in enumerate(windows)), max_positions=c["max_position_embeddings"],
         eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
         hybrid=hybrid,
         **{name: c[name] for name in FAMILIES["granite"] if family == "granite"})
@@ -281,8 +285,9 @@ def _check_config(c, path):
     separator, act = c.get("separator_id"), c["hidden_act"]
     for words, wrong in {
         f"hidden_act {act!r} is not supported, only 'silu'": act != "silu",
-        f"separator_id {separator!r} is no token id":
-            separator is not None and not (isinstance(separator, int) and separator >= 0),
+        f"separator_id {separator!r} is no token id below vocab_size {c['vocab_size']}":
+            separator is not None and not (
+                type(separator) is int and 0 <= separator < c["vocab_size"]),
         f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}":
             heads % kv_heads,
         f"head_dim, or hidden_size over {heads} heads, is not even":
@@ -420,6 +425,9 @@ def read_json(path, missing=None):
         raise ValueError(f"{path} is no JSON object ({error}); copy the file again") from None
 
 
+_DISK = "free some space; what was saved before is whole, and the same command goes on from there"
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A new file, open to write, that takes the place of `path` if the block ends well.
@@ -436,6 +444,8 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}): {_DISK}") from None
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -444,6 +454,15 @@ def write_json(path, value):
     """Write a small JSON file by `replacing`; value: anything json writes."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def append_json(path, value):
+    """Add a line to a log, a .jsonl; OSError names it. (`drop_torn_line` cuts off half a line.)"""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(value) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}): {_DISK}") from None
 
 
 def drop_torn_line(path):
@@ -456,13 +475,13 @@ class Place(NamedTuple):
     """A line of a file for messages, as file:line; its number is counted only if it is printed."""
 
     path: Path
-    offset: int  # of the line's first byte
+    offset: int  # of a byte in the line
 
     def __str__(self):
-        line = 1
+        line, left = 1, self.offset
         with open(self.path, "rb") as file:
-            while file.tell() < self.offset and file.readline():
-                line += 1
+            while left and (piece := file.read(min(left, 1 << 20))):  # the file may be of any size
+                line, left = line + piece.count(b"\n"), left - len(piece)
         return f"{self.path}:{line}"
 
 
@@ -1303,13 +1322,10 @@ class Transformer(nn.Module):
         In the residual stream's `dtype`; Olmo rotates in fp32.
         """
         c = self.config
-        ropes = [c.rope if window is None else c.sliding_rope for window in c.layer_windows]
-        for i in c.nope_layers:
-            ropes[i] = NOPE
-        made = {rope: rope_tables(rope, positions, c.head_dim) for rope in {*ropes}}
+        made = {rope: rope_tables(rope, positions, c.head_dim) for rope in {*c.layer_ropes}}
         if not c.is_olmo:
             made = {rope: [x.to(dtype) for x in tables] for rope, tables in made.items()}
-        return [made[rope] for rope in ropes]
+        return [made[rope] for rope in c.layer_ropes]
 
     def positions(self, tokens, *, document_ids=None, cache=None):
         """The positions RoPE rotates tokens (B, T) by when none are given: (B or 1, T) int64.
@@ -1919,8 +1935,7 @@ def save_tensors(tensors, path):
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path,
                   metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}): free some space; what was saved before "
-                      "is whole") from None
+        raise OSError(f"{path} cannot be written ({error}): {_DISK}") from None
     path.chmod(mode)
     with open(path, "rb") as file:  # a checkpoint that only the cache knows is none
         os.fsync(file.fileno())
@@ -2625,13 +2640,7 @@ def chat(model, tokenizer, prompts, run):
             continue
         # Room for the longest answer that may come. A teacher's buffers grow with every turn, and
         # are copied, not read again; a student's have the same size at any length.
-        try:
-            larger = Cache(model, 1, count + len(ids) + run.max_new_tokens)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError(f"there is no memory for {count + len(ids):,} tokens and "
-                             f"--max-new-tokens {run.max_new_tokens:,} more: lower it") from None
+        larger = Cache(model, 1, count + len(ids) + run.max_new_tokens)
         for x, old in zip(larger.tensors(), cache.tensors() if cache else ()):
             x[tuple(map(slice, old.shape))] = old
         cache = larger
@@ -2727,11 +2736,12 @@ def is_out_of_memory(error):
         "can't allocate memory" in str(error))
 
 
-def run_command(main):
+def run_command(main, memory="shorter texts and fewer new tokens need less"):
     """`main` for a shell: bad input ends in one sentence and exit status 2. For all commands.
 
-    Other exceptions are our mistakes, and keep their traceback. A terminal or log that cannot show
-    a character shows another: nothing printed may end a run.
+    So does a lack of memory, with `memory` as the remedy. Other exceptions are our mistakes, and
+    keep their traceback. A terminal or log that cannot show a character shows another: nothing
+    printed may end a run.
     """
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="replace")
@@ -2739,6 +2749,11 @@ def run_command(main):
         main()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {memory} ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # what shells say of a program that Ctrl-C has ended

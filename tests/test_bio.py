@@ -187,6 +187,8 @@ def test_without_a_separator_positions_are_as_ever(tmp_path):
     assert torch.equal(model.positions(tokens), torch.arange(tokens.shape[1])[None])
     with pytest.raises(ValueError, match="separator_id"):
         ModelConfig.from_hf(bio_folder(tmp_path / "bad", separator_id="\n"))
+    with pytest.raises(ValueError, match="separator_id 70000 is no token id below vocab_size"):
+        ModelConfig.from_hf(bio_folder(tmp_path / "far", separator_id=70000))
 
 
 @torch.no_grad()

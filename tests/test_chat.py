@@ -673,7 +673,7 @@ def test_faults_are_one_sentence_and_exit_2(tmp_path, capsys):
                              ([TEACHER, "--prompt", "x", "--device", "mps"], "--device mps"),
                              ([TEACHER, "--prompt", "x", "--max-new-tokens", "0"], "from 1 to"),
                              ([TEACHER, "--prompt", "x", "--max-new-tokens", "1" + "0" * 12],
-                              "no memory for")):
+                              "out of memory: shorter texts and fewer new")):
         with pytest.raises(SystemExit) as left:
             code.run_command(functools.partial(code.main, [*map(str, arguments)]))
         assert left.value.code == 2 and words in capsys.readouterr().err

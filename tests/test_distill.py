@@ -229,7 +229,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path, tokenizer, monkeypatch, many_
     monkeypatch.setattr(distill, "PART", 3000)
     path, _ = many_parts
     monkeypatch.setattr(distill, "partial", lambda f, *args: _die)
-    with pytest.raises(OSError, match="a worker process was killed.*the same call goes on"):
+    with pytest.raises(OSError, match="r.jsonl: a process that tokenised it was killed.*goes on"):
         tokenise(path, tokenizer, 1023, tmp_path / "d", 2)
 
 
@@ -337,7 +337,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, corpus, tokeniz
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole["tokens.bin"]) // 2, hard))
     try:
-        with pytest.raises(OSError, match="a.jsonl: tokenising stopped .*the same call goes on"):
+        with pytest.raises(OSError, match=".* cannot be written .*the same command goes on from there"):
             tokenise(corpus, tokenizer, 1023, tmp_path / "d", 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -641,9 +641,13 @@ def test_an_empty_text_is_no_document_and_the_tail_is_counted(tmp_path, tokenize
     assert (f"{source.num_rows * 64:,} of {source.total:,} tokens fill rows"
             in capsys.readouterr().out)
     assert distill.parse_row({"dna": ""}, tokenizer, 1023) == []
-    os.truncate(folders[0] / "tokens.bin", 400)
-    with pytest.raises(ValueError, match=f"{folders[0]} is damaged"):
-        Source("a", folders[0], "train", 64)
+    for name, size in (("tokens.bin", 400), ("loss.bin", 0), ("documents.bin", 0)):
+        whole = (folders[0] / name).read_bytes()
+        os.truncate(folders[0] / name, size)
+        with pytest.raises(ValueError, match=f"{folders[0]} is damaged"):
+            tokenise(tmp_path / "a.jsonl", tokenizer, 1023, tmp_path, 1)
+        (folders[0] / name).write_bytes(whole)
+    assert tokenise(tmp_path / "a.jsonl", tokenizer, 1023, tmp_path, 1) == folders[0]
 
 
 @pytest.mark.parametrize("which, shares", [("new", "new"), ("mixer", "self_attn"), ("all", "")])
@@ -806,7 +810,7 @@ def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a row needs 4 KB
     try:
-        with pytest.raises(OSError, match="targets: .*the same command goes on"):
+        with pytest.raises(OSError, match="targets/a/000000/.* cannot be written .*goes on from there"):
             distill.prepare_targets(run, teacher, [mixture])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -913,10 +917,38 @@ def test_nothing_to_train_is_refused_before_anything_is_written(tmp_path, corpus
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plan_counts_the_micro_batch_that_will_run(tmp_path, corpus):
-    plans = [command(*tiny(tmp_path / "run", corpus, "--plan", "--micro-batch", n)).stdout
-             for n in (4, 400)]  # of a batch of 4
-    assert plans[0] == plans[1] and "at 4 x 64 tokens at once" in plans[0]
+def test_a_plan_counts_what_will_run(tmp_path, corpus):
+    plans = [command(*tiny(tmp_path / "run", corpus, "--plan", "--micro-batch", n, "--topk", k)
+                     ).stdout for n, k in ((4, 1024), (400, 10 ** 6))]  # of a batch of 4, V = 1024
+    said, plan = plans[1].split("\n", 1)
+    assert plans[0] == plan and "at 4 x 64 tokens at once" in plan
+    assert "1000000 is more than the vocabulary: all 1024 count" in said
+
+
+def test_who_is_whose_is_checked_before_a_plan_too(tmp_path, corpus, whole):
+    out, done = whole
+    for flags, words in ((["--start", TEACHER], f"--start {TEACHER}: its config.json is not of a"),
+                         (["--teacher", out / "seed"], f"--teacher {out}/seed is a student itself")):
+        for plan in ([], ["--plan"]):
+            refused = command(*tiny(tmp_path / "run", corpus, *flags, *plan))
+            assert refused.returncode == 2 and words in refused.stderr and not refused.stdout
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_a_lack_of_memory_is_one_sentence(tmp_path, corpus):
+    done = command(*tiny(tmp_path / "run", corpus, "--tokens", "1e13"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: out of memory: --plan tells" in done.stderr.splitlines()[-1]
+
+
+def test_what_a_student_has_not_is_not_said_of_it(tmp_path, corpus):
+    for mixer, words, none in (("mlstm", "4 x head_dim features; on", "window"),
+                               ("swa", "window 8, 4 sinks; on", "features")):
+        said = command(*tiny(tmp_path / mixer, corpus, "--mixer", mixer, "--context", 600,
+                             "--tokens", 600, "--align-tokens", 600)).stdout
+        [line] = [line for line in said.splitlines() if line.startswith("student   mixer")]
+        assert words in line and none not in line
+        assert "--context 600 is longer than the 512 tokens that it reads" in said
 
 
 def test_tasks_that_the_teacher_cannot_do_are_refused_before_training(tmp_path, corpus):
@@ -944,10 +976,11 @@ def test_molecules_of_no_family_need_no_separator(tmp_path):
 
 
 def test_parts_of_another_run_are_not_taken_for_ones_own(tmp_path, corpus):
-    (tmp_path / "run/student").mkdir(parents=True)
-    refused = command(*tiny(tmp_path / "run", corpus))
-    assert refused.returncode == 2 and "parts of another run (student)" in refused.stderr
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["student"]
+    for i, part in enumerate(("student", "a/checkpoints", "generalist/student")):
+        (tmp_path / f"{i}" / part).mkdir(parents=True)
+        refused = command(*tiny(tmp_path / f"{i}", corpus))
+        assert refused.returncode == 2 and f"parts of another run ({part})" in refused.stderr
+        assert not (tmp_path / f"{i}/run.json").exists()
 
 
 @pytest.fixture(scope="module")
@@ -1363,9 +1396,9 @@ def measure(stage, *flags):
                                    *map(str, flags)])
     run.device, run.world, run.dtype = torch.device("cpu"), 1, getattr(torch, run.dtype)
     small = ModelConfig.from_hf("tests/teacher")
-    large = dataclasses.replace(small, vocab_size=16384, hidden_size=384, num_layers=4,
+    large = dataclasses.replace(small.with_layers(4), vocab_size=16384, hidden_size=384,
                                 num_heads=6, num_kv_heads=2, head_dim=64, intermediate_size=1024,
-                                tied=False, layer_windows=(None,) * 4)
+                                tied=False)
     planned = distill.plan_memory(run, student_config(large, 256, 4, "hybrid", 4), stage)["in all"]
     peaks = [peak(run, stage, config) for config in (small, large)]  # the first loads the code
     print(planned, peaks[1])

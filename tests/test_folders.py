@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_folders.py
 """
 
 import json
+import math
 import os
 import shutil
 import stat
@@ -12,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import (ModelConfig, generate, load_pretrained, load_with_tokenizer, read_json,
-                   save_pretrained, save_tensors, student_from_teacher)
+from model import (ModelConfig, Transformer, generate, load_pretrained, load_with_tokenizer,
+                   read_json, save_pretrained, save_tensors, student_from_teacher)
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=300, max_position_embeddings=256, eos_token_id=1,
@@ -90,6 +91,17 @@ def test_defaults_of_a_short_config_are_transformers(folders, tmp_path):
         "no_rope_layer_interval", "rms_norm_eps", "num_key_value_heads")}
     (tmp_path / "m/config.json").write_text(json.dumps({**short, "num_key_value_heads": 2}))
     assert (load_pretrained(tmp_path / "m")(TOKENS) - hf(TOKENS).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_fewer_and_more_layers_take_turns_as_the_familys_do(folders):
+    """What --plan and `speed --random-layers` measure by: of SmolLM3 every fourth has no RoPE."""
+    config = ModelConfig.from_hf(folders("smollm3")[0])
+    for n in (2, 4, 9):
+        some = config.with_layers(n)
+        assert [rope.factor for rope in some.layer_ropes] == [
+            math.inf if i % 5 == 3 else 1.0 for i in range(n)]  # of 5 layers the fourth
+        assert Transformer(some)(TOKENS).isfinite().all()
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ Run as a script (`test_kernels.py 128 4 80 90`: heads of 128, features of 4 x 12
 it compiles every kernel for GPUs that need not exist and prints what each uses.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -434,8 +433,7 @@ def test_a_student_on_kernels_learns_as_one_without():
     """Through model.py: hidden states and all gradients of a packed row, one layer of a teacher."""
     teacher = model.load_pretrained(ROOT / "tests/teacher", device=DEVICE)
     teacher.model["layers"] = teacher.model["layers"][:1]
-    teacher.config = dataclasses.replace(teacher.config, num_layers=1,
-                                         layer_windows=teacher.config.layer_windows[:1])
+    teacher.config = teacher.config.with_layers(1)
     tokens = torch.randint(0, 1000, (1, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     ids = (torch.arange(24) // 15)[None].to(DEVICE)
     weights = torch.randn(1, 24, teacher.config.hidden_size,

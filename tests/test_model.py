@@ -98,7 +98,7 @@ def test_old_and_new_spellings_of_rope_mean_the_same(folders, tmp_path):
         copied = tmp_path / str(i)
         shutil.copytree(folder, copied)
         (copied / "config.json").write_text(json.dumps({**config, **spelling}))
-        assert ModelConfig.from_hf(copied).rope == ModelConfig.from_hf(folder).rope
+        assert ModelConfig.from_hf(copied).layer_ropes == ModelConfig.from_hf(folder).layer_ropes
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -110,7 +110,7 @@ def test_olmo3_stretches_only_its_full_attention_layers(folders, tmp_path, flat)
         "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     parsed = ModelConfig.from_hf(tmp_path)
-    assert (parsed.rope.kind, parsed.sliding_rope.kind) == ("yarn", "default")
+    assert [rope.kind for rope in parsed.layer_ropes] == ["default"] * 3 + ["yarn"]
     assert parsed.layer_windows == (16, 16, 16, None)
 
 

@@ -94,16 +94,16 @@ def compare(title, x, contenders, rounds):
 
 def decoding_step(lengths, H=32, K=8, D=128):
     """One token through the mixers of a student's and a teacher's layer, at several contexts."""
-    rope = model.Rope(1e4)
     config = model.ModelConfig(
         family="llama", vocab_size=64, hidden_size=H * D, intermediate_size=64, num_layers=1,
         num_heads=H, num_kv_heads=K, head_dim=D, norm_eps=1e-5, tied=True, qkv_bias=False,
-        o_bias=False, mlp_bias=False, rope=rope, sliding_rope=rope, layer_windows=(None,),
+        o_bias=False, mlp_bias=False, layer_windows=(None,), layer_ropes=(model.Rope(1e4),),
         max_positions=max(lengths) + 1, eos_ids=())
     mixers = {"teacher": model.Attention(config, 0)} | {
         f"student, {n} D features": model.HybridAttention(dataclasses.replace(
             config, hybrid=model.Hybrid(features=n)), 0) for n in (1, 4)}
-    x, tables = torch.randn(1, 1, H * D), model.rope_tables(rope, torch.zeros(1, 1), D)
+    x, tables = torch.randn(1, 1, H * D), model.rope_tables(
+            config.layer_ropes[0], torch.zeros(1, 1), D)
     print(f"\none token, a layer's mixer ({H} heads of {D}, {K} key/value heads), milliseconds")
     for name, mixer in mixers.items():
         if name != "teacher":
