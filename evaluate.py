@@ -512,7 +512,7 @@ class Scorer(Reader):
 _RUNNER = """
 import os, resource, sys
 folder, secret = os.path.realpath(os.getcwd()), sys.argv.pop()
-limits = dict(AS=1 << 30, CPU=int(sys.argv.pop()), FSIZE=1 << 24, NPROC=64, CORE=0)
+limits = dict(AS=1 << 30, CPU=int(sys.argv.pop()), FSIZE=1 << 24, CORE=0)
 for name, most in limits.items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 never = ("os.fork", "os.exec", "os.kill", "os.posix_spawn", "os.spawn", "os.system",
@@ -539,8 +539,8 @@ def run_program(program, *, seconds=10):
     """Whether a Python program (str) reaches its last line within `seconds`, in a process apart.
 
     seconds: of wall clock, and of CPU. Fresh isolated interpreter in an empty folder of its own; no
-    environment but its place; limits on memory (1 GB), CPU time, file size (16 MB) and processes;
-    no child processes, no network, and by `open` and its like no writing outside of the folder.
+    environment but its place; limits on memory (1 GB), CPU time and file size (16 MB); no child
+    processes (a limit on these would count the user's others), no network, and by `open` and its like no writing outside of the folder.
     What is left of its session is killed.
     """
     secret = os.urandom(16).hex()
@@ -625,14 +625,15 @@ def score_rows(scorer, rows):
             yield from score(scorer, chosen)
 
 
-def _model_hash(directory):
-    """sha256 of all that decides a score: weights, config and tokenizer.
+def _model_key(directory, device):
+    """What decides a score: a hash of weights, config and tokenizer, and the kind of device.
 
-    By content, not by name: a folder that was distilled again must not inherit its old scores.
+    By content, not by name: a folder that was distilled again must not inherit its old scores. And
+    a GPU computes in the stored dtype, bf16 mostly, where a CPU computes in fp32.
     """
     folder = Path(directory)
     return sha256(*(folder / name for name in ("config.json", *tokenizer_files(folder))),
-                  *sorted(folder.glob("*.safetensors")))
+                  *sorted(folder.glob("*.safetensors"))) + f" on {torch.device(device).type}"
 
 
 def _read_samples(path, model):
@@ -645,7 +646,7 @@ def _read_samples(path, model):
     results = [result for _, result in read_rows(path)]
     own = {(r["file"], r["id"]): r for r in results if r.get("model") == model}
     if others := sum(r.get("model") != model for r in results):
-        print(f"{path}: {others} lines are not of this model and are not used")
+        print(f"{path}: {others} lines are not of this model on this device and are not used")
     return own
 
 
@@ -690,7 +691,7 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
     """
     tasks = read_tasks(directory, task_files, allow_code_execution, limit)
     files = {task: sha256(path) for task, path in zip(tasks, task_files)}
-    model = _model_hash(directory) if samples else None
+    model = _model_key(directory, device) if samples else None
     done = _read_samples(Path(samples), model) if samples else {}
     todo = {task: _rows_left(rows, files[task], done) for task, rows in tasks.items()}
     scorer = Scorer(directory, device) if any(todo.values()) else None
@@ -1043,8 +1044,11 @@ def show_report(report):
         print(f"{report['contexts_cut']} contexts were too long and lost their left end")
 
 
-def save_picture(path, draw, rows=1, columns=1):
-    """Have draw(figure, axes) fill a matplotlib figure and write it; a sentence without matplotlib.
+PICTURES = (".png", ".svg", ".pdf")  # to name others would need matplotlib
+
+
+def save_picture(path, draw, data, rows=1, columns=1):
+    """Have draw(data, figure, axes) fill a matplotlib figure; a sentence without matplotlib.
 
     axes: one, or an array (rows, columns). A picture is an extra: its lack must not end a run whose
     numbers are there. `Figure` instead of pyplot needs no display and keeps nothing alive.
@@ -1055,41 +1059,31 @@ def save_picture(path, draw, rows=1, columns=1):
         print(f"no {path.name}: pictures need matplotlib (pip install matplotlib)")
         return
     figure = Figure(figsize=(5 * columns, 3.5 * rows), dpi=150, layout="constrained")
-    draw(figure, figure.subplots(rows, columns))
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # a folder that is not there, an unknown format
-        raise ValueError(f"{path} cannot be written ({error}); name a .png in a folder that exists"
-                         ) from None
+    draw(data, figure, figure.subplots(rows, columns))
+    figure.savefig(path)
     print(f"picture: {path}")
 
 
-def draw_curves(report, path):
+def draw_curves(report, figure, axes):
     """C_alpha over alpha for every student; alpha* is where a curve crosses one half.
 
     A curve tells what alpha* hides: whether the other half of the tasks follows soon, or never.
     """
-    def draw(figure, axes):
-        alphas = np.linspace(0, 0.2, 401)
-        for name, s in report["students"].items():
-            rates = [win_and_tie(s["scores"], report["teacher"], alpha) for alpha in alphas]
-            axes.step(alphas, rates, where="post", label=f"{name}: {s['critical_tolerance']:.3f}")
-        axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(xlabel="tolerance alpha", ylabel="Win-and-Tie rate", ylim=(0, 1.03))
-        axes.legend(title="alpha*")
-
-    save_picture(path, draw)
+    alphas = np.linspace(0, 0.2, 401)
+    for name, s in report["students"].items():
+        rates = [win_and_tie(s["scores"], report["teacher"], alpha) for alpha in alphas]
+        axes.step(alphas, rates, where="post", label=f"{name}: {s['critical_tolerance']:.3f}")
+    axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="tolerance alpha", ylabel="Win-and-Tie rate", ylim=(0, 1.03))
+    axes.legend(title="alpha*")
 
 
-def draw_gates(medians, path):
+def draw_gates(medians, figure, axes):
     """The map of `gate_map` as a picture: window blue, mLSTM red."""
-    def draw(figure, axes):
-        image = axes.imshow(medians.numpy(), vmin=0, vmax=1, cmap="coolwarm", aspect="auto")
-        figure.colorbar(image, label="median output gate (1: mLSTM)")
-        axes.set(xlabel="head", ylabel="layer")
-        axes.locator_params(integer=True)
-
-    save_picture(path, draw)
+    image = axes.imshow(medians.numpy(), vmin=0, vmax=1, cmap="coolwarm", aspect="auto")
+    figure.colorbar(image, label="median output gate (1: mLSTM)")
+    axes.set(xlabel="head", ylabel="layer")
+    axes.locator_params(integer=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1164,24 +1158,21 @@ def show_speed(cell):
             print(f"{key:20}{shown}" + (f"{values[1] / values[0]:18.2g}" if all(values) else ""))
 
 
-def draw_speed(cells, path):
+def draw_speed(cells, figure, panels):
     """A panel a quantity: a line a model and batch, over the contexts.
 
     What to look for: a teacher's cache and step grow with the context, a student's stay level.
     """
-    def draw(figure, panels):
-        for axes, key in zip(panels.flat, QUANTITIES):
-            axes.set(title=key, xlabel="context (tokens)", xscale="log")
-            batches = dict.fromkeys(cell["batch"] for cell in cells)
-            for name, batch in itertools.product(("teacher", "student"), batches):
-                points = sorted((cell["context"], cell[name][key]) for cell in cells
-                                if cell["batch"] == batch and key in cell[name])
-                axes.plot(*zip(*points), marker="o", label=f"{name}, batch {batch}")
-            axes.set_ylim(bottom=0)
-            axes.set_visible(bool(axes.lines))  # no empty panel for what a CPU does not tell
-        panels.flat[0].legend()
-
-    save_picture(path, draw, rows=2, columns=3)
+    for axes, key in zip(panels.flat, QUANTITIES):
+        axes.set(title=key, xlabel="context (tokens)", xscale="log")
+        batches = dict.fromkeys(cell["batch"] for cell in cells)
+        for name, batch in itertools.product(("teacher", "student"), batches):
+            points = sorted((cell["context"], cell[name][key]) for cell in cells
+                            if cell["batch"] == batch and key in cell[name])
+            axes.plot(*zip(*points), marker="o", label=f"{name}, batch {batch}")
+        axes.set_ylim(bottom=0)
+        axes.set_visible(bool(axes.lines))  # no empty panel for what a CPU does not tell
+    panels.flat[0].legend()
 
 
 def open_speed_models(run):
@@ -1191,6 +1182,8 @@ def open_speed_models(run):
     on machines that could not hold all its layers. A student that is made here shares all but its
     new parameters with the teacher.
     """
+    if run.student and run.window:
+        raise ValueError("--window is of an untrained student; the one in --student has its own")
     check_device(run.device)
     dtype = torch.float32 if torch.device(run.device).type == "cpu" else None  # as for scoring
     if run.random_layers:
@@ -1200,7 +1193,7 @@ def open_speed_models(run):
     else:
         teacher = load_pretrained(run.teacher, device=run.device, dtype=dtype)
     student = (load_pretrained(run.student, device=run.device, dtype=dtype) if run.student
-               else _at(run.teacher, student_from_teacher, teacher, window=run.window))
+               else _at(run.teacher, student_from_teacher, teacher, window=run.window or 512))
     if not student.config.hybrid or teacher.config != dataclasses.replace(
             student.config, hybrid=None, eos_ids=teacher.config.eos_ids):
         raise ValueError(f"--student {run.student} is no student of {run.teacher}; leave it out")
@@ -1232,7 +1225,7 @@ def run_compare(run):
     show_report(report)
     write_json(run.out / "report.json", report)
     print(f"report: {run.out / 'report.json'}")
-    draw_curves(report, run.out / "win_and_tie.png")
+    save_picture(run.out / "win_and_tie.png", draw_curves, report)
 
 
 def run_gates(run):
@@ -1240,14 +1233,15 @@ def run_gates(run):
 
     The data is read before the model: its errors come in a second, a model of 16 GB in a minute.
     """
-    if run.picture and not run.picture.parent.is_dir():
-        raise ValueError(f"--picture {run.picture}: there is no folder {run.picture.parent}")
+    if run.picture and not (run.picture.parent.is_dir() and run.picture.suffix.lower() in PICTURES):
+        raise ValueError(f"--picture {run.picture}: name a file that ends in one of "
+                         f"{', '.join(PICTURES)}, in a folder that exists")
     texts = (read_column(run.data, "text", str).values() if run.data.suffix == ".jsonl"
              else [_at(run.data, run.data.read_text, "utf-8-sig")])
     medians = gate_map(Scorer(run.student, run.device), texts, tokens=run.context, rows=run.rows)
     show_gates(medians)
     if run.picture:
-        draw_gates(medians, run.picture)
+        save_picture(run.picture, draw_gates, medians)
 
 
 def run_molecules(run):
@@ -1312,7 +1306,7 @@ def run_speed(run):
         write_json(run.out / "speed.json", {**about, "cells": cells})
         show_speed(cells[-1])
     print(f"\nreport: {run.out / 'speed.json'}")
-    draw_speed(cells, run.out / "speed.png")
+    save_picture(run.out / "speed.png", draw_speed, cells, rows=2, columns=3)
 
 
 def parse_arguments(argv):
@@ -1369,7 +1363,7 @@ def parse_arguments(argv):
     add("--student", help="None: an untrained one of the teacher, which is as fast", **folder)
     add("--random-layers", type=number(int, 1), metavar="N",
         help="of random weights, in the shape of --teacher")
-    add("--window", type=number(int, 1), default=512, help="W of an untrained student")
+    add("--window", type=number(int, 1), help="W of an untrained student; None: 512")
     add("--contexts", type=number(int, 1), nargs="+", default=[1024, 4096, 16384],
         help="4k is 4096")
     add("--batches", type=number(int, 1), nargs="+", default=[1, 8], help="rows together")

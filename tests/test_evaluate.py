@@ -340,6 +340,8 @@ def test_a_stopped_run_goes_on_and_foreign_results_are_left_aside(tmp_path, stud
         assert len(evaluate_rows(TEACHER, [path], samples=samples, limit=2)["t"]) == 2
     other = evaluate_rows(student_dir, [path], samples=samples)  # another model: all is scored
     assert "4 lines are not of this model" in capsys.readouterr().out
+    on_cpu, *on_gpus = (evaluate._model_key(TEACHER, x) for x in ("cpu", "cuda", "cuda:1"))
+    assert on_cpu not in on_gpus and len(set(on_gpus)) == 1  # a GPU computes in bf16
     assert other == evaluate_rows(student_dir, [path], samples=samples)
     assert len(samples.read_bytes().splitlines()) == 8
     write_rows(path, [CHOICE])  # another version of the task
@@ -389,6 +391,7 @@ def test_code_needs_the_flag(tmp_path):
     ("import socket; socket.create_connection(('1.1.1.1', 80), timeout=1)", False),
     ("import asyncio; asyncio.run(asyncio.sleep(0))", True),  # which has a pair of sockets
     ("import subprocess; subprocess.run(['true'])", False),
+    ("import threading\nfor i in range(80): threading.Thread(target=print).start()", True),
     ("import sys; sys.stdout.close(); sys.stdin.close()", True),
     ("from __future__ import annotations\nimport dataclasses, typing\n@dataclasses.dataclass\n"
      "class A:\n    n: typing.ClassVar[int] = 3\nassert not dataclasses.fields(A)", True),
@@ -575,7 +578,8 @@ def test_compare_command_reports_and_goes_on(tmp_path, student_dir, capsys):
 
 def speed(out, *flags):
     """Run `speed` on tiny cells; returns the cells of speed.json."""
-    evaluate.main(["speed", "--new-tokens", "2", "--seconds", "0", "--window", "16",
+    window = [] if "--student" in flags else ["--window", "16"]
+    evaluate.main(["speed", "--new-tokens", "2", "--seconds", "0", *window,
                    "--device", "cpu", "--out", str(out), *flags])
     return json.loads((out / "speed.json").read_text())["cells"]
 
@@ -701,7 +705,10 @@ def test_bad_input_is_one_sentence(tmp_path, student_dir):
             ([*gates, str(tmp_path / "b.txt")], "b.txt: 'utf-8' codec"),
             ([*gates, str(tmp_path / "c.txt")], "--data: the texts are empty"),
             (["speed", "--teacher", str(tmp_path / "none"), "--out", out], "none"),
-            ([*gates, str(TASKS[0]), "--picture", str(tmp_path / "no/g.png")], "there is no folder"),
+            (["speed", "--student", str(student_dir), "--window", "8", "--out", out],
+             "--window is of an untrained student"),
+            ([*gates, str(TASKS[0]), "--picture", str(tmp_path / "no/g.png")], "in a folder that exi"),
+            ([*gates, str(TASKS[0]), "--picture", str(tmp_path / "g")], "ends in one of .png"),
             (["lm-eval", "--model", str(TEACHER), "--tasks", "nosuchtask"],
              "'nosuchtask' is none of|pip install lm_eval"),
             (["lm-eval", "--model", str(TEACHER), "--tasks", "piqa", "--device", "abc"],
