@@ -319,9 +319,11 @@ def chunk_sums(x, y, weight, z_weight,  # inputs: rows x (F wide), y (E wide), t
     c, N, h = tl.program_id(1), tl.num_programs(1), bh % H
     row, n, head = bh // H * T + c * L, T - c * L, h // (H // K)
     f, e = tile * BF + tl.arange(0, BF), tl.arange(0, E)
-    x_s = load(x, row, n, head, K, F, L, f).to(tl.float32)
-    weighted = x_s * vector(weight, row, n, h, H, L)[:, None]
-    total = product(tl.trans(weighted), load(y, row, n, head, K, E, L, e), MM)
+    x_s = load(x, row, n, head, K, F, L, f)
+    weighted = load(y, row, n, head, K, E, L, e) * vector(weight, row, n, h, H, L)[:, None]
+    # y is weighted, not x: a transposed operand that was computed is what failed (`k_bwd`), and
+    # takes 123 registers a thread in the place of 61 (heads of 64, F 256).
+    total = product(tl.trans(x_s), weighted, MM)
     at = (bh * N + c) * F + f
     tl.store(S + at[:, None] * E + e[None, :], total.to(S.dtype.element_ty))
     tl.store(z + at, tl.sum(x_s * vector(z_weight, row, n, h, H, L)[:, None], axis=0))
@@ -567,12 +569,13 @@ def f_bwd(dlog_i, q_dq, start, flux,  # inputs
 def blocks(dtype, F, E):
     """L tokens a chunk; tiles: BR tokens, BF features of a product, BS features of the scan; warps.
 
-    In bf16 nothing spills on sm_80 and sm_90, F 512 beside E 128 included (tests compile it). BR is
-    64, the least that a warp group of Hopper multiplies; with 128 rows the L x L weights and the
-    sums leave no registers for the gates. So a processor holds one program of 8 warps at a time
-    (170 to 230 registers a thread), and num_stages has the next tile loaded under the products of
-    this one, if there are two: hence BF <= F / 2 (one tile of 64 spilled). BS makes 2048 numbers a
-    program, enough programs to fill a GPU from one row of text. fp32 operands: right, not fast.
+    In bf16 these spill nothing on sm_80 and sm_90, F 512 beside E 128 included (a test compiles
+    them; only gates_fwd puts 8 to 24 bytes aside, with Triton 3.6). BR is 64, the least that a warp
+    group of Hopper multiplies; with 128 rows the L x L weights and the sums leave no registers for
+    the gates. So a processor holds one program of 8 warps at a time (170 to 230 registers a
+    thread), and num_stages has the next tile loaded under the products of this one, if there are
+    two: hence BF <= F / 2 (one tile of 64 spilled). BS makes 2048 numbers a program, enough
+    programs to fill a GPU from one row of text. fp32 operands: right, not fast.
     """
     L, BR, BF, warps = (128, 64, 64, 8) if dtype == torch.bfloat16 else (32, 32, 32, 4)
     return L, BR, min(BF, max(16, F // 2)), min(F, 2048 // E), warps
@@ -618,7 +621,7 @@ def _mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, sta
 def _mlstm_backward_op(
         dh: Tensor, dS_end: Tensor, dz_end: Tensor, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor,
         log_f: Tensor, start: Tensor, S0: Tensor, z0: Tensor, m0: Tensor, h: Tensor, lse: Tensor,
-        carry: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        carry: Tensor, wants_dv: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, F), K, E, MM = q.shape, k.shape[2], v.shape[3], matmul_type(q.dtype)
     dq, di, df, dS0, dz0 = likes(q, log_i, log_f, S0, z0)
     dk, dv = torch.empty_like(q), v.new_empty(B, T, H, E)
@@ -641,7 +644,8 @@ def _mlstm_backward_op(
                               **sizes)
         k_bwd[blocks_of_rows](q, k, v, log_i, b, stop, write, peak, m, dh, delta, lse, dS, dz,
                               dk, di, **sizes)
-        v_bwd[blocks_of_rows](q, k, log_i, b, stop, write, peak, m, dh, lse, dS, dv, **sizes)
+        if wants_dv:  # stage I does not: v comes from frozen weights
+            v_bwd[blocks_of_rows](q, k, log_i, b, stop, write, peak, m, dh, lse, dS, dv, **sizes)
         f_bwd[(B * H, N)](di, q_dq, start, flux, df, T, H, L, F // BS, num_warps=8)
     if H > K:  # a group's query heads share k and v
         dk, dv = (x.unflatten(2, (K, H // K)).sum(3) for x in (dk, dv))
@@ -661,9 +665,10 @@ def _mlstm_autograd(ctx, dh, _, __, dS, dz, ___):
     S0, z0 = inputs[6:8]
     dh, dS, dz = (torch.zeros_like(x) if d is None else d.contiguous()
                   for d, x in ((dh, h), (dS, S0), (dz, z0)))
-    dq, dk, dv, di, df, dS0, dz0 = _mlstm_backward_op(dh, dS, dz, *inputs, h, lse, carry)
+    wants_dv = ctx.needs_input_grad[2]
+    dq, dk, dv, di, df, dS0, dz0 = _mlstm_backward_op(dh, dS, dz, *inputs, h, lse, carry, wants_dv)
     dm0 = (dS0 * S0).sum((-1, -2)) + (dz0 * z0).sum(-1)
-    return dq, dk, dv, di, df, None, dS0, dz0, dm0
+    return dq, dk, dv if wants_dv else None, di, df, None, dS0, dz0, dm0
 
 
 _mlstm_op.register_autograd(_mlstm_autograd, setup_context=_mlstm_setup)
@@ -982,7 +987,8 @@ def _feature_map_autograd(ctx, dphi):
     sources = [x] if plain is None else [x, plain]
     dy = torch._softmax_backward_data(dphi, phi, -1, phi.dtype).chunk(len(sources), dim=-1)
     columns = weight.chunk(len(sources), dim=-1)
-    dx = [torch.einsum("bthf,hdf->bthd", g, w) for g, w in zip(dy, columns)]
+    dx = [torch.einsum("bthf,hdf->bthd", g, w) if wanted else None  # not in stage I
+          for g, w, wanted in zip(dy, columns, ctx.needs_input_grad)]
     dW = torch.cat([torch.einsum("bthd,bthf->hdf", s, g) for s, g in zip(sources, dy)], dim=-1)
     return dx[0], dx[-1] if len(dx) == 2 else None, dW
 

@@ -430,7 +430,9 @@ def compile_all(width, features, *capabilities):
 
 
 def test_a_student_on_kernels_learns_as_one_without():
-    """Through model.py: hidden states and all gradients of a packed row, one layer of a teacher."""
+    """Through model.py: hidden states and all gradients of a packed row, one layer of a teacher;
+    and those of the new parameters alone, as in stage I, where kernels leave out what v and x need.
+    """
     teacher = model.load_pretrained(ROOT / "tests/teacher", device=DEVICE)
     teacher.model["layers"] = teacher.model["layers"][:1]
     teacher.config = teacher.config.with_layers(1)
@@ -447,6 +449,11 @@ def test_a_student_on_kernels_learns_as_one_without():
         student.zero_grad()
     for a, b in zip(*found):
         assert (a - b).norm() <= 1e-4 * b.norm().clamp_min(0.1)  # some gradients are 0 by symmetry
+    for name, p in student.named_parameters():
+        p.requires_grad_(model.is_new(name))
+    (student.hidden(tokens, document_ids=ids) * weights).sum().backward()
+    for (name, p), expected in zip(student.named_parameters(), found[1][1:]):
+        assert torch.equal(p.grad, expected) if model.is_new(name) else p.grad is None, name
 
 
 def test_kernels_compile_without_spilling():
