@@ -99,7 +99,7 @@ HERE = Path(__file__).resolve().parent
 # Token ids lie flat in a file and are mapped into memory, so that a corpus costs 64 bytes of memory
 # a document, and none a token.
 
-DATA_FORMAT = 6  # part of the cache key: raise it when the files below change their meaning
+DATA_FORMAT = 7  # part of the cache key: raise it when the files below change their meaning
 DOCUMENT = np.dtype([
     ("length", "<i8"),  # tokens
     ("labels", "<i8"),  # how many of them may be a label: those in the loss, never the first

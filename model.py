@@ -2098,13 +2098,14 @@ class Tokenizer:
     """Text to token ids and back, and conversations to text, as a Hugging Face folder's files say.
 
     Reads tokenizer.json, and tokenizer_config.json and a chat template where present. Takes
-    about 10 microseconds for each token of the vocabulary (_bpe_ranks). If tokenizer_config.json
+    about 25 microseconds for each token of the vocabulary (_bpe_ranks). If tokenizer_config.json
     names a tokenizer of sequences (`_SEQUENCES`: bytes, k-mers, SMILES), that one instead.
 
-    Attributes: vocab_size (1 + the highest id; an embedding may have more rows), bos_id (None if
-    the family has none), adds_bos (encode's default), added (added token -> id), special (the ids
-    of those flagged so), separator_id (config.json's: the token between the sequences of a family,
-    or None), chat_templates (name -> Jinja text; empty if the folder has none).
+    Attributes: path (of tokenizer.json, or vocab.txt), vocab_size (1 + the highest id; an embedding
+    may have more rows), bos_id (None if the family has none), adds_bos (encode's default), added
+    (added token -> id), special (the ids of those flagged so), separator_id (config.json's: the
+    token between the sequences of a family, or None), chat_templates (name -> Jinja text; empty if
+    the folder has none).
 
     Raises FileNotFoundError, or ValueError naming the file and what is not supported.
     """
@@ -2132,7 +2133,8 @@ class Tokenizer:
         spec = {} if kind in _SEQUENCES else read_json(self.path)
         try:
             pattern, ranks, normalised = (
-                self._read_sequences(kind) if kind in _SEQUENCES else self._read_bpe(spec))
+                self._read_sequences(kind) if kind in _SEQUENCES else
+                self._read_bpe(spec, config.get("added_tokens_decoder") or {}))
             self._bpe = tiktoken.Encoding(self.path, pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens={})
         except ValueError as error:
@@ -2180,7 +2182,7 @@ class Tokenizer:
             table = {t.encode(): i for t, i in tokens.items()
                      if t not in marks and re.fullmatch(pattern, t)}
             if not table:
-                raise ValueError(f"{self.path}: none of its lines is a token of {pattern!r}")
+                raise ValueError(f"none of its lines is a token of {pattern!r}")
             self.added = {t: i for t, i in tokens.items() if t.encode() not in table}
             self._pieces = re.compile(pattern)
         self.special = set(self.added.values())
@@ -2190,10 +2192,11 @@ class Tokenizer:
         self.adds_bos = self.bos_id is not None
         return pattern, table, set()
 
-    def _read_bpe(self, spec):
+    def _read_bpe(self, spec, configured):
         """Set up the tokenizer of a tokenizer.json -> (pattern, tiktoken's table, normalised).
 
-        normalised: the added tokens to be looked for in normalised text.
+        configured: tokenizer_config.json's added tokens, which must be there as well. normalised:
+        the added tokens to be looked for in normalised text.
         """
         model = spec["model"]
         if model.get("type", "BPE") != "BPE":
@@ -2209,6 +2212,9 @@ class Tokenizer:
         ranks, self._id_of_rank = _bpe_ranks(model, self.added)
         refused = [f"normalizer {step}" for step in normalizers if step["type"] != "NFC"]
         refused += _unlike(model, added)
+        refused += [f"{token['content']!r}, which tokenizer_config.json adds (load and save the "
+                    "folder with transformers, and tokenizer.json has it)"
+                    for token in configured.values() if token["content"] not in self.added]
         if model.get("unk_token") and not self._id_of_rank.keys() >= set(range(256)):
             refused.append("model.unk_token where the vocabulary lacks bytes")
         if refused:
@@ -2277,7 +2283,8 @@ class Tokenizer:
         rendered chat brings its own: pass False.
         specials: whether special tokens written in the text are parsed. Pass False for text of
         strangers, in which "<|eot_id|>" must remain ten ordinary characters. Added tokens that
-        the folder does not flag as special ("[MOL]", Qwen's "<tool_call>") always are.
+        the folder does not flag as special ("[MOL]", Qwen's "<tool_call>") always are. Half of a
+        surrogate pair, which is no character, counts as U+FFFD.
         """
         bos = self.adds_bos if bos is None else bos
         if bos and self.bos_id is None:
@@ -2367,7 +2374,8 @@ class Tokenizer:
     def render_chat_parts(self, messages, *, tools=None):
         """A conversation cut into what is learnt and what is given: (parts, skipped).
 
-        parts: [(text, learnt), ...], which join to render_chat(..., generation_prompt=False).
+        parts: [(text, learnt), ...], which join to render_chat(..., generation_prompt=False), and
+        a last stop token where the template writes it only once another turn follows (Qwen 1.5).
         Learnt is what an assistant's turn holds behind its header up to its stop token: encoded
         part by part (bos=False), an answer starts where generation starts. A turn with "train":
         false or "weight": 0 is not learnt. skipped: turns that cannot be, because the template
@@ -2396,6 +2404,10 @@ class Tokenizer:
             parts += [(text[done:start], False), (text[start:end], True)]
             done = end
         parts.append((text[done:], False))
+        stop = self._marks.get("eos_token")
+        if stop and found and done == len(text) and not text.endswith(stop) and (
+                self.render_chat(messages, tools=tools).startswith(text + stop)):
+            parts.append((stop, True))
         return [part for part in parts if part[0]], len(wanted) - len(found)
 
     def _check_all_is_written(self, text, messages, tools, spans):
@@ -2476,8 +2488,10 @@ class Tokenizer:
         alone, that is the stop, and learnt.
         """
         if text.startswith(turn):
-            closed = re.search(rf"(?:{self._stops})\s*\Z", turn[len(prompt):])
-            return len(turn.rstrip()) if closed else len(turn)
+            if re.search(rf"(?:{self._stops})\s*\Z", turn[len(prompt):]):
+                return len(turn.rstrip())
+            late = self._marks.get("eos_token") or ""  # comes with the next turn (Qwen 1.5)
+            return len(turn) + (len(late) if text.startswith(late, len(turn)) else 0)
         # Olmo 3 ends the last turn with another stop token than earlier ones: compare without.
         said = re.sub(rf"(?:\s|{self._stops})*\Z", "", turn[len(prompt):])
         stop = re.compile(rf"\s*(?:{self._stops})").match(text, len(prompt + said))

@@ -408,6 +408,19 @@ def test_parts_mark_the_assistants_words_and_stop_token(chat, name):
             assert ids == ours.encode(whole, bos=False)
 
 
+def test_a_stop_token_that_comes_with_the_next_turn_is_learnt_with_its_own(chat):
+    ours = chat("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"  # Qwen 1.5
+                "{% if add_generation_prompt or not loop.last %}{{ eos_token + '\n' }}{% endif %}"
+                "{% endfor %}{% if add_generation_prompt and messages[-1].role != 'assistant' %}"
+                "{{ '<|im_start|>assistant\n' }}{% endif %}")
+    for messages in CONVERSATIONS:
+        answers = [m["content"] + "</s>" for m in messages if m["role"] == "assistant"]
+        assert "".join(learnt(ours, messages)) == "".join(answers)
+        text = "".join(text for text, _ in ours.render_chat_parts(messages)[0])
+        assert text in (whole := ours.render_chat(messages, generation_prompt=False),
+                        whole + "</s>" * (messages[-1]["role"] == "assistant"))
+
+
 @pytest.mark.parametrize("name", [n for n in TEMPLATES if n != "Mistral"])
 def test_the_first_header_is_not_learnt_either(chat, name):
     template, stop, last = TEMPLATES[name]

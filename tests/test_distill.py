@@ -408,7 +408,7 @@ def test_tokenising_twice_reads_the_first_result(tmp_path, corpus, tokenizer):
 def test_who_changes_the_files_must_raise_their_format(tmp_path, tokenizer, monkeypatch):
     """Or files and targets of the format before would be taken for the new ones, without a word.
 
-    The digest is what format 6 holds of these rows: raise DATA_FORMAT if it has to change.
+    The digest is what format 7 holds of these rows: raise DATA_FORMAT if it has to change.
     """
     monkeypatch.setattr(tokenizer, "chat_templates", {"default": (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}.{% endfor %}"
@@ -420,7 +420,7 @@ def test_who_changes_the_files_must_raise_their_format(tmp_path, tokenizer, monk
                       {"role": "assistant", "content": "yes"}]})))
     folder = tokenise(path, tokenizer, 1, tmp_path / "data")
     digest = sha256(*(folder / name for name in distill.FILES))
-    assert (distill.DATA_FORMAT, digest[:16]) == (6, "bce3366f3c7090a6")
+    assert (distill.DATA_FORMAT, digest[:16]) == (7, "bce3366f3c7090a6")
 
 
 def test_conversations_learn_the_assistants_tokens_only(tmp_path, tokenizer, monkeypatch):

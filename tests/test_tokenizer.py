@@ -395,6 +395,20 @@ def test_what_cannot_be_expressed_is_refused_by_name(folder, tmp_path, word):
     assert str(tmp_path / "tokenizer.json") in str(error.value)
 
 
+def test_an_added_token_that_tokenizer_json_lacks_is_refused(folder, tmp_path):
+    """transformers adds it; here it would be letters without a word."""
+    write(tmp_path, folder("gpt2")[2])
+    token = folder("gpt2")[2]["added_tokens"][0]
+    for content, refused in ((token["content"], False), ("<|later|>", True)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+            {"added_tokens_decoder": {"9000": {**token, "content": content}}}))
+        if refused:
+            with pytest.raises(ValueError, match="'<|later|>', which tokenizer_config.json adds"):
+                Tokenizer(tmp_path)
+        else:
+            assert Tokenizer(tmp_path).added[content] == token["id"]
+
+
 def test_keys_that_a_file_may_leave_out(folder, tmp_path):
     tokenizers, spec = pytest.importorskip("tokenizers"), json.loads(json.dumps(folder("gpt2")[2]))
     for key in ("normalizer", "post_processor", "added_tokens"):
