@@ -817,6 +817,12 @@ def my_micro_batches(run, step):
 TARGETS_FORMAT = 2  # raise it when the files change their meaning
 
 
+def changes(old, new):
+    """What of the settings `new` is another in `old`, both dicts as JSON knows them: in words."""
+    return "; ".join(f"{key} was {old.get(key)!r}, now {value!r}"
+                     for key, value in new.items() if old.get(key) != value)
+
+
 class TargetCache:
     """The teacher's top-k log-probabilities for rows of the sources, on disk.
 
@@ -834,12 +840,9 @@ class TargetCache:
         self.folder, self.sources, path = folder, sources, folder / "manifest.json"
         if not path.exists():
             write_json(path, described)
-        found = read_json(path)
-        differs = [f"{key} was {found.get(key)!r}, now {value!r}"
-                   for key, value in described.items() if found.get(key) != value]
-        if differs:
-            raise ValueError(f"--targets {folder} was made with other settings: "
-                             f"{'; '.join(differs)}. Name another folder, or delete this one")
+        if changed := changes(read_json(path), described):
+            raise ValueError(f"--targets {folder} was made with other settings: {changed}. Name "
+                             "another folder, or delete this one")
         shape = described["context"], described["k"]
         parts = [("low", "<u2", shape), ("logprobs", "<f2", shape)]
         parts += [("high", "u1", shape)] if described["vocab_size"] > 1 << 16 else []
@@ -1874,10 +1877,8 @@ def open_run(run):
         return {}
     if not path.exists():
         raise FileNotFoundError(f"--resume: {path} does not exist; is {run.out} a run's folder?")
-    old, new = read_json(path), settings_of(run)
-    changed = [f"{k} was {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
-    if changed:
-        raise ValueError(f"--resume: {run.out} was made with other settings: " + "; ".join(changed))
+    if changed := changes(read_json(path), settings_of(run)):
+        raise ValueError(f"--resume: {run.out} was made with other settings: {changed}")
     return read_json(results) if results.exists() else {}
 
 

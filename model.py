@@ -425,7 +425,7 @@ def read_json(path, missing=None):
         raise ValueError(f"{path} is no JSON object ({error}); copy the file again") from None
 
 
-_DISK = "free some space; what was saved before is whole, and the same command goes on from there"
+_DISK = "make room or make it writable; what was saved before is whole, to go on from"
 
 
 @contextlib.contextmanager
