@@ -76,10 +76,10 @@ from tqdm import tqdm
 import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, append_json,
-                   check_device, drop_torn_line, generate, is_new, load_pretrained, load_with_tokenizer,
-                   local_rows, new_folder, number, read_json, read_rows, replacing,
-                   reverse_complement, run_command, save_pretrained, save_tensors, sha256,
-                   student_config, student_from_teacher, tokenizer_files, write_json)
+                   check_device, drop_torn_line, generate, is_new, load_pretrained,
+                   load_with_tokenizer, local_rows, new_folder, number, read_json, read_rows,
+                   replacing, reverse_complement, run_command, save_pretrained, save_tensors,
+                   sha256, student_config, student_from_teacher, tokenizer_files, write_json)
 
 HERE = Path(__file__).resolve().parent
 

@@ -540,8 +540,8 @@ def run_program(program, *, seconds=10):
 
     seconds: of wall clock, and of CPU. Fresh isolated interpreter in an empty folder of its own; no
     environment but its place; limits on memory (1 GB), CPU time and file size (16 MB); no child
-    processes (a limit on these would count the user's others), no network, and by `open` and its like no writing outside of the folder.
-    What is left of its session is killed.
+    processes (a limit on their number would count all of the user's), no network, and by `open` and
+    its like no writing outside of the folder. What is left of its session is killed.
     """
     secret = os.urandom(16).hex()
     with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,

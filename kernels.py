@@ -621,7 +621,8 @@ def _mlstm_op(q: Tensor, k: Tensor, v: Tensor, log_i: Tensor, log_f: Tensor, sta
 def _mlstm_backward_op(
         dh: Tensor, dS_end: Tensor, dz_end: Tensor, q: Tensor, k: Tensor, v: Tensor, log_i: Tensor,
         log_f: Tensor, start: Tensor, S0: Tensor, z0: Tensor, m0: Tensor, h: Tensor, lse: Tensor,
-        carry: Tensor, wants_dv: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        carry: Tensor, wants_dv: bool
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, H, F), K, E, MM = q.shape, k.shape[2], v.shape[3], matmul_type(q.dtype)
     dq, di, df, dS0, dz0 = likes(q, log_i, log_f, S0, z0)
     dk, dv = torch.empty_like(q), v.new_empty(B, T, H, E)
