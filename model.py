@@ -242,7 +242,7 @@ def _parse_config(c, path):
     layers = range(c["num_hidden_layers"] if family == "smollm3" else 0)
     rotated = c.get("no_rope_layers") or [(i + 1) % c["no_rope_layer_interval"] for i in layers]
     nope = [i for i in layers if not rotated[i]]
-    windows, (full, sliding) = _parse_windows(c, nope, path), _parse_ropes(c, path)
+    windows = _parse_windows(c, nope, path)
     hybrid = {**(c.get("hybrid") or {})}
     if hybrid.pop("folded", False):  # earlier versions could; False says that this one is not
         raise ValueError(f"{path}: a student with a folded output gate is no longer read: save it "
@@ -261,9 +261,8 @@ def _parse_config(c, path):
         qkv_bias=family == "qwen2" or c["attention_bias"],
         o_bias=family != "qwen2" and c["attention_bias"],
         mlp_bias=family in ("llama", "smollm3", "granite") and c["mlp_bias"],
-        layer_windows=windows, layer_ropes=tuple(
-            NOPE if i in nope else full if window is None else sliding
-            for i, window in enumerate(windows)), max_positions=c["max_position_embeddings"],
+        layer_windows=windows, layer_ropes=_parse_ropes(c, windows, nope, path),
+        max_positions=c["max_position_embeddings"],
         eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
         hybrid=hybrid,
         **{name: c[name] for name in FAMILIES["granite"] if family == "granite"})
@@ -327,8 +326,8 @@ def _parse_windows(c, nope, path):
     return tuple(window if i in sliding else None for i in layers)
 
 
-def _parse_ropes(c, path):
-    """RoPE settings -> (Rope of full-attention layers, Rope of sliding ones).
+def _parse_ropes(c, windows, nope, path):
+    """RoPE settings -> each layer's Rope: of full attention, of a sliding window, or NOPE.
 
     They stand in rope_scaling beside rope_theta (old), in rope_parameters with theta inside (new),
     or there once for each kind of layer.
@@ -344,7 +343,9 @@ def _parse_ropes(c, path):
         full, sliding = r.get("full_attention") or {}, r.get("sliding_attention") or {}
     elif c["model_type"] == "olmo3":  # stretches its full-attention layers only
         sliding = {"rope_theta": r.get("rope_theta")}
-    return _parse_rope(full, c, path), _parse_rope(sliding, c, path)
+    full, sliding = _parse_rope(full, c, path), _parse_rope(sliding, c, path)
+    return tuple(NOPE if i in nope else full if window is None else sliding
+                 for i, window in enumerate(windows))
 
 
 def _parse_rope(r, c, path):
