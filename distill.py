@@ -1594,7 +1594,7 @@ def new_student(run, teacher):
     """The student before training, or for --start the one to go on from; says what it is.
 
     A new student shares its teacher's weights. That --start is another teacher's seed, of the same
-    shape (`check_arguments`), can only be told by its weights, and is said.
+    shape (`check_models`), can only be told by its weights, and is said.
     """
     if run.start:
         student = open_model(run, run.start)
@@ -1826,6 +1826,10 @@ def check_arguments(run):
         evaluate.read_tasks(run.teacher, run.tasks)
     if run.gamma + run.beta == 0:
         raise ValueError("--gamma and --beta must not both be 0")
+
+
+def check_models(run):
+    """Refuse a --teacher or --start that cannot be one, by its config.json; bound --topk."""
     config = ModelConfig.from_hf(run.teacher)
     if config.hybrid:
         raise ValueError(f"--teacher {run.teacher} is a student itself (it has \"hybrid\" in its "
@@ -1926,6 +1930,7 @@ def main(argv=None):
     """
     run, started = parse_arguments(argv), time.time()
     check_arguments(run)
+    check_models(run)
     start_processes(run)
     run.micro_batch = min(run.micro_batch, run.batch // run.world)  # --plan counts what will run
     if run.plan:
