@@ -76,10 +76,11 @@ from tqdm import tqdm
 import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, append_json,
-                   check_device, drop_torn_line, generate, is_new, load_pretrained,
-                   load_with_tokenizer, local_rows, new_folder, number, read_json, read_rows,
-                   replacing, reverse_complement, run_command, save_pretrained, save_tensors,
-                   sha256, student_config, student_from_teacher, tokenizer_files, write_json)
+                   check_device, drop_torn_line, generate, is_new, list_tensors,
+                   load_pretrained, load_with_tokenizer, local_rows, new_folder, number, read_json,
+                   read_rows, replacing, reverse_complement, run_command, save_pretrained,
+                   save_tensors, sha256, student_config, student_from_teacher, tokenizer_files,
+                   write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -109,7 +110,8 @@ DOCUMENT = np.dtype([
     ("separator", "<i8")])  # of a family: the id behind each member; else -1
 FILES = {"tokens.bin": np.uint32,  # the tokens' ids, document after document
          "loss.bin": bool,  # for each token: is it in the loss
-         "documents.bin": DOCUMENT}
+         "documents.bin": DOCUMENT,
+         "dropped.bin": bool}  # one for each row that holds no document: nothing to predict
 PART = 1 << 25  # bytes of a file that a process tokenises at a time, and that a stop can lose
 
 
@@ -227,9 +229,10 @@ def tokenise_part(path, tokenizer, eos_id, out, start, stop):
     found = {name: [np.zeros(0, dtype)] for name, dtype in FILES.items()}
     for place, row in (read_text if path.suffix == ".txt" else read_rows)(path, start, stop):
         try:
-            for ids, in_loss, skipped, content, *family in parse_row(row, tokenizer, eos_id):
-                if len(ids) < 2:
-                    continue  # nothing to predict
+            documents = [x for x in parse_row(row, tokenizer, eos_id) if len(x.ids) > 1]
+            if not documents:
+                found["dropped.bin"].append(np.ones(1, bool))
+            for ids, in_loss, skipped, content, *family in documents:
                 ids = np.array(ids, np.uint32)
                 in_loss = np.broadcast_to(np.array(in_loss, bool), len(ids))
                 # What is held out is not trained on in another guise: one hash for both strands of
@@ -372,7 +375,8 @@ class Source:
         documents = np.fromfile(folder / "documents.bin", DOCUMENT)
         held_out = held_out_hashes(folder) if held_out is None else held_out
         self.name, self.folder, self.T = name, folder, T
-        self.skipped = int(documents["skipped"].sum())  # of the whole file
+        self.skipped = int(documents["skipped"].sum())  # of the whole file, and so is
+        self.dropped = (folder / "dropped.bin").stat().st_size
         starts = documents["length"].cumsum() - documents["length"]
         self.tokens = map_array(folder / "tokens.bin", np.uint32)
         self.loss = map_array(folder / "loss.bin", bool)
@@ -509,9 +513,13 @@ def open_data(run, tokenizer, eos_id):
     for source, weight, held in zip(train, weights, heldout):
         print(f"data      {source.name}: {source.num_rows * run.context:,} of {source.total:,} "
               f"tokens fill rows to train on; {source.labels:,} labels, the longest document "
-              f"{source.lengths.max():,}; {weight / sum(weights):.0%} of every batch"
-              + " of stage I" * run.experts
+              f"{source.lengths.max():,}; "
+              + ("=WEIGHT is of stage I alone, which is skipped" if run.experts and why_no_align(run)
+                 else f"{weight / sum(weights):.0%} of every batch" + " of stage I" * run.experts)
               + f"; {min(run.eval_rows, held.num_rows)} rows held out to measure by")
+        if source.dropped:
+            print(f"          {source.dropped:,} rows of the file hold no text of two tokens and are "
+                  "left out")
         if source.mute:
             print(f"          {source.mute:,} of its {len(source.lengths):,} documents have no "
                   "token to learn, such as conversations without an assistant's turn")
@@ -1202,7 +1210,7 @@ def align(run, student, mixture, stop):
     finite, before the update.
     """
     trainable = select_trainable(student, "new")
-    describe(run, "stage I (align)", student, trainable, run.align_steps)
+    describe(run, "stage I (align)", student, trainable, run.align_steps, mixture)
     optimizer = make_optimizer(trainable)
     first = load_checkpoint(run, "align", trainable, optimizer)
     with Progress(run, "align", first, run.align_steps) as progress:
@@ -1263,7 +1271,7 @@ def distil(run, student, teacher, stored, mixture, heldout, stop):
     Raises as `align`. A step in which no token is a label is said and changes no weight.
     """
     trainable = select_trainable(student, run.train)
-    describe(run, "stage II (distil)", student, trainable, run.distil_steps)
+    describe(run, "stage II (distil)", student, trainable, run.distil_steps, mixture)
     optimizer = make_optimizer(trainable)
     first = load_checkpoint(run, "distil", trainable, optimizer)
     with Progress(run, "distil", first, run.distil_steps) as progress:
@@ -1463,12 +1471,14 @@ def show_plan(run):
         print(f"  {stage:<7}" + "  ".join(f"{k} {v / 1e9:.3g}" for k, v in needs.items()))
 
 
-def describe(run, title, student, trainable, steps):
-    """Say what is about to train, before it does: a wrong --train or budget shows here."""
+def describe(run, title, student, trainable, steps, mixture):
+    """Say what is about to train, before it does: a wrong --train, budget or weight shows here."""
+    drawn = np.bincount(mixture.which, minlength=len(mixture.sources)).tolist()
     train, total = (sum(p.numel() for p in x) for x in (trainable.values(), student.parameters()))
     print(f"\n{title}: {steps} steps of {run.batch} x {run.context} tokens, "
           f"{steps * run.batch * run.context:,} in all\n  {train:,} of {total:,} parameters train "
-          f"({train / total:.2%}), the others are frozen")
+          f"({train / total:.2%}), the others are frozen\n  times that each source is read: "
+          + ", ".join(f"{s.name} {n / s.num_rows:.2g}" for s, n in zip(mixture.sources, drawn)))
     if run.warmup >= steps:
         print(f"  All {steps} steps are warm-up, as --warmup is {run.warmup}: the learning rate "
               "reaches its peak in the last one")
@@ -1688,7 +1698,8 @@ def export_student(run, seed, final):
         p = student.get_parameter(name)
         p.data = read_whole(files, name).to(p.dtype)
     # merge.py refuses experts that do not share a seed.
-    lineage = {"seed_sha256": sha256(*sorted(seed.glob("*.safetensors")))}
+    files = {file for file, _ in list_tensors(seed).values()}
+    lineage = {"seed_sha256": sha256(*sorted(files))}
     save_pretrained(student, final, extra={"lineage.json": lineage})
 
 
@@ -1812,13 +1823,19 @@ def check_arguments(run):
         raise ValueError("--teacher DIR also needs --data FILE... and --out DIR")
     names = [path.stem for path, _ in run.data or ()]
     taken = {"data", "seed", "checkpoints", "generalist", "merged", "report", "all", "teacher",
-             "entry", "start", "after stage I", "run.json", "results.json", "log.jsonl"}
+             "entry", "start", "after stage I", "run.json", "results.json", "log.jsonl",
+             "manifest.json", "student", ".", ".."}
     if len(set(names)) < len(names) or taken & set(names):
         raise ValueError(f"--data: the files' names {names} name sources, folders and rows of the "
                          f"run; they must differ and be none of {sorted(taken)}: rename a file")
     if len({weight is None for _, weight in run.data or ()}) > 1:
         raise ValueError("--data: give every file a =WEIGHT or none (those without are weighed by "
                          "their tokens, beside which a weight of 2 is nothing)")
+    if run.targets and run.out and run.targets.resolve().is_relative_to(run.out.resolve()):
+        own = run.targets.resolve().relative_to(run.out.resolve()).parts[:1]
+        if not own or own[0] in taken.union(names):
+            raise ValueError(f"--targets {run.targets} is a folder of the run's own, which it may "
+                             "delete: name another")
     if run.experts and len(names) < 2:
         raise ValueError("--experts needs two --data files or more: an expert for each")
     if run.tasks:
@@ -1857,7 +1874,7 @@ def settings_of(run):
         "teacher_sha256": teacher_sha256(run.teacher),
         "tokenizer_sha256": tokenizer_sha256(run.teacher),
         "start": str(run.start), "start_sha256": run.start and teacher_sha256(run.start),
-        "data": [[str(path), weight] for path, weight in run.data],
+        "data": [[path.name, weight] for path, weight in run.data],
         "data_sha256": [sha256(path) for path, _ in run.data]}
 
 
@@ -1900,6 +1917,8 @@ def load(run):
         print(f"          --context {run.context} is longer than the {teacher.config.max_positions}"
               " tokens that it reads (max_position_embeddings): what it says there is a guess")
     student, eos_ids = new_student(run, teacher), teacher.config.eos_ids
+    if not eos_ids:
+        print("          its config.json names no eos_token_id: texts end without a token for it")
     if run.rank > 0:
         barrier()
     data = open_data(run, tokenizer, eos_ids[0] if eos_ids else None)

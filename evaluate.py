@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from model import (MIXERS, Cache, HybridAttention, ModelConfig, Tokenizer, Transformer,
                    append_json, check_device, drop_torn_line, finite, generate, is_out_of_memory,
-                   load_pretrained, load_with_tokenizer, new_folder, number, read_rows,
+                   load_pretrained, load_with_tokenizer, new_folder, number, read_json, read_rows,
                    reverse_complement, run_command, sha256, stream, student_from_teacher,
                    tokenizer_files, write_json)
 
@@ -473,9 +473,10 @@ class Scorer(Reader):
 
         requests: (ids of the prompt, strings that end the text, most new tokens); the model's eos
         ids end it too. The strings are searched in the decoded text, since tokens cut it elsewhere,
-        and cut off. The beginning of a character whose other bytes have not come is held back.
+        and cut off. Special tokens end a text where a string names them, and are no part of it, as
+        in the harness. The beginning of a character whose other bytes have not come is held back.
         """
-        eos = self.model.config.eos_ids
+        eos, special = self.model.config.eos_ids, self.tokenizer.special
         for batch in _equal_lengths(range(len(requests)), lambda i: len(requests[i][0]),
                                     lambda T: ROWS):
             prompts, stops, most = zip(*(requests[i] for i in batch))
@@ -486,9 +487,12 @@ class Scorer(Reader):
                     if texts[b] is None:
                         if token not in eos:
                             new[b].append(token)
-                        text = self.tokenizer.decode(new[b]).rstrip("\ufffd")
+                        text = self.tokenizer.decode(i for i in new[b] if i not in special)
+                        text = text.rstrip("\ufffd")
                         cut = min((text.find(s) for s in stops[b] if s in text), default=len(text))
-                        if token in eos or cut < len(text) or len(new[b]) == most[b]:
+                        named = token in special and any(
+                            s in self.tokenizer.decode(new[b]) for s in stops[b])
+                        if token in eos or cut < len(text) or named or len(new[b]) == most[b]:
                             texts[b] = text[:cut]
                 if None not in texts:
                     break
@@ -895,10 +899,10 @@ def gate_map(scorer, texts, *, tokens=1024, rows=128):
     """Median output gate o_t of every layer and head: (layers, H) fp32 on the CPU.
 
     0: only the window is read, 1: only the mLSTM. Over the first `rows` rows of at most `tokens`
-    tokens, cut from the texts. Raises ValueError for a model without output gates, and if the
+    tokens (no more than the model was made to read), cut from the texts. Raises ValueError for a model without output gates, and if the
     texts have no tokens.
     """
-    hybrid = scorer.model.config.hybrid
+    hybrid, tokens = scorer.model.config.hybrid, min(tokens, scorer.max_tokens)
     if hybrid is None or MIXERS[hybrid.mixer] is not HybridAttention:
         raise ValueError("--student: this model has no output gates; only hybrid students have")
     ids = (scorer.encode(text) for text in texts if text)  # of "" it would be BOS alone
@@ -947,8 +951,16 @@ def lm_eval_model(scorer):
     class Bridge(LM):
         tokenizer_name = property(lambda self: str(scorer.model.source))
 
+        def uncut(self, found):  # [(ids, tokens lost), ...] -> ids; and says what was lost
+            ids, lost = zip(*found) if found else ((), ())
+            if any(lost):
+                print(f"{sum(map(bool, lost))} of {len(lost)} contexts were too long and lost their "
+                      "left end")
+            return ids
+
         def loglikelihood(self, requests):
-            return scorer.loglikelihoods([scorer.encode_pair(*r.args)[0] for r in requests])
+            pairs = self.uncut([scorer.encode_pair(*request.args) for request in requests])
+            return scorer.loglikelihoods(pairs)
 
         def loglikelihood_rolling(self, requests):
             totals = []
@@ -961,7 +973,7 @@ def lm_eval_model(scorer):
             return totals
 
         def generate_until(self, requests):
-            asked = []
+            prompts, limits = [], []
             for text, options in (request.args for request in requests):
                 options = normalize_gen_kwargs(options)  # its keys have several names
                 samples = options.get("do_sample") and options.get("temperature", 1) > 0
@@ -969,7 +981,9 @@ def lm_eval_model(scorer):
                     raise ValueError("this task samples, or searches with beams; the bridge "
                                      "generates greedily only")
                 new, until = options["max_gen_toks"], [x for x in options["until"] if x]
-                asked.append((scorer.cut_prompt(text, new)[0], until, new))
+                prompts.append(scorer.cut_prompt(text, new))
+                limits.append((until, new))
+            asked = [(ids, *limit) for ids, limit in zip(self.uncut(prompts), limits)]
             return [text for _, text in sorted(scorer.generate(asked))]
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
@@ -1213,6 +1227,10 @@ def run_compare(run):
     for folder in run.teacher, *run.student:  # before the teacher's hours
         ModelConfig.from_hf(folder)
     run.out.mkdir(parents=True, exist_ok=True)
+    before = read_json(run.out / "report.json", {}).get("students", {})
+    if gone := before.keys() - {str(path) for path in run.student}:
+        print(f"{run.out / 'report.json'} is of other students, and will be replaced. What was "
+              f"scored is kept: to have them in it as well, add --student {' '.join(sorted(gone))}")
 
     def score(folder, name):
         name = re.sub(r"[^a-zA-Z0-9._]+", "-", name)[-200:]  # a file's name has its limit
@@ -1238,7 +1256,11 @@ def run_gates(run):
                          f"{', '.join(PICTURES)}, in a folder that exists")
     texts = (read_column(run.data, "text", str).values() if run.data.suffix == ".jsonl"
              else [_at(run.data, run.data.read_text, "utf-8-sig")])
-    medians = gate_map(Scorer(run.student, run.device), texts, tokens=run.context, rows=run.rows)
+    scorer = Scorer(run.student, run.device)
+    medians = gate_map(scorer, texts, tokens=run.context, rows=run.rows)
+    if run.context > scorer.max_tokens:
+        print(f"rows have {scorer.max_tokens} tokens, which the model was made to read, for "
+              f"--context {run.context}")
     show_gates(medians)
     if run.picture:
         save_picture(run.picture, draw_gates, medians)

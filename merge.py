@@ -29,7 +29,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -38,7 +37,8 @@ import torch
 from tqdm import tqdm
 
 from model import (ModelConfig, append_json, check_device, drop_torn_line, list_tensors, new_folder,
-                   read_json, read_rows, run_command, sha256, tokenizer_files, write_json)
+                   read_json, read_rows, replacing_folder, run_command, sha256, tokenizer_files,
+                   write_json)
 
 PIECE_BYTES = 1 << 19  # of every expert in memory at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -117,7 +117,7 @@ def open_folder(path):
 def check_settings(inputs, output, weights, method, seed, density):
     """Refuse (ValueError) what is wrong with a call, before any folder is opened.
 
-    An input inside of what is written would be deleted with it when the merge fails.
+    An input inside of a sweep's own folder would be deleted with its candidates.
     """
     if not all(w >= 0 for w in weights) or not abs(sum(weights) - 1) <= 1e-6:  # NaN is refused too
         raise ValueError(f"the weights {weights} must sum to 1 and none may be negative")
@@ -130,10 +130,9 @@ def check_settings(inputs, output, weights, method, seed, density):
         raise ValueError(f"density {density} must be above 0 and at most 1")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} exists and is not empty; name a new folder")
-    ours = {Path(f"{output}{suffix}").resolve() for suffix in (".tmp", ".sweep")}
     for path in inputs:
-        if ours & {path.resolve(), *path.resolve().parents}:
-            raise ValueError(f"the input {path} lies where a merge into {output} writes; move it")
+        if Path(f"{output}.sweep").resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"the input {path} lies where a sweep for {output} writes; move it")
 
 
 def check(directories, output, weights, method, seed, density):
@@ -236,16 +235,14 @@ def merge(directories, output, *, weights=None, method="linear", seed=None, dens
     """
     uniform = [1 / len(directories) for _ in directories]
     weights = [float(w) for w in (uniform if weights is None else weights)]  # as JSON knows them
-    experts, seed = check(directories, Path(output), weights, method, seed, density)
-    write(experts, seed, weights, density, Path(output))
+    output = Path(output).resolve()  # of a link, what it leads to
+    experts, seed = check(directories, output, weights, method, seed, density)
+    write(experts, seed, weights, density, output)
 
 
 def write(experts, seed, weights, density, output, **record):
-    """Write the merged folder, checked before, and into its merge.json also `record`.
-
-    Into a folder beside it, renamed when all is there: readers see no half of a model.
-    """
-    first, tmp = experts[0], Path(f"{output}.tmp")
+    """Write the merged folder, checked before, and into its merge.json also `record`."""
+    first = experts[0]
     record["inputs"] = [{"directory": str(e.path), "weight": w, "sha256": e.sha256}
                         for e, w in zip(experts, weights)]
     record["method"] = "ties" if seed else "linear"
@@ -253,9 +250,7 @@ def write(experts, seed, weights, density, output, **record):
         record |= {"seed": str(seed.path), "seed_sha256": seed.sha256, "density": density}
     # An expert of weight 0 is left out, so weights (1, 0) give the first expert bit for bit.
     experts, weights = zip(*[(e, w) for e, w in zip(experts, weights) if w > 0])
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    try:
+    with replacing_folder(output) as tmp:
         shards = {tensor.path.name for tensor in first.tensors.values()}
         for name in ("config.json", "model.safetensors.index.json", *tokenizer_files(first.path),
                      *shards):
@@ -269,10 +264,6 @@ def write(experts, seed, weights, density, output, **record):
                                            seed and seed.tensors[name], density):
                     file.write(piece.view(torch.uint8).numpy())
         write_json(tmp / "merge.json", record)
-        os.replace(tmp, output)  # which may exist, if it is empty
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
 
 
 def simplex_grid(count, step):
@@ -280,6 +271,9 @@ def simplex_grid(count, step):
     n = round(1 / step) if 0 < step <= 1 else 0
     if not abs(n * step - 1) <= 1e-6:
         raise ValueError(f"--step {step}: 1 is not a multiple of it; give for example 0.25")
+    if (candidates := math.comb(n + count - 1, n)) > 10_000:
+        raise ValueError(f"--step {step}: {candidates:,} candidates, and each is a model to write "
+                         "and score; take a larger step, or --greedy")
     # n stars in a row and count - 1 bars between them: a weight is the stars between two bars.
     return [tuple((b - a - 1) / n for a, b in itertools.pairwise((-1, *bars, n + count - 1)))
             for bars in itertools.combinations(range(n + count - 1), count - 1)]
@@ -299,7 +293,7 @@ def sweep(directories, output, score, *, greedy=False, step=STEP, method="linear
     all scores. Returns the lambdas. Raises ValueError as `merge` does, and for a score that is no
     number.
     """
-    count, output = len(directories), Path(output)
+    count, output = len(directories), Path(output).resolve()
     grid = simplex_grid(count, step)
     # The weights do not matter yet: any point of the grid will do.
     experts, seed = check(directories, output, grid[0], method, seed, density)

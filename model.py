@@ -451,6 +451,26 @@ def replacing(path):
         tmp.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing_folder(path):
+    """A new folder, to fill, that becomes `path` if the block ends well; `path` may exist, if empty.
+
+    As `replacing`: whoever finds the folder finds it whole. What a killed call has left is cleared
+    away, known by its name: eight hex digits before ".tmp".
+    """
+    ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.tmp")
+    for old in path.parent.glob("*.tmp"):
+        if ours.fullmatch(old.name):
+            shutil.rmtree(old)
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)  # gone, if all went well
+
+
 def write_json(path, value):
     """Write a small JSON file by `replacing`; value: anything json writes."""
     with replacing(path) as file:
@@ -1779,17 +1799,26 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     if prepare:
         prepare(model)
     model.to_empty(device=device)
+    cast = set()
     for name, p in model.named_parameters():
         rows, first = local_rows(p.detach())
         step = max(1, (1 << 22) * p.shape[0] // p.numel())  # rows of 4M numbers together
         for a in range(0, len(rows), step):
             b = min(a + step, len(rows))
             rows[a:b] = piece = read(name, first + a, first + b)
+            if piece.dtype != rows.dtype:
+                cast.add(name)
+                if piece.isfinite().all() and not rows[a:b].isfinite().all():
+                    raise ValueError(f"{directory}: {name} has numbers too large for {rows.dtype}; "
+                                     "load it as float32 (--dtype float32)")
             # transformers unties a copy with other values and warns; here the folder must decide.
             if copied and name == "model.embed_tokens.weight" and not torch.equal(
                     piece, read("lm_head.weight", first + a, first + b)):
                 raise ValueError(f"{directory}: lm_head.weight is not {name}, as config.json says: "
                                  "set tie_word_embeddings to false there, or drop lm_head.weight")
+    if cast and dtype is None:
+        print(f"{directory}: {len(cast)} tensors, such as {min(cast)}, are stored in another dtype "
+              f"than the embedding, and are read as {model.lm_head_weight.dtype}")
     model.source = directory
     return _set_kernels(model, kernels)
 
@@ -1866,9 +1895,8 @@ def tokenizer_files(folder):
 def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     """Write config.json, *.safetensors (+ index) and the source folder's tokenizer files.
 
-    extra: dict of more JSON files, name -> value. The folder appears complete or not at all: it is
-    written as "<directory>.tmp", in place of what a killed call left there, and renamed. Tensors
-    keep their dtype. Raises ValueError if `directory` exists and is not empty (nothing is ever
+    extra: dict of more JSON files, name -> value. The folder appears complete or not at all
+    (`replacing_folder`). Tensors keep their dtype. Raises ValueError if `directory` exists and is not empty (nothing is ever
     overwritten) or the model has no `source` folder to take the small files from.
     """
     directory = Path(directory).resolve()
@@ -1884,30 +1912,22 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
         config[key] = str(model.lm_head_weight.dtype).removeprefix("torch.")
     if model.config.hybrid is not None:
         config["hybrid"] = dataclasses.asdict(model.config.hybrid)
-    # Whoever finds the folder finds it whole: a rename is one step, a run that is killed leaves
-    # only the .tmp, and the next one clears that away.
-    tmp = directory.with_name(directory.name + ".tmp")
-    if tmp == source.resolve():
-        raise ValueError(f"{directory} is written as {tmp} first, and that is the model's own "
-                         "source; name another folder")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    for name in tokenizer_files(source):
-        (tmp / name).parent.mkdir(exist_ok=True)
-        shutil.copy(source / name, tmp / name)
-    for name, value in {"config.json": config, **dict(extra)}.items():
-        write_json(tmp / name, value)
     # Index and shards are named as transformers names them, so that other programs find them.
     shards = cut_into_shards(model, max_shard_bytes)
     files = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards):  # one at a time leaves the accelerator
-        save_tensors(shard, tmp / file)
-    if len(shards) > 1:
-        write_json(tmp / "model.safetensors.index.json", {
-            "metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
-            "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}})
-    os.replace(tmp, directory)  # also if it exists: it is empty
+    with replacing_folder(directory) as tmp:
+        for name in tokenizer_files(source):
+            (tmp / name).parent.mkdir(exist_ok=True)
+            shutil.copy(source / name, tmp / name)
+        for name, value in {"config.json": config, **dict(extra)}.items():
+            write_json(tmp / name, value)
+        for file, shard in zip(files, shards):  # one at a time leaves the accelerator
+            save_tensors(shard, tmp / file)
+        if len(shards) > 1:
+            write_json(tmp / "model.safetensors.index.json", {
+                "metadata": {"total_size": sum(p.nbytes for p in model.parameters())},
+                "weight_map": {name: f for f, shard in zip(files, shards) for name in shard}})
 
 
 def cut_into_shards(model, most):
@@ -2685,6 +2705,8 @@ def chat(model, tokenizer, prompts, run):
         print(f"\n[{len(ids)} tokens read in {times[1] - times[0]:.2f} s, {len(new)} written, "
               f"{rate:,.1f} a second; cache {sum(x.nbytes for x in cache.tensors()) / 1e6:,.1f} MB "
               f"for {count} tokens]")
+        if count > model.config.max_positions:
+            print(f"(more than the {model.config.max_positions} tokens that it was made to read)")
         if held.endswith("\ufffd"):  # cut inside of a character, whose next byte is in new[-1]
             held, count, cache = "", 0, None  # so read all again, as text
 
@@ -2763,7 +2785,9 @@ def run_command(main, memory="shorter texts and fewer new tokens need less"):
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Python's own "[Errno 2] No such file or directory: 'a.txt'" in the order of all others.
+        name, cause = getattr(error, "filename", None), getattr(error, "strerror", None)
+        print("error:", f"{name}: {cause}" if name and cause else error, file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -261,13 +261,25 @@ def test_all_mismatches_come_in_one_error(pair, tmp_path):
         assert words in str(error.value)
 
 
-@pytest.mark.parametrize("inputs", ["out", "out.tmp", "out.sweep/candidate"])
+@pytest.mark.parametrize("inputs", ["out", "out.sweep/candidate"])
 def test_inputs_are_safe_from_the_output(pair, tmp_path, inputs):
     (tmp_path / inputs).parent.mkdir(exist_ok=True)
     shutil.copytree(pair[0], tmp_path / inputs)
     with pytest.raises(ValueError, match="not empty|the input .* lies where"):
         merge([tmp_path / inputs, pair[1]], tmp_path / "out")
     assert stored(tmp_path / inputs).keys() == stored(pair[0]).keys()
+
+
+def test_a_link_is_followed_and_what_is_the_users_own_stays(pair, tmp_path):
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp/thesis.txt").touch()
+    (tmp_path / "large/disk").mkdir(parents=True)
+    (tmp_path / "large/disk.0123abcd.tmp").mkdir()  # of a killed merge
+    (tmp_path / "out").symlink_to(tmp_path / "large/disk")
+    merge(pair, tmp_path / "out")
+    assert stored(tmp_path / "large/disk").keys() == stored(pair[0]).keys()
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "out.tmp/thesis.txt").exists()
+    assert [p.name for p in (tmp_path / "large").iterdir()] == ["disk"]
 
 
 def test_output_that_is_not_empty_is_refused(pair, tmp_path):

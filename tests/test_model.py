@@ -978,9 +978,23 @@ def test_a_tiny_temperature_is_greedy(folders, temperature):
     assert torch.equal(sampled, greedy)
 
 
-def test_saving_spares_the_folder_that_the_model_came_from(folders, tmp_path):
+def test_saving_spares_all_that_is_not_its_own(folders, tmp_path):
     shutil.copytree(folders("llama3.1")[0], tmp_path / "mine.tmp")
-    teacher = load_pretrained(tmp_path / "mine.tmp")
-    with pytest.raises(ValueError, match="own source"):
-        save_pretrained(teacher, tmp_path / "mine")
-    assert load_pretrained(tmp_path / "mine.tmp")
+    save_pretrained(load_pretrained(tmp_path / "mine.tmp"), tmp_path / "mine")
+    assert load_pretrained(tmp_path / "mine.tmp") and load_pretrained(tmp_path / "mine")
+    assert {p.name for p in tmp_path.iterdir()} == {"mine", "mine.tmp"}
+
+
+def test_numbers_too_large_for_the_dtype_are_refused_and_a_cast_is_said(tmp_path, folders, capsys):
+    shutil.copytree(folders("llama3.1")[0], tmp_path / "m")
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].half()
+    save_file(tensors, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    load_pretrained(tmp_path / "m")
+    assert "tensors, such as lm_head.weight, are stored in another dtype" in capsys.readouterr().out
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.norm.weight has numbers too large for torch.float16"):
+        load_pretrained(tmp_path / "m")
+    load_pretrained(tmp_path / "m", dtype=torch.float32)
+    assert not capsys.readouterr().out
