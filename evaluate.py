@@ -487,7 +487,7 @@ class Scorer(Reader):
                     if texts[b] is None:
                         if token not in eos:
                             new[b].append(token)
-                        text = self.tokenizer.decode(i for i in new[b] if i not in special)
+                        text = self.tokenizer.decode([i for i in new[b] if i not in special])
                         text = text.rstrip("\ufffd")
                         cut = min((text.find(s) for s in stops[b] if s in text), default=len(text))
                         named = token in special and any(

@@ -420,7 +420,7 @@ def test_who_changes_the_files_must_raise_their_format(tmp_path, tokenizer, monk
                       {"role": "assistant", "content": "yes"}]})))
     folder = tokenise(path, tokenizer, 1, tmp_path / "data")
     digest = sha256(*(folder / name for name in distill.FILES))
-    assert (distill.DATA_FORMAT, digest[:16]) == (7, "bce3366f3c7090a6")
+    assert (distill.DATA_FORMAT, digest[:16]) == (7, "bd97666fe1eb1cd2")
 
 
 def test_conversations_learn_the_assistants_tokens_only(tmp_path, tokenizer, monkeypatch):
@@ -640,6 +640,9 @@ def test_an_empty_text_is_no_document_and_the_tail_is_counted(tmp_path, tokenize
                                          context=64, experts=False, eval_rows=1), tokenizer, 1023)
     assert (f"{source.num_rows * 64:,} of {source.total:,} tokens fill rows"
             in capsys.readouterr().out)
+    open_data(Namespace(data=[(tmp_path / "b.jsonl", None)], out=tmp_path / "run", context=64,
+                        experts=False, eval_rows=1), tokenizer, 1023)
+    assert "2 rows of the file hold no text of two tokens" in capsys.readouterr().out
     assert distill.parse_row({"dna": ""}, tokenizer, 1023) == []
     for name, size in (("tokens.bin", 400), ("loss.bin", 0), ("documents.bin", 0)):
         whole = (folders[0] / name).read_bytes()
@@ -935,6 +938,12 @@ def test_who_is_whose_is_checked_before_a_plan_too(tmp_path, corpus, whole):
     assert not (tmp_path / "run/run.json").exists()
 
 
+def test_targets_in_the_runs_own_folders_are_refused(tmp_path, corpus):
+    for own in ("", "checkpoints", "seed", "a/targets", "student"):
+        refused = command(*tiny(tmp_path / "run", corpus, "--targets", tmp_path / "run" / own))
+        assert refused.returncode == 2 and "is a folder of the run's own" in refused.stderr
+
+
 def test_a_lack_of_memory_is_one_sentence(tmp_path, corpus):
     done = command(*tiny(tmp_path / "run", corpus, "--tokens", "1e13"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -957,6 +966,16 @@ def test_tasks_that_the_teacher_cannot_do_are_refused_before_training(tmp_path, 
     refused = command(*tiny(tmp_path / "run", corpus, "--tasks", tmp_path / "t.jsonl"))
     assert refused.returncode == 2 and "t.jsonl:1: max_new_tokens 512 of 512" in refused.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_without_an_end_of_text_is_said(tmp_path):
+    shutil.copytree(TEACHER, tmp_path / "m")
+    config = json.loads((TEACHER / "config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    (tmp_path / "m/generation_config.json").unlink(missing_ok=True)
+    done = command(*tiny(tmp_path / "run", write_rows(tmp_path / "b.jsonl", ["too short"]),
+                         "--teacher", tmp_path / "m"))
+    assert "names no eos_token_id: texts end without a token for it" in done.stdout
 
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path, corpus):
@@ -999,12 +1018,16 @@ def test_a_run_ends_with_a_table_and_a_student(whole, corpus):
     student = load_pretrained(out / "student")
     assert (student.config.hybrid.window, student.config.hybrid.features) == (8, 4)
     assert Tokenizer(out / "student").encode("x") == Tokenizer(TEACHER).encode("x")
+    rows = int(re.search(r"data      a: ([0-9,]+) of", done.stdout)[1].replace(",", "")) // 64
+    assert done.stdout.count(f"each source is read: a {48 / rows:.2g}\n") == 2  # 12 steps of 4
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["teacher", "entry", "after stage I", "after stage II"]
     assert not (out / "checkpoints").exists()
     assert json.loads((out / "student/config.json").read_text())["torch_dtype"] == "float32"
     again = command(*tiny(out, corpus))
     assert again.returncode == 2 and "--resume" in again.stderr
+    again = command(*tiny(out, os.path.relpath(corpus), "--resume"))  # the same file, by its content
+    assert again.returncode == 0 and "held-out, after stage II" in again.stdout
 
 
 @pytest.mark.parametrize("flags", [[], ["--experts"]])
@@ -1539,3 +1562,7 @@ def test_experts_share_a_seed_and_are_merged_and_scored(tmp_path, corpus):
     later = command(*tiny(tmp_path / "later", corpus, "--start", out / "merged", "--tokens", 64))
     assert later.returncode == 0 and "merged has other weights" in later.stdout
     assert not any(stage == "align" for stage, _ in logged(tmp_path / "more"))
+    weighed = command(*tiny(tmp_path / "weighed", corpus, "--data", f"{corpus}=3", f"{other}=1",
+                            "--experts", "--start", out / "seed", "--tokens", 64))
+    assert weighed.returncode == 0
+    assert weighed.stdout.count("=WEIGHT is of stage I alone, which is skipped") == 2

@@ -244,6 +244,15 @@ def test_generation_is_greedy_and_cut_at_stops_in_the_text(scorer):
     assert both[0] == text[:text.find(stop)] and text.startswith(both[1])
 
 
+def test_special_tokens_end_a_text_but_are_no_part_of_it(scorer, monkeypatch):
+    a, b = scorer.tokenizer.encode("a", bos=False)[0], scorer.tokenizer.encode("b", bos=False)[0]
+    mark = scorer.tokenizer.added["<|begin_of_text|>"]
+    monkeypatch.setattr(evaluate, "stream", lambda *args, **kwargs: (
+        torch.tensor([i]) for i in (a, mark, b, a)))
+    for stops, text in (([], "aba"), (["<|begin_of_text|>"], "a"), (["ba"], "a"), (["ab"], "")):
+        assert list(scorer.generate([([1], stops, 4)])) == [(0, text)]
+
+
 def test_half_a_character_is_held_back(scorer, monkeypatch):
     # Whatever is generated, let its n tokens be the first n bytes of three euro signs.
     monkeypatch.setattr(scorer.tokenizer, "decode",
@@ -438,6 +447,9 @@ def test_gate_map_is_the_median_of_the_gates(student_dir):
     expected = torch.cat(seen, dim=1)  # (H, tokens)
     assert (expected.mean(1) - expected.median(1).values).abs().max() > 0.05
     assert torch.allclose(medians[3], expected.median(1).values, atol=1e-3)
+    seen.clear()  # no row is longer than what the model was made to read
+    gate_map(scorer, ["one two " * 2000], tokens=4096, rows=1)
+    assert [gates.shape[-1] for gates in seen] == [512]
     with pytest.raises(ValueError, match="no output gates"):
         gate_map(Scorer(TEACHER), texts)
 
@@ -491,7 +503,8 @@ def test_rolling_loglikelihood_predicts_each_token_once(student_dir):
     assert total == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_harness_s_other_names_for_a_limit_are_read_and_sampling_is_refused(student_dir):
+def test_the_harness_s_other_names_for_a_limit_are_read_and_sampling_is_refused(
+        student_dir, capsys):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     scorer = Scorer(student_dir)
@@ -501,6 +514,14 @@ def test_the_harness_s_other_names_for_a_limit_are_read_and_sampling_is_refused(
             "generate_until", {}, ("sum: 1+2=", {"until": ["", "no such end"], **options}), 0)])
 
     full = said(max_gen_toks=12)
+    assert "contexts were too long" not in capsys.readouterr().out
+    scorer.max_tokens = 15
+    said(max_gen_toks=12)
+    evaluate.lm_eval_model(scorer).loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in (
+        ("word " * 20, " end"), ("a", " b"))])
+    said_so = capsys.readouterr().out
+    assert "1 of 1 contexts were too long and lost" in said_so and "1 of 2 contexts" in said_so
+    scorer.max_tokens = 512
     assert full[0] and full == said(max_new_tokens=12) == said(max_tokens=12, temperature=0.0)
     for sampled in ({"temperature": 0.8}, {"do_sample": True}, {"num_beams": 2}):
         with pytest.raises(ValueError, match="greedily only"):
@@ -571,6 +592,9 @@ def test_compare_command_reports_and_goes_on(tmp_path, student_dir, capsys):
     assert "pip install matplotlib" in first or (out / "win_and_tie.png").exists()
     evaluate.main(command)
     assert capsys.readouterr().out == first
+    command[command.index(str(student_dir))] = str(TEACHER)
+    evaluate.main(command)
+    assert f"in it as well, add --student {student_dir}" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ speed
