@@ -1799,6 +1799,23 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     if prepare:
         prepare(model)
     model.to_empty(device=device)
+    try:
+        cast = _fill(model, read, copied)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    if cast and dtype is None:
+        print(f"{directory}: {len(cast)} tensors, such as {min(cast)}, are stored in another dtype "
+              f"than the embedding, and are read as {model.lm_head_weight.dtype}")
+    model.source = directory
+    return _set_kernels(model, kernels)
+
+
+def _fill(model, read, copied):
+    """Read all parameters, a few rows at a time, by `read` of `load_pretrained`.
+
+    copied: whether a tied model's lm_head is stored as well. Returns the names of those that were
+    stored in another dtype. ValueError for numbers too large for theirs, or a copy that is none.
+    """
     cast = set()
     for name, p in model.named_parameters():
         rows, first = local_rows(p.detach())
@@ -1809,18 +1826,14 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
             if piece.dtype != rows.dtype:
                 cast.add(name)
                 if piece.isfinite().all() and not rows[a:b].isfinite().all():
-                    raise ValueError(f"{directory}: {name} has numbers too large for {rows.dtype}; "
-                                     "load it as float32 (--dtype float32)")
+                    raise ValueError(f"{name} has numbers too large for {rows.dtype}; load it as "
+                                     "float32 (--dtype float32)")
             # transformers unties a copy with other values and warns; here the folder must decide.
             if copied and name == "model.embed_tokens.weight" and not torch.equal(
                     piece, read("lm_head.weight", first + a, first + b)):
-                raise ValueError(f"{directory}: lm_head.weight is not {name}, as config.json says: "
-                                 "set tie_word_embeddings to false there, or drop lm_head.weight")
-    if cast and dtype is None:
-        print(f"{directory}: {len(cast)} tensors, such as {min(cast)}, are stored in another dtype "
-              f"than the embedding, and are read as {model.lm_head_weight.dtype}")
-    model.source = directory
-    return _set_kernels(model, kernels)
+                raise ValueError(f"lm_head.weight is not {name}, as config.json says: set "
+                                 "tie_word_embeddings to false there, or drop lm_head.weight")
+    return cast
 
 
 def local_rows(p):
