@@ -514,7 +514,7 @@ def open_data(run, tokenizer, eos_id):
         print(f"data      {source.name}: {source.num_rows * run.context:,} of {source.total:,} "
               f"tokens fill rows to train on; {source.labels:,} labels, the longest document "
               f"{source.lengths.max():,}; "
-              + ("=WEIGHT is of stage I alone, which is skipped" if run.experts and why_no_align(run)
+              + ("stage I, which alone weighs files, is skipped" if run.experts and why_no_align(run)
                  else f"{weight / sum(weights):.0%} of every batch" + " of stage I" * run.experts)
               + f"; {min(run.eval_rows, held.num_rows)} rows held out to measure by")
         if source.dropped:

@@ -1565,4 +1565,4 @@ def test_experts_share_a_seed_and_are_merged_and_scored(tmp_path, corpus):
     weighed = command(*tiny(tmp_path / "weighed", corpus, "--data", f"{corpus}=3", f"{other}=1",
                             "--experts", "--start", out / "seed", "--tokens", 64))
     assert weighed.returncode == 0
-    assert weighed.stdout.count("=WEIGHT is of stage I alone, which is skipped") == 2
+    assert weighed.stdout.count("stage I, which alone weighs files, is skipped") == 2
