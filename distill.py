@@ -297,9 +297,10 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
            f"{tokenizer_sha256(Path(tokenizer.path).parent)}")
     folder = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.exists():
-        tokens, loss = ((folder / name).stat().st_size for name in ("tokens.bin", "loss.bin"))
-        count = np.fromfile(folder / "documents.bin", DOCUMENT)["length"].sum()
-        if not 0 < count == loss == tokens / np.dtype(np.uint32).itemsize:
+        sizes, count = {file.name: file.stat().st_size for file in folder.iterdir()}, 0
+        if sizes.keys() >= FILES.keys():
+            count = np.fromfile(folder / "documents.bin", DOCUMENT)["length"].sum()
+        if not 0 < count == sizes["loss.bin"] == sizes["tokens.bin"] / 4:
             raise ValueError(f"{folder} is damaged, as by a copy that was cut off: delete it, and "
                              "the run makes it again")
         return folder
@@ -514,12 +515,13 @@ def open_data(run, tokenizer, eos_id):
         print(f"data      {source.name}: {source.num_rows * run.context:,} of {source.total:,} "
               f"tokens fill rows to train on; {source.labels:,} labels, the longest document "
               f"{source.lengths.max():,}; "
-              + ("stage I, which alone weighs files, is skipped" if run.experts and why_no_align(run)
-                 else f"{weight / sum(weights):.0%} of every batch" + " of stage I" * run.experts)
+              + (f"{weight / sum(weights):.0%} of every batch" + " of stage I" * run.experts
+                 if not (run.experts and why_no_align(run)) else
+                 "stage I, which alone weighs files, is skipped")
               + f"; {min(run.eval_rows, held.num_rows)} rows held out to measure by")
         if source.dropped:
-            print(f"          {source.dropped:,} rows of the file hold no text of two tokens and are "
-                  "left out")
+            print(f"          {source.dropped:,} rows of the file hold no text of two tokens and "
+                  "are left out")
         if source.mute:
             print(f"          {source.mute:,} of its {len(source.lengths):,} documents have no "
                   "token to learn, such as conversations without an assistant's turn")
@@ -1478,7 +1480,7 @@ def describe(run, title, student, trainable, steps, mixture):
     print(f"\n{title}: {steps} steps of {run.batch} x {run.context} tokens, "
           f"{steps * run.batch * run.context:,} in all\n  {train:,} of {total:,} parameters train "
           f"({train / total:.2%}), the others are frozen\n  times that each source is read: "
-          + ", ".join(f"{s.name} {n / s.num_rows:.2g}" for s, n in zip(mixture.sources, drawn)))
+          + ", ".join(f"{s.name} {n / s.num_rows:,.2f}" for s, n in zip(mixture.sources, drawn)))
     if run.warmup >= steps:
         print(f"  All {steps} steps are warm-up, as --warmup is {run.warmup}: the learning rate "
               "reaches its peak in the last one")
@@ -1835,9 +1837,9 @@ def check_arguments(run):
                          "their tokens, beside which a weight of 2 is nothing)")
     if run.targets and run.out and run.targets.resolve().is_relative_to(run.out.resolve()):
         own = run.targets.resolve().relative_to(run.out.resolve()).parts[:1]
-        if not own or own[0] in taken.union(names):
-            raise ValueError(f"--targets {run.targets} is a folder of the run's own, which it may "
-                             "delete: name another")
+        if not own or own[0] in {"data", "seed", "student", "checkpoints", "generalist", "merged",
+                                 "report", *names}:
+            raise ValueError(f"--targets {run.targets} is a folder of the run itself: name another")
     if run.experts and len(names) < 2:
         raise ValueError("--experts needs two --data files or more: an expert for each")
     if run.tasks:
@@ -1918,9 +1920,10 @@ def load(run):
     if run.context > teacher.config.max_positions:
         print(f"          --context {run.context} is longer than the {teacher.config.max_positions}"
               " tokens that it reads (max_position_embeddings): what it says there is a guess")
-    student, eos_ids = new_student(run, teacher), teacher.config.eos_ids
+    eos_ids = teacher.config.eos_ids
     if not eos_ids:
         print("          its config.json names no eos_token_id: texts end without a token for it")
+    student = new_student(run, teacher)
     if run.rank > 0:
         barrier()
     data = open_data(run, tokenizer, eos_ids[0] if eos_ids else None)
@@ -1951,8 +1954,8 @@ def main(argv=None):
     """
     run, started = parse_arguments(argv), time.time()
     check_arguments(run)
-    check_models(run)
     start_processes(run)
+    check_models(run)
     run.micro_batch = min(run.micro_batch, run.batch // run.world)  # --plan counts what will run
     if run.plan:
         return show_plan(run)

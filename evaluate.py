@@ -477,6 +477,12 @@ class Scorer(Reader):
         in the harness. The beginning of a character whose other bytes have not come is held back.
         """
         eos, special = self.model.config.eos_ids, self.tokenizer.special
+        decode = self.tokenizer.decode
+        marks = re.compile("|".join(re.escape(decode([i])) for i in special) or "(?!)")
+
+        def cut(text, stops):
+            return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
+
         for batch in _equal_lengths(range(len(requests)), lambda i: len(requests[i][0]),
                                     lambda T: ROWS):
             prompts, stops, most = zip(*(requests[i] for i in batch))
@@ -487,13 +493,13 @@ class Scorer(Reader):
                     if texts[b] is None:
                         if token not in eos:
                             new[b].append(token)
-                        text = self.tokenizer.decode([i for i in new[b] if i not in special])
-                        text = text.rstrip("\ufffd")
-                        cut = min((text.find(s) for s in stops[b] if s in text), default=len(text))
-                        named = token in special and any(
-                            s in self.tokenizer.decode(new[b]) for s in stops[b])
-                        if token in eos or cut < len(text) or named or len(new[b]) == most[b]:
-                            texts[b] = text[:cut]
+                        whole = decode(new[b]).rstrip("\ufffd")
+                        text = cut(whole, stops[b])
+                        ended = token in eos or text != whole or len(new[b]) == most[b]
+                        if special.intersection(new[b]):
+                            text = marks.sub("", text)
+                        if ended or cut(text, stops[b]) != text:
+                            texts[b] = cut(text, stops[b])
                 if None not in texts:
                     break
             yield from zip(batch, texts)
@@ -650,7 +656,7 @@ def _read_samples(path, model):
     results = [result for _, result in read_rows(path)]
     own = {(r["file"], r["id"]): r for r in results if r.get("model") == model}
     if others := sum(r.get("model") != model for r in results):
-        print(f"{path}: {others} lines are not of this model on this device and are not used")
+        print(f"{path}: {others} lines are not of this model on this kind of device, and not used")
     return own
 
 
@@ -899,8 +905,8 @@ def gate_map(scorer, texts, *, tokens=1024, rows=128):
     """Median output gate o_t of every layer and head: (layers, H) fp32 on the CPU.
 
     0: only the window is read, 1: only the mLSTM. Over the first `rows` rows of at most `tokens`
-    tokens (no more than the model was made to read), cut from the texts. Raises ValueError for a model without output gates, and if the
-    texts have no tokens.
+    tokens (no more than the model was made to read), cut from the texts. Raises ValueError for a
+    model without output gates, and if the texts have no tokens.
     """
     hybrid, tokens = scorer.model.config.hybrid, min(tokens, scorer.max_tokens)
     if hybrid is None or MIXERS[hybrid.mixer] is not HybridAttention:
@@ -954,8 +960,8 @@ def lm_eval_model(scorer):
         def uncut(self, found):  # [(ids, tokens lost), ...] -> ids; and says what was lost
             ids, lost = zip(*found) if found else ((), ())
             if any(lost):
-                print(f"{sum(map(bool, lost))} of {len(lost)} contexts were too long and lost their "
-                      "left end")
+                print(f"{sum(map(bool, lost))} of {len(lost)} requests were too long and lost "
+                      "their left end")
             return ids
 
         def loglikelihood(self, requests):
@@ -1228,9 +1234,10 @@ def run_compare(run):
         ModelConfig.from_hf(folder)
     run.out.mkdir(parents=True, exist_ok=True)
     before = read_json(run.out / "report.json", {}).get("students", {})
-    if gone := before.keys() - {str(path) for path in run.student}:
+    now = {path.resolve() for path in run.student}
+    if gone := [name for name in before if Path(name).resolve() not in now]:
         print(f"{run.out / 'report.json'} is of other students, and will be replaced. What was "
-              f"scored is kept: to have them in it as well, add --student {' '.join(sorted(gone))}")
+              f"scored is kept: to have them in it as well, add --student {' '.join(gone)}")
 
     def score(folder, name):
         name = re.sub(r"[^a-zA-Z0-9._]+", "-", name)[-200:]  # a file's name has its limit

@@ -569,8 +569,8 @@ def f_bwd(dlog_i, q_dq, start, flux,  # inputs
 def blocks(dtype, F, E):
     """L tokens a chunk; tiles: BR tokens, BF features of a product, BS features of the scan; warps.
 
-    In bf16 these spill nothing on sm_80 and sm_90, F 512 beside E 128 included (a test compiles
-    them; only gates_fwd puts 8 to 24 bytes aside, with Triton 3.6). BR is 64, the least that a warp
+    In bf16 nothing spills on sm_80 and sm_90, F 512 beside E 128 included (a test compiles it), but
+    for 8 to 24 bytes of gates_fwd with Triton 3.6. BR is 64, the least that a warp
     group of Hopper multiplies; with 128 rows the L x L weights and the sums leave no registers for
     the gates. So a processor holds one program of 8 warps at a time (170 to 230 registers a
     thread), and num_stages has the next tile loaded under the products of this one, if there are

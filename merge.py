@@ -106,7 +106,10 @@ def open_folder(path):
             tensors[name] = Stored(name, file, 8 + size + start, stop - start,
                                    DTYPES[entry["dtype"]])
             facts[f"tensor {name}"] = f"{entry['dtype']} {entry['shape']}"
-    for name, value in dataclasses.asdict(ModelConfig.from_hf(path)).items():
+    config = ModelConfig.from_hf(path)
+    ropes = [*dict.fromkeys(config.layer_ropes)]  # each once, or a difference would fill a page
+    for name, value in {**dataclasses.asdict(config), "ropes": ropes,
+                        "layer_ropes": [*map(ropes.index, config.layer_ropes)]}.items():
         facts[f"config.json's {name}"] = value
     facts |= {name: f"sha256 {sha256(path / name)}" for name in tokenizer_files(path)
               if name != "generation_config.json"}  # its eos ids are above, the rest is taste
@@ -294,9 +297,13 @@ def sweep(directories, output, score, *, greedy=False, step=STEP, method="linear
     number.
     """
     count, output = len(directories), Path(output).resolve()
-    grid = simplex_grid(count, step)
-    # The weights do not matter yet: any point of the grid will do.
-    experts, seed = check(directories, output, grid[0], method, seed, density)
+
+    def soup(members):
+        return tuple((i in members) / len(members) for i in range(count))
+
+    grid = [] if greedy else simplex_grid(count, step)
+    # The weights do not matter yet: any will do.
+    experts, seed = check(directories, output, soup(range(count)), method, seed, density)
     candidate, results = Path(f"{output}.sweep/candidate"), Path(f"{output}.sweep/results.jsonl")
     results.parent.mkdir(parents=True, exist_ok=True)
     drop_torn_line(results)
@@ -318,9 +325,6 @@ def sweep(directories, output, score, *, greedy=False, step=STEP, method="linear
             scores[weights] = value
             print(f"{value:.4f}  lambdas " + " ".join(f"{w:.3f}" for w in weights), flush=True)
         return scores[weights]
-
-    def soup(members):
-        return tuple((i in members) / len(members) for i in range(count))
 
     if greedy:
         first, *others = sorted(range(count), key=lambda i: -measure(soup([i])))
@@ -395,4 +399,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, memory="a merge itself needs little, so close other programs")

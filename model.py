@@ -45,6 +45,7 @@ import codecs
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import hashlib
 import itertools
@@ -446,6 +447,8 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(tmp, path)
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
         raise OSError(f"{path} cannot be written ({error}): {_DISK}") from None
     finally:
         tmp.unlink(missing_ok=True)
@@ -453,15 +456,15 @@ def replacing(path):
 
 @contextlib.contextmanager
 def replacing_folder(path):
-    """A new folder, to fill, that becomes `path` if the block ends well; `path` may exist, if empty.
+    """A new folder, to fill, that becomes `path` if the block ends well.
 
-    As `replacing`: whoever finds the folder finds it whole. What a killed call has left is cleared
-    away, known by its name: eight hex digits before ".tmp".
+    As `replacing`: whoever finds the folder finds it whole. `path` may exist, if it is empty. What a killed call has left is cleared
+    away, known by its name: eight hex digits before ".tmp". So one call at a time for a path.
     """
     ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.tmp")
     for old in path.parent.glob("*.tmp"):
         if ours.fullmatch(old.name):
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     tmp.mkdir(parents=True)
     try:
@@ -1825,9 +1828,9 @@ def _fill(model, read, copied):
             rows[a:b] = piece = read(name, first + a, first + b)
             if piece.dtype != rows.dtype:
                 cast.add(name)
-                if piece.isfinite().all() and not rows[a:b].isfinite().all():
+                if not rows[a:b].isfinite().all() and piece.isfinite().all():
                     raise ValueError(f"{name} has numbers too large for {rows.dtype}; load it as "
-                                     "float32 (--dtype float32)")
+                                     "float32 (distill.py: --dtype float32, else --device cpu)")
             # transformers unties a copy with other values and warns; here the folder must decide.
             if copied and name == "model.embed_tokens.weight" and not torch.equal(
                     piece, read("lm_head.weight", first + a, first + b)):
@@ -1909,8 +1912,9 @@ def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     """Write config.json, *.safetensors (+ index) and the source folder's tokenizer files.
 
     extra: dict of more JSON files, name -> value. The folder appears complete or not at all
-    (`replacing_folder`). Tensors keep their dtype. Raises ValueError if `directory` exists and is not empty (nothing is ever
-    overwritten) or the model has no `source` folder to take the small files from.
+    (`replacing_folder`). Tensors keep their dtype. Raises ValueError if `directory` exists and is
+    not empty (nothing is ever overwritten) or the model has no `source` folder to take the small
+    files from.
     """
     directory = Path(directory).resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -2805,7 +2809,8 @@ def run_command(main, memory="shorter texts and fewer new tokens need less"):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: out of memory: {memory} ({str(error).splitlines()[0]})", file=sys.stderr)
+        cause = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        print(f"error: out of memory: {memory}{cause}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # what shells say of a program that Ctrl-C has ended

@@ -691,6 +691,13 @@ def test_faults_are_one_sentence_and_exit_2(tmp_path, capsys):
             code.run_command(functools.partial(code.main, [*map(str, arguments)]))
         assert left.value.code == 2 and words in capsys.readouterr().err
 
+    def full():
+        raise MemoryError  # as Python's own allocator raises it, without a word
+
+    with pytest.raises(SystemExit) as left:
+        code.run_command(full, "buy more")
+    assert left.value.code == 2 and capsys.readouterr().err == "error: out of memory: buy more\n"
+
 
 def test_a_terminal_of_another_encoding_ends_no_conversation(talker):
     done = subprocess.run([sys.executable, code.__file__, str(talker), "--max-new-tokens", "2"],

@@ -649,6 +649,9 @@ def test_an_empty_text_is_no_document_and_the_tail_is_counted(tmp_path, tokenize
         os.truncate(folders[0] / name, size)
         with pytest.raises(ValueError, match=f"{folders[0]} is damaged"):
             tokenise(tmp_path / "a.jsonl", tokenizer, 1023, tmp_path, 1)
+        (folders[0] / name).unlink()
+        with pytest.raises(ValueError, match=f"{folders[0]} is damaged"):
+            tokenise(tmp_path / "a.jsonl", tokenizer, 1023, tmp_path, 1)
         (folders[0] / name).write_bytes(whole)
     assert tokenise(tmp_path / "a.jsonl", tokenizer, 1023, tmp_path, 1) == folders[0]
 
@@ -941,7 +944,7 @@ def test_who_is_whose_is_checked_before_a_plan_too(tmp_path, corpus, whole):
 def test_targets_in_the_runs_own_folders_are_refused(tmp_path, corpus):
     for own in ("", "checkpoints", "seed", "a/targets", "student"):
         refused = command(*tiny(tmp_path / "run", corpus, "--targets", tmp_path / "run" / own))
-        assert refused.returncode == 2 and "is a folder of the run's own" in refused.stderr
+        assert refused.returncode == 2 and "is a folder of the run itself" in refused.stderr
 
 
 def test_a_lack_of_memory_is_one_sentence(tmp_path, corpus):
@@ -1019,7 +1022,7 @@ def test_a_run_ends_with_a_table_and_a_student(whole, corpus):
     assert (student.config.hybrid.window, student.config.hybrid.features) == (8, 4)
     assert Tokenizer(out / "student").encode("x") == Tokenizer(TEACHER).encode("x")
     rows = int(re.search(r"data      a: ([0-9,]+) of", done.stdout)[1].replace(",", "")) // 64
-    assert done.stdout.count(f"each source is read: a {48 / rows:.2g}\n") == 2  # 12 steps of 4
+    assert done.stdout.count(f"each source is read: a {48 / rows:,.2f}\n") == 2  # 12 steps of 4
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["teacher", "entry", "after stage I", "after stage II"]
     assert not (out / "checkpoints").exists()

@@ -249,7 +249,8 @@ def test_special_tokens_end_a_text_but_are_no_part_of_it(scorer, monkeypatch):
     mark = scorer.tokenizer.added["<|begin_of_text|>"]
     monkeypatch.setattr(evaluate, "stream", lambda *args, **kwargs: (
         torch.tensor([i]) for i in (a, mark, b, a)))
-    for stops, text in (([], "aba"), (["<|begin_of_text|>"], "a"), (["ba"], "a"), (["ab"], "")):
+    for stops, text in (([], "aba"), (["<|begin_of_text|>"], "a"), (["ba"], "a"), (["ab"], ""),
+                        (["<|begin_of_text|>b"], "a"), (["a<|begin_of_text|>b"], "")):
         assert list(scorer.generate([([1], stops, 4)])) == [(0, text)]
 
 
@@ -514,13 +515,13 @@ def test_the_harness_s_other_names_for_a_limit_are_read_and_sampling_is_refused(
             "generate_until", {}, ("sum: 1+2=", {"until": ["", "no such end"], **options}), 0)])
 
     full = said(max_gen_toks=12)
-    assert "contexts were too long" not in capsys.readouterr().out
+    assert "requests were too long" not in capsys.readouterr().out
     scorer.max_tokens = 15
     said(max_gen_toks=12)
     evaluate.lm_eval_model(scorer).loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in (
         ("word " * 20, " end"), ("a", " b"))])
     said_so = capsys.readouterr().out
-    assert "1 of 1 contexts were too long and lost" in said_so and "1 of 2 contexts" in said_so
+    assert "1 of 1 requests were too long and lost" in said_so and "1 of 2 requests" in said_so
     scorer.max_tokens = 512
     assert full[0] and full == said(max_new_tokens=12) == said(max_tokens=12, temperature=0.0)
     for sampled in ({"temperature": 0.8}, {"do_sample": True}, {"num_beams": 2}):
