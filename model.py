@@ -458,8 +458,9 @@ def replacing(path):
 def replacing_folder(path):
     """A new folder, to fill, that becomes `path` if the block ends well.
 
-    As `replacing`: whoever finds the folder finds it whole. `path` may exist, if it is empty. What a killed call has left is cleared
-    away, known by its name: eight hex digits before ".tmp". So one call at a time for a path.
+    As `replacing`: whoever finds the folder finds it whole. `path` may exist, if it is empty. What
+    a killed call has left is cleared away, known by its name: eight hex digits before ".tmp". So
+    one call at a time for a path.
     """
     ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.tmp")
     for old in path.parent.glob("*.tmp"):
