@@ -1878,7 +1878,7 @@ def settings_of(run):
         "teacher_sha256": teacher_sha256(run.teacher),
         "tokenizer_sha256": tokenizer_sha256(run.teacher),
         "start": str(run.start), "start_sha256": run.start and teacher_sha256(run.start),
-        "data": [[path.name, weight] for path, weight in run.data],
+        "data": [[path.name, weight] for path, weight in run.data],  # wherever it lies:
         "data_sha256": [sha256(path) for path, _ in run.data]}
 
 

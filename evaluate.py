@@ -497,9 +497,10 @@ class Scorer(Reader):
                         text = cut(whole, stops[b])
                         ended = token in eos or text != whole or len(new[b]) == most[b]
                         if special.intersection(new[b]):
-                            text = marks.sub("", text)
-                        if ended or cut(text, stops[b]) != text:
-                            texts[b] = cut(text, stops[b])
+                            whole = marks.sub("", text)
+                            text = cut(whole, stops[b])
+                        if ended or text != whole:
+                            texts[b] = text
                 if None not in texts:
                     break
             yield from zip(batch, texts)

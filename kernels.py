@@ -570,12 +570,12 @@ def blocks(dtype, F, E):
     """L tokens a chunk; tiles: BR tokens, BF features of a product, BS features of the scan; warps.
 
     In bf16 nothing spills on sm_80 and sm_90, F 512 beside E 128 included (a test compiles it), but
-    for 8 to 24 bytes of gates_fwd with Triton 3.6. BR is 64, the least that a warp
-    group of Hopper multiplies; with 128 rows the L x L weights and the sums leave no registers for
-    the gates. So a processor holds one program of 8 warps at a time (170 to 230 registers a
-    thread), and num_stages has the next tile loaded under the products of this one, if there are
-    two: hence BF <= F / 2 (one tile of 64 spilled). BS makes 2048 numbers a program, enough
-    programs to fill a GPU from one row of text. fp32 operands: right, not fast.
+    for 8 to 24 bytes of gates_fwd with Triton 3.6. BR is 64, the least that a warp group of Hopper
+    multiplies; with 128 rows the L x L weights and the sums leave no registers for the gates. So a
+    processor holds one program of 8 warps at a time (170 to 230 registers a thread), and num_stages
+    has the next tile loaded under the products of this one, if there are two: hence BF <= F / 2
+    (one tile of 64 spilled). BS makes 2048 numbers a program, enough programs to fill a GPU from
+    one row of text. fp32 operands: right, not fast.
     """
     L, BR, BF, warps = (128, 64, 64, 8) if dtype == torch.bfloat16 else (32, 32, 32, 4)
     return L, BR, min(BF, max(16, F // 2)), min(F, 2048 // E), warps

@@ -427,7 +427,10 @@ def read_json(path, missing=None):
         raise ValueError(f"{path} is no JSON object ({error}); copy the file again") from None
 
 
-_DISK = "make room or make it writable; what was saved before is whole, to go on from"
+def _unwritten(path, error):
+    """The OSError for a full disk or missing rights, with the remedy."""
+    return OSError(f"{path} cannot be written ({error}): make room or make it writable; what was "
+                   "saved before is whole, to go on from")
 
 
 @contextlib.contextmanager
@@ -449,7 +452,7 @@ def replacing(path):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
-        raise OSError(f"{path} cannot be written ({error}): {_DISK}") from None
+        raise _unwritten(path, error) from None
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -487,7 +490,7 @@ def append_json(path, value):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(value) + "\n")
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}): {_DISK}") from None
+        raise _unwritten(path, error) from None
 
 
 def drop_torn_line(path):
@@ -1974,7 +1977,7 @@ def save_tensors(tensors, path):
         save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path,
                   metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}): {_DISK}") from None
+        raise _unwritten(path, error) from None
     path.chmod(mode)
     with open(path, "rb") as file:  # a checkpoint that only the cache knows is none
         os.fsync(file.fileno())

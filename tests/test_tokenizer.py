@@ -403,7 +403,7 @@ def test_an_added_token_that_tokenizer_json_lacks_is_refused(folder, tmp_path):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(
             {"added_tokens_decoder": {"9000": {**token, "content": content}}}))
         if refused:
-            with pytest.raises(ValueError, match="'<|later|>', which tokenizer_config.json adds"):
+            with pytest.raises(ValueError, match=r"'<\|later\|>', which tokenizer_config.json adds"):
                 Tokenizer(tmp_path)
         else:
             assert Tokenizer(tmp_path).added[content] == token["id"]

@@ -102,8 +102,8 @@ def decoding_step(lengths, H=32, K=8, D=128):
     mixers = {"teacher": model.Attention(config, 0)} | {
         f"student, {n} D features": model.HybridAttention(dataclasses.replace(
             config, hybrid=model.Hybrid(features=n)), 0) for n in (1, 4)}
-    x, tables = torch.randn(1, 1, H * D), model.rope_tables(
-            config.layer_ropes[0], torch.zeros(1, 1), D)
+    tables = model.rope_tables(config.layer_ropes[0], torch.zeros(1, 1), D)
+    x = torch.randn(1, 1, H * D)
     print(f"\none token, a layer's mixer ({H} heads of {D}, {K} key/value heads), milliseconds")
     for name, mixer in mixers.items():
         if name != "teacher":
