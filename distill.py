@@ -77,10 +77,10 @@ import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, append_json,
                    check_device, drop_torn_line, generate, is_new, list_tensors,
-                   load_pretrained, load_with_tokenizer, local_rows, new_folder, number, read_json,
-                   read_rows, replacing, reverse_complement, run_command, save_pretrained,
-                   save_tensors, sha256, student_config, student_from_teacher, tokenizer_files,
-                   write_json)
+                   load_pretrained, load_with_tokenizer, local_rows, model_sha256, naming,
+                   new_folder, number, read_json, read_rows, replacing, reverse_complement,
+                   run_command, save_pretrained, save_tensors, sha256, student_config,
+                   student_from_teacher, tokenizer_files, write_json)
 
 HERE = Path(__file__).resolve().parent
 
@@ -228,21 +228,19 @@ def tokenise_part(path, tokenizer, eos_id, out, start, stop):
     tokenizer = _worker_tokenizer(tokenizer) if isinstance(tokenizer, Path) else tokenizer
     found = {name: [np.zeros(0, dtype)] for name, dtype in FILES.items()}
     for place, row in (read_text if path.suffix == ".txt" else read_rows)(path, start, stop):
-        try:
-            documents = [x for x in parse_row(row, tokenizer, eos_id) if len(x.ids) > 1]
-            if not documents:
-                found["dropped.bin"].append(np.ones(1, bool))
-            for ids, in_loss, skipped, content, *family in documents:
-                ids = np.array(ids, np.uint32)
-                in_loss = np.broadcast_to(np.array(in_loss, bool), len(ids))
-                # What is held out is not trained on in another guise: one hash for both strands of
-                # DNA, and for a family in any order of its members.
-                key = zlib.crc32(ids.tobytes() if content is None else content.encode())
-                described = len(ids), in_loss[1:].sum(), skipped, key, *family
-                for name, value in zip(FILES, (ids, in_loss, np.array([described], DOCUMENT))):
-                    found[name].append(value)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+        documents = naming(place, parse_row, row, tokenizer, eos_id)
+        documents = [document for document in documents if len(document.ids) > 1]
+        if not documents:
+            found["dropped.bin"].append(np.ones(1, bool))
+        for ids, in_loss, skipped, content, *family in documents:
+            ids = np.array(ids, np.uint32)
+            in_loss = np.broadcast_to(np.array(in_loss, bool), len(ids))
+            # What is held out is not trained on in another guise: one hash for both strands of DNA,
+            # and for a family in any order of its members.
+            key = zlib.crc32(ids.tobytes() if content is None else content.encode())
+            described = len(ids), in_loss[1:].sum(), skipped, key, *family
+            for name, value in zip(FILES, (ids, in_loss, np.array([described], DOCUMENT))):
+                found[name].append(value)
     with replacing(out) as file:
         np.savez(file, **{name: np.concatenate(arrays) for name, arrays in found.items()})
 
@@ -275,7 +273,7 @@ def tokenise_parts(path, tokenizer, eos_id, parts, workers):
         return
     pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"),
                                _start_worker)
-    make = partial(tokenise_part, path, Path(tokenizer.path).parent, eos_id)
+    make = partial(tokenise_part, path, tokenizer.folder, eos_id)
     try:
         yield from pool.map(make, *zip(*parts))
     except BrokenExecutor:
@@ -293,8 +291,9 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
     the hashes of the text and of the tokenizer's files, so a second call with the same input finds
     the first one's work. One call at a time. Raises ValueError naming file and line, or OSError.
     """
+    source = tokenizer.folder
     key = (f"{DATA_FORMAT} {eos_id} {tokenizer.separator_id} {path.suffix} {sha256(path)} "
-           f"{tokenizer_sha256(Path(tokenizer.path).parent)}")
+           + sha256(*(source / name for name in tokenizer_files(source))))
     folder = folder / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if folder.exists():
         sizes, count = {file.name: file.stat().st_size for file in folder.iterdir()}, 0
@@ -327,20 +326,6 @@ def tokenise(path, tokenizer, eos_id, folder, workers=None):
         shutil.rmtree(tmp, ignore_errors=True)  # the file must change, and with it the key
         raise
     return folder
-
-
-def teacher_sha256(folder):
-    """One digest of the files that decide what a teacher computes: its weights and config.json.
-
-    Stored targets and a run's settings carry it, so that neither is continued with another teacher.
-    """
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
-    return hashlib.sha256(" ".join(map(sha256, files)).encode()).hexdigest()
-
-
-def tokenizer_sha256(folder):
-    """sha256 of the files that decide how a teacher's texts and conversations are encoded."""
-    return sha256(*(folder / name for name in tokenizer_files(folder)))
 
 
 def map_array(path, dtype):
@@ -824,7 +809,7 @@ def my_micro_batches(run, step):
 # A file a row, named by source and row, not by step: epochs, experts, other weights and other seeds
 # share them, and whoever lacks some makes those. A row of 4096 tokens is a file of 4 or 5 MB.
 
-TARGETS_FORMAT = 2  # raise it when the files change their meaning
+TARGETS_FORMAT = 3  # raise it when the files change their meaning
 
 
 def changes(old, new):
@@ -899,18 +884,17 @@ class TargetCache:
                 file.write(row.tobytes())
 
 
-def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
+def prepare_targets(run, teacher, mixtures, stop):
     """Open the cache run.targets and make what `mixtures` draw and it lacks.
 
-    Process `rank` of `world` makes every world-th row, and waits for the others at the end.
+    Each of run.world processes makes every world-th row, and waits for the others at the end.
     Processes that do not know of each other do no harm, only work twice. A killed call loses its
     unfinished micro-batch. Raises ValueError when the folder is another's or the disk too small,
-    OSError, and Stopped when `stop` becomes true.
+    OSError, and Stopped once `stop`, of `catch_stop`, is not empty.
     """
     sources, config = mixtures[0].sources, teacher.config
     stored = TargetCache(run.targets, sources, {
-        "format": TARGETS_FORMAT, "teacher_sha256": teacher_sha256(run.teacher),
-        "tokenizer_sha256": tokenizer_sha256(run.teacher),
+        "format": TARGETS_FORMAT, "teacher_sha256": model_sha256(run.teacher),
         "data": [source.folder.name for source in sources],  # name and hash of each file
         "context": run.context, "k": min(run.topk, config.vocab_size),
         "vocab_size": config.vocab_size})
@@ -918,7 +902,7 @@ def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
     missing = [row for row in needed if not stored.path(*row).exists()]
     row_bytes, size = stored.row_type.itemsize, tqdm.format_sizeof
     need, free = len(missing) * row_bytes, shutil.disk_usage(run.targets).free
-    if rank == 0:
+    if run.rank == 0:
         print(f"targets   {run.targets}: {row_bytes / run.context:,.0f} bytes a token; "
               f"{len(needed) - len(missing):,} of {len(needed):,} rows are there. To write: "
               f"{size(need)}B; free: {size(free)}B")
@@ -926,9 +910,9 @@ def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
         raise ValueError(f"--targets {run.targets}: {size(need)}B are to be written, {size(free)}B "
                          "are free: take another disk, fewer --tokens or a lower --topk")
     # From `needed`, which is the same on all processes; `missing` shrinks while others write.
-    mine = sorted(set(needed[rank::world]) & set(missing))
+    mine = sorted(set(needed[run.rank::run.world]) & set(missing))
     with tqdm(desc="targets", total=len(mine) * run.context, unit="tok", unit_scale=True,
-              disable=rank > 0 or not mine) as bar:
+              disable=run.rank > 0 or not mine) as bar:
         for a in range(0, len(mine), run.micro_batch):
             part = mine[a:a + run.micro_batch]
             stored.write(run, part, teacher)
@@ -944,7 +928,6 @@ def prepare_targets(run, teacher, mixtures, stop=None, rank=0, world=1):
 # ----------------------------------------------------------------------------------------------
 # 5. Held-out comparison of student and teacher
 # ----------------------------------------------------------------------------------------------
-
 # What a stage was good for, on text that it never saw. Here the KL is over the whole vocabulary, as
 # the training loss, over the teacher's top k, is no measure of what lies outside.
 
@@ -1022,7 +1005,7 @@ def show(metrics):
 
 
 def learning_rate(step, steps, warmup, peak, final):
-    """Linear warm-up to `peak`, then a cosine to `final` (final = peak: constant). step from 0.
+    """Linear warm-up to `peak`, then a cosine towards `final` (= peak: constant). step from 0.
 
     A stage shorter than the warm-up reaches its peak at its end, which `describe` says.
     Paper: stage I falls to a thousandth of its peak, stage II is constant.
@@ -1056,8 +1039,9 @@ def select_trainable(student, which):
 def make_optimizer(trainable):
     """AdamW with weight decay 0.1 on matrices (Paper: 0.1), none on norms and biases.
 
-    Paper: betas not stated. Here: (0.9, 0.95), as its runs are short for the default 0.999. Fused:
-    the default on a GPU makes temporary copies as large as the parameters.
+    Paper: betas not stated. Here: (0.9, 0.95), as 0.999, the default, is a mean over a thousand
+    steps, and the paper's stage I has some 2,500. Fused: the default on a GPU makes temporary
+    copies as large as the parameters.
     """
     matrices = [p for p in trainable.values() if p.dim() > 1]
     vectors = [p for p in trainable.values() if p.dim() <= 1]
@@ -1708,7 +1692,6 @@ def export_student(run, seed, final):
 # ----------------------------------------------------------------------------------------------
 # 10. The command
 # ----------------------------------------------------------------------------------------------
-
 # The shipped teacher's preset: what differs from the paper's settings below when --teacher is not
 # given. A window of 16 makes its context of 512 tokens long. Paper: loss .9 CE + .1 KL. Here: the
 # reverse, because this teacher was trained on this very text: CE teaches the student things that
@@ -1875,9 +1858,8 @@ def settings_of(run):
         free += "mixer", "window", "sinks", "features"
     return {k: v for k, v in vars(run).items() if k not in free} | {
         "targets": bool(run.targets), "teacher": str(run.teacher.resolve()),
-        "teacher_sha256": teacher_sha256(run.teacher),
-        "tokenizer_sha256": tokenizer_sha256(run.teacher),
-        "start": str(run.start), "start_sha256": run.start and teacher_sha256(run.start),
+        "teacher_sha256": model_sha256(run.teacher),
+        "start": str(run.start), "start_sha256": run.start and model_sha256(run.start),
         "data": [[path.name, weight] for path, weight in run.data],  # wherever it lies:
         "data_sha256": [sha256(path) for path, _ in run.data]}
 
@@ -1968,7 +1950,7 @@ def main(argv=None):
     stop = catch_stop()  # from here on Ctrl-C and SIGTERM let a step end first
     if run.targets:
         mixtures = [mixture for _, mixture in students.values()]
-        stored = prepare_targets(run, teacher, mixtures, stop, run.rank, run.world)
+        stored = prepare_targets(run, teacher, mixtures, stop)
     if not run.resume:
         if run.device.type == "cuda":  # where memory is short; it takes seconds
             show_plan(run)

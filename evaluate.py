@@ -53,9 +53,9 @@ from tqdm import tqdm
 
 from model import (MIXERS, Cache, HybridAttention, ModelConfig, Tokenizer, Transformer,
                    append_json, check_device, drop_torn_line, finite, generate, is_out_of_memory,
-                   load_pretrained, load_with_tokenizer, new_folder, number, read_json, read_rows,
-                   reverse_complement, run_command, sha256, stream, student_from_teacher,
-                   tokenizer_files, write_json)
+                   load_pretrained, load_with_tokenizer, model_sha256, naming, new_folder, number,
+                   one_of, read_json, read_rows, reverse_complement, run_command, sha256, stream,
+                   student_from_teacher, write_json)
 
 # ----------------------------------------------------------------------------------------------
 # 1. Statistics: recovery, Win-and-Tie rate, critical tolerance
@@ -208,21 +208,13 @@ def read_task(path):
     """
     rows = {}
     for place, row in read_rows(path):
-        row = {**_at(place, _check_row, row), "where": place}
+        row = {**naming(place, _check_row, row), "where": place}
         if row["id"] in rows:
             raise ValueError(f"{place}: the id {row['id']!r} occurs twice in this file")
         rows[row["id"]] = row
     if not rows:
         raise ValueError(f"{path}: there is no row in this file")
     return list(rows.values())
-
-
-def _at(place, function, *args, **options):
-    """What the function returns; an error of bad input becomes one that names the place."""
-    try:
-        return function(*args, **options)
-    except (ValueError, OverflowError, RecursionError, re.error) as error:
-        raise ValueError(f"{place}: {error}") from None
 
 
 def _check_row(row):
@@ -478,7 +470,7 @@ class Scorer(Reader):
         """
         eos, special = self.model.config.eos_ids, self.tokenizer.special
         decode = self.tokenizer.decode
-        marks = re.compile("|".join(re.escape(decode([i])) for i in special) or "(?!)")
+        marks = one_of(decode([i]) for i in special)
 
         def cut(text, stops):
             return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
@@ -591,7 +583,7 @@ def score_choices(scorer, rows):
     equal lengths for a GPU's batches, few enough to lose little when the run is stopped.
     """
     for a in range(0, len(rows), 256):
-        block = [(row, [_at(row["where"], scorer.encode_pair, row["context"], choice)
+        block = [(row, [naming(row["where"], scorer.encode_pair, row["context"], choice)
                         for choice in row["choices"]]) for row in rows[a:a + 256]]
         found = iter(scorer.loglikelihoods([pair for _, pairs in block for pair, _ in pairs]))
         for row, pairs in block:
@@ -617,7 +609,7 @@ def score_texts(scorer, rows):
             prompt, number = needle_prompt(row, scorer.tokenizer)
             row = {**row, "prompt": prompt, "gold": number, "stop": [], "extract": "",
                    "match": "contains", "max_new_tokens": 16}
-        ids, n = _at(row["where"], scorer.cut_prompt, row["prompt"], row["max_new_tokens"])
+        ids, n = naming(row["where"], scorer.cut_prompt, row["prompt"], row["max_new_tokens"])
         asked.append((row, n))
         requests.append((ids, row["stop"], row["max_new_tokens"]))
     for i, text in scorer.generate(requests):
@@ -634,17 +626,6 @@ def score_rows(scorer, rows):
                          (score_sequences, ("family", "strand", "molecule"))):
         if chosen := [row for row in rows if row["type"] in types]:
             yield from score(scorer, chosen)
-
-
-def _model_key(directory, device):
-    """What decides a score: a hash of weights, config and tokenizer, and the kind of device.
-
-    By content, not by name: a folder that was distilled again must not inherit its old scores. And
-    a GPU computes in the stored dtype, bf16 mostly, where a CPU computes in fp32.
-    """
-    folder = Path(directory)
-    return sha256(*(folder / name for name in ("config.json", *tokenizer_files(folder))),
-                  *sorted(folder.glob("*.safetensors"))) + f" on {torch.device(device).type}"
 
 
 def _read_samples(path, model):
@@ -687,7 +668,7 @@ def read_tasks(directory, task_files, allow_code_execution=False, limit=None):
                              "more")
     reader = Reader(ModelConfig.from_hf(directory), Tokenizer(directory))
     for row in itertools.chain(*tasks.values()):
-        _at(row["where"], reader.check_row, row)
+        naming(row["where"], reader.check_row, row)
     return tasks
 
 
@@ -702,7 +683,8 @@ def evaluate_rows(directory, task_files, *, samples=None, device="cpu", limit=No
     """
     tasks = read_tasks(directory, task_files, allow_code_execution, limit)
     files = {task: sha256(path) for task, path in zip(tasks, task_files)}
-    model = _model_key(directory, device) if samples else None
+    # A GPU computes in the stored dtype, bf16 mostly, where a CPU computes in fp32.
+    model = f"{model_sha256(Path(directory))} on {torch.device(device).type}" if samples else None
     done = _read_samples(Path(samples), model) if samples else {}
     todo = {task: _rows_left(rows, files[task], done) for task, rows in tasks.items()}
     scorer = Scorer(directory, device) if any(todo.values()) else None
@@ -840,7 +822,7 @@ def molecule_shares(samples, known):
 def score_sequences(scorer, rows):
     """Yield (row, result) of "family", "strand" and "molecule" rows."""
     for row in rows:
-        result = _at(row["where"], _score_sequence, scorer, row)
+        result = naming(row["where"], _score_sequence, scorer, row)
         yield row, {**result, "chance": 0.0, "lost_tokens": 0}
 
 
@@ -1214,7 +1196,7 @@ def open_speed_models(run):
     else:
         teacher = load_pretrained(run.teacher, device=run.device, dtype=dtype)
     student = (load_pretrained(run.student, device=run.device, dtype=dtype) if run.student
-               else _at(run.teacher, student_from_teacher, teacher, window=run.window or 512))
+               else naming(run.teacher, student_from_teacher, teacher, window=run.window or 512))
     if not student.config.hybrid or teacher.config != dataclasses.replace(
             student.config, hybrid=None, eos_ids=teacher.config.eos_ids):
         raise ValueError(f"--student {run.student} is no student of {run.teacher}; leave it out")
@@ -1263,7 +1245,7 @@ def run_gates(run):
         raise ValueError(f"--picture {run.picture}: name a file that ends in one of "
                          f"{', '.join(PICTURES)}, in a folder that exists")
     texts = (read_column(run.data, "text", str).values() if run.data.suffix == ".jsonl"
-             else [_at(run.data, run.data.read_text, "utf-8-sig")])
+             else [naming(run.data, run.data.read_text, "utf-8-sig")])
     scorer = Scorer(run.student, run.device)
     medians = gate_map(scorer, texts, tokens=run.context, rows=run.rows)
     if run.context > scorer.max_tokens:
@@ -1286,7 +1268,7 @@ def run_molecules(run):
     scorer, samples = Scorer(run.model, run.device), []
     chosen = itertools.islice(families.items(), run.rows)
     for i, (place, family) in enumerate(tqdm([*chosen], desc="molecules", leave=False)):
-        samples += _at(place, sample_sequences, scorer, family[:run.shots], run.number,
+        samples += naming(place, sample_sequences, scorer, family[:run.shots], run.number,
                        seed=run.seed + i, temperature=run.temperature)
     print(*samples[::run.number][:4], sep="\n")
     print(f"{len(samples)} samples: " + "  ".join(

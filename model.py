@@ -180,8 +180,9 @@ class ModelConfig:
             raise FileNotFoundError(f"{path} does not exist; " + (
                 f"name the snapshot inside: {snapshots[0]}" if snapshots else
                 "name a folder, such as this makes: hf download org/name --local-dir DIR"))
+        config = read_json(path)
         try:
-            config = _parse_config(read_json(path), path)
+            config = naming(path, _parse_config, config)
         except (LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: a setting is missing or cannot be ({error!r})"
                              ) from None
@@ -222,7 +223,7 @@ FAMILIES = {
 FAMILIES["ministral"] = FAMILIES["mistral"]
 
 
-def _parse_config(c, path):
+def _parse_config(c):
     """config.json's dictionary -> ModelConfig, with each family's defaults where it is silent.
 
     Keys that change no logit (dropout, use_cache, initialisation, names of classes) are passed by.
@@ -231,27 +232,23 @@ def _parse_config(c, path):
     """
     family = c.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"{path}: model_type {family!r} is not supported; supported: "
+        raise ValueError(f"model_type {family!r} is not supported; supported: "
                          + ", ".join(FAMILIES))
     if family == "mistral" and "layer_types" in c:  # so transformers reads it (Ministral 8B)
         family = "ministral"
     c = {**FAMILIES["llama"], **FAMILIES[family], **c, "model_type": family}
     c["num_key_value_heads"] = c.get("num_key_value_heads") or c["num_attention_heads"]
-    _check_config(c, path)
+    _check_config(c)
     # SmolLM3 leaves every fourth layer without positions (NoPE, arXiv 2501.18795). In its list of
     # no_rope_layers 1 means RoPE, whatever the name says.
     layers = range(c["num_hidden_layers"] if family == "smollm3" else 0)
     rotated = c.get("no_rope_layers") or [(i + 1) % c["no_rope_layer_interval"] for i in layers]
     nope = [i for i in layers if not rotated[i]]
-    windows = _parse_windows(c, nope, path)
+    windows = _parse_windows(c, nope)
     hybrid = {**(c.get("hybrid") or {})}
     if hybrid.pop("folded", False):  # earlier versions could; False says that this one is not
-        raise ValueError(f"{path}: a student with a folded output gate is no longer read: save it "
-                         "anew from the student it was folded from")
-    try:
-        hybrid = Hybrid(**hybrid) if c.get("hybrid") is not None else None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError("a student with a folded output gate is no longer read: save it anew from "
+                         "the student it was folded from")
     return ModelConfig(
         family=family, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
         intermediate_size=c["intermediate_size"], num_layers=c["num_hidden_layers"],
@@ -262,39 +259,37 @@ def _parse_config(c, path):
         qkv_bias=family == "qwen2" or c["attention_bias"],
         o_bias=family != "qwen2" and c["attention_bias"],
         mlp_bias=family in ("llama", "smollm3", "granite") and c["mlp_bias"],
-        layer_windows=windows, layer_ropes=_parse_ropes(c, windows, nope, path),
+        layer_windows=windows, layer_ropes=_parse_ropes(c, windows, nope),
         max_positions=c["max_position_embeddings"],
         eos_ids=_as_tuple(c.get("eos_token_id")), separator_id=c.get("separator_id"),
-        hybrid=hybrid,
+        hybrid=Hybrid(**hybrid) if c.get("hybrid") is not None else None,
         **{name: c[name] for name in FAMILIES["granite"] if family == "granite"})
 
 
-def _check_config(c, path):
+def _check_config(c):
     """Refuse what is not implemented, and sizes that cannot be."""
     if quantised := c.get("quantization_config"):
-        raise ValueError(f"{path}: quantised by {quantised.get('quant_method')}, and only plain "
-                         "floats are read: fetch the original, or dequantise and save it")
+        raise ValueError(f"quantised by {quantised.get('quant_method')}, and only plain floats are "
+                         "read: fetch the original, or dequantise and save it")
     for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
                  "intermediate_size", "vocab_size", *(["head_dim"] if c.get("head_dim") else [])):
         if not (type(c[name]) is int and 1 <= c[name] <= 1 << 24):
-            raise ValueError(f"{path}: {name} = {c[name]!r} is not an integer from 1 to 2^24")
+            raise ValueError(f"{name} = {c[name]!r} is not an integer from 1 to 2^24")
     for name in ("rms_norm_eps", *(FAMILIES["granite"] if c["model_type"] == "granite" else ())):
         if not _is_positive(c[name]):
-            raise ValueError(f"{path}: {name} = {c[name]!r} is not a positive number")
+            raise ValueError(f"{name} = {c[name]!r} is not a positive number")
     heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
-    separator, act = c.get("separator_id"), c["hidden_act"]
-    for words, wrong in {
-        f"hidden_act {act!r} is not supported, only 'silu'": act != "silu",
-        f"separator_id {separator!r} is no token id below vocab_size {c['vocab_size']}":
-            separator is not None and not (
-                type(separator) is int and 0 <= separator < c["vocab_size"]),
-        f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}":
-            heads % kv_heads,
-        f"head_dim, or hidden_size over {heads} heads, is not even":
-            (c.get("head_dim") or c["hidden_size"] / heads) % 2,
-    }.items():
-        if wrong:
-            raise ValueError(f"{path}: {words}")
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
+                         f"{kv_heads}")
+    if (c.get("head_dim") or c["hidden_size"] / heads) % 2:
+        raise ValueError(f"head_dim, or hidden_size over {heads} heads, is not even")
+    if c["hidden_act"] != "silu":
+        raise ValueError(f"hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
+    separator = c.get("separator_id", 0)
+    if separator is not None and not (type(separator) is int and 0 <= separator < c["vocab_size"]):
+        raise ValueError(f"separator_id {separator!r} is no token id below vocab_size "
+                         f"{c['vocab_size']}")
 
 
 def _is_positive(x):
@@ -302,7 +297,7 @@ def _is_positive(x):
     return isinstance(x, (int, float)) and 0 < x < math.inf
 
 
-def _parse_windows(c, nope, path):
+def _parse_windows(c, nope):
     """The teacher's own sliding windows: one entry a layer, None for full attention.
 
     Which layers slide is said by layer_types, or by a rule of the family: all (Mistral), those
@@ -319,15 +314,15 @@ def _parse_windows(c, nope, path):
                "olmo3": [i for i in layers if (i + 1) % 4], "smollm3": nope}.get(family, ())
     if kinds and family in ("ministral", "qwen2", "qwen3", "olmo3", "smollm3"):
         if len(kinds) != len(layers) or not set(kinds) <= {"sliding_attention", "full_attention"}:
-            raise ValueError(f"{path}: layer_types must be {len(layers)} times sliding_attention "
-                             f"or full_attention, not {kinds}")
+            raise ValueError(f"layer_types must be {len(layers)} times sliding_attention or "
+                             f"full_attention, not {kinds}")
         sliding = [i for i in layers if kinds[i] == "sliding_attention"]
     if sliding and window is not None and not (isinstance(window, int) and window >= 1):
-        raise ValueError(f"{path}: sliding_window = {window!r} is no number of tokens")
+        raise ValueError(f"sliding_window = {window!r} is no number of tokens")
     return tuple(window if i in sliding else None for i in layers)
 
 
-def _parse_ropes(c, windows, nope, path):
+def _parse_ropes(c, windows, nope):
     """RoPE settings -> each layer's Rope: of full attention, of a sliding window, or NOPE.
 
     They stand in rope_scaling beside rope_theta (old), in rope_parameters with theta inside (new),
@@ -335,21 +330,21 @@ def _parse_ropes(c, windows, nope, path):
     """
     old, new = c.get("rope_scaling") or {}, c.get("rope_parameters") or {}
     if old and new and old != new:
-        raise ValueError(f"{path}: rope_scaling {old} and rope_parameters {new} differ: keep one")
+        raise ValueError(f"rope_scaling {old} and rope_parameters {new} differ: keep one")
     r = old or new
     full = sliding = r
     if "full_attention" in r or "sliding_attention" in r:
         if c["model_type"] != "olmo3":
-            raise ValueError(f"{path}: rope_parameters by kind of layer are Olmo 3's alone")
+            raise ValueError("rope_parameters by kind of layer are Olmo 3's alone")
         full, sliding = r.get("full_attention") or {}, r.get("sliding_attention") or {}
     elif c["model_type"] == "olmo3":  # stretches its full-attention layers only
         sliding = {"rope_theta": r.get("rope_theta")}
-    full, sliding = _parse_rope(full, c, path), _parse_rope(sliding, c, path)
+    full, sliding = _parse_rope(full, c), _parse_rope(sliding, c)
     return tuple(NOPE if i in nope else full if window is None else sliding
                  for i, window in enumerate(windows))
 
 
-def _parse_rope(r, c, path):
+def _parse_rope(r, c):
     """The RoPE settings of a kind of layer; the whole config c has what they leave out.
 
     The key was "type" before it was "rope_type".
@@ -357,17 +352,17 @@ def _parse_rope(r, c, path):
     kind = r.get("rope_type") or r.get("type") or "default"
     theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0  # RoFormer's
     if not _is_positive(theta) or kind == "yarn" and theta == 1:  # YaRN divides by its logarithm
-        raise ValueError(f"{path}: rope_theta = {theta!r} cannot be")
+        raise ValueError(f"rope_theta = {theta!r} cannot be")
     if kind == "default":
         return Rope(theta)
     if (kind not in ("linear", "llama3", "yarn") or r.get("mscale") or r.get("mscale_all_dim")
             or r.get("truncate", True) is not True):
-        raise ValueError(f"{path}: rope type {kind!r} with {sorted(r)} is not supported, only "
-                         "default, linear, llama3, and yarn without mscale and truncate")
-    return Rope(theta, kind, **_parse_stretch(kind, r, c, path))
+        raise ValueError(f"rope type {kind!r} with {sorted(r)} is not supported, only default, "
+                         "linear, llama3, and yarn without mscale and truncate")
+    return Rope(theta, kind, **_parse_stretch(kind, r, c))
 
 
-def _parse_stretch(kind, r, c, path):
+def _parse_stretch(kind, r, c):
     """How a longer context than was trained on is reached, as arguments of `Rope`.
 
     By slower angles for all features (linear), for the slow ones only (llama3), by a ramp over
@@ -382,7 +377,7 @@ def _parse_stretch(kind, r, c, path):
     original = c.get(key) or r.get(key) or c["max_position_embeddings"]
     for name, x in {"factor": factor, key: original, **given}.items():
         if not _is_positive(x):
-            raise ValueError(f"{path}: rope's {name} = {x!r} is not a positive number")
+            raise ValueError(f"rope's {name} = {x!r} is not a positive number")
     if kind == "yarn" and factor > 1:  # YaRN's temperature, if the file does not give it
         given = {"attention_factor": 0.1 * math.log(factor) + 1.0, **given}
     return {"factor": float(factor), "original": original, **given}
@@ -395,6 +390,14 @@ def _as_tuple(value):
 
 # Below: the small files that all commands share, read and written in one way. A fault in one of
 # them should name the file and the line, and a run that is killed should leave none half written.
+
+
+def naming(place, function, *args, **options):
+    """What the function returns; an error of bad input becomes one that names the place."""
+    try:
+        return function(*args, **options)
+    except (ValueError, OverflowError, RecursionError, re.error) as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def sha256(*paths):
@@ -1211,7 +1214,7 @@ class HybridAttention(MLSTMAttention, WindowAttention):
 MIXERS = {"hybrid": HybridAttention, "mlstm+swa": HybridAttention, "mlstm": MLSTMAttention,
           "linear": LinearAttention, "swa": WindowAttention}
 
-
+# The names of what a student adds to the teacher's modules:
 NEW = {"feature_map_q", "feature_map_k", "input_gate", "forget_gate", "output_gate"}
 
 
@@ -1331,7 +1334,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source = None  # folder it was loaded from: save_pretrained copies the small files
-        self.kernels = "torch"  # see `choose_kernels`
+        self.kernels = "torch"  # what its mixers compute with (`choose_kernels`), to be told
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_layers)),
@@ -1547,7 +1550,7 @@ class KVCache:
 
         One token on a GPU reads the whole buffer under a mask, filled or not: there a shape that
         changes with every token would cost a launch of everything, or a new compilation. A CPU
-        reads what is filled, which is less. The weights of what is not there are 0 in both.
+        reads what is filled, which is less.
         """
         if q.shape[2] == 1 and (q.is_cuda or torch.compiler.is_compiling()):
             s = torch.arange(self.k.shape[2], device=q.device)
@@ -1666,8 +1669,8 @@ def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=No
     """Yield the ids (B,) that continue each row of tokens (B, T) int64, one step at a time.
 
     temperature 0: the most likely token; otherwise sampling from the smallest set of tokens whose
-    probability reaches top_p. stop: id or ids that end a row (the model's eos ids when None); a
-    finished row repeats its stop id until all are done. seed: of the sampling, for all rows
+    probability reaches top_p. stop: id or ids that end a row (None: the model's eos ids; (): none);
+    a finished row repeats its stop id until all are done. seed: of the sampling, for all rows
     together.
     cache: a `Cache` of what came before tokens (None: nothing did); it takes in the tokens and all
     ids yielded but the last, so that a conversation can go on with it.
@@ -1806,10 +1809,7 @@ def load_pretrained(directory, *, device="cpu", dtype=None, kernels="auto", prep
     if prepare:
         prepare(model)
     model.to_empty(device=device)
-    try:
-        cast = _fill(model, read, copied)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
+    cast = naming(directory, _fill, model, read, copied)
     if cast and dtype is None:
         print(f"{directory}: {len(cast)} tensors, such as {min(cast)}, are stored in another dtype "
               f"than the embedding, and are read as {model.lm_head_weight.dtype}")
@@ -1912,6 +1912,16 @@ def tokenizer_files(folder):
             *(str(path.relative_to(folder)) for path in more)]
 
 
+def model_sha256(folder):
+    """sha256 of all files that decide what a model says: weights, config.json, tokenizer.
+
+    By content, not by name: stored targets, scores and a run's settings carry it, so that none is
+    continued with another model that lies in the same place.
+    """
+    files = [folder / name for name in ("config.json", *tokenizer_files(folder))]
+    return sha256(*files, *sorted(folder.glob("*.safetensors")))
+
+
 def save_pretrained(model, directory, *, max_shard_bytes=4 << 30, extra=()):
     """Write config.json, *.safetensors (+ index) and the source folder's tokenizer files.
 
@@ -1989,7 +1999,8 @@ def save_tensors(tensors, path):
 # Ids equal those of the `tokenizers` library when three things agree: the added tokens (such as
 # <|eot_id|>) are cut out first, the same regex cuts the rest into pieces, and the same merges
 # build each piece. What cannot be reproduced exactly is refused by name, never approximated: a
-# tokenizer that differs on one word in a thousand shows in no loss curve.
+# tokenizer that differs on one word in a thousand shows in no loss curve. (One exception, as no
+# such text is to be refused: beside a byte that the vocabulary lacks, see `_bpe_ranks`.)
 #
 #     "<|im_start|>user\nIt's 42"    added tokens out:   <|im_start|>   "user\nIt's 42"
 #     the regex:   "user" "\n" "It" "'s" " " "4" "2"    (Qwen; others keep up to three digits)
@@ -2012,15 +2023,6 @@ _SMOLLM2 = _GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"|\s+(?!", r"|\s+(?=\p{
 # tiktoken's regex engine overflows on a million white-space characters in a row, with a panic
 # that `except Exception` does not catch. Such runs are cut; no other text needs a cut.
 _LONGEST_SPACE = 400_000
-
-
-# Byte-level BPE begins with a piece's bytes and has a list of merges, in the order in which they
-# were learnt. It joins the pair of neighbours that stands first in the list, again and again:
-#
-#     merges: l o, lo w, e r        "lower"    l o w e r    lo w e r    low e r    low er
-#
-# tiktoken does that fast (in Rust), but knows no merges, only tokens with ranks, and joins what
-# makes the token of lowest rank. `_bpe_ranks` finds ranks for which the two are one and the same.
 
 
 def _steps(node, key):
@@ -2071,6 +2073,15 @@ def _unlike(model, added):
           if (vocab.get(text, i), words.get(i, text), last[text]) != (i, text, i))]
 
 
+# Byte-level BPE begins with a piece's bytes and has a list of merges, in the order in which they
+# were learnt. It joins the pair of neighbours that stands first in the list, again and again:
+#
+#     merges: l o, lo w, e r        "lower"    l o w e r    lo w e r    low e r    low er
+#
+# tiktoken does that fast (in Rust), but knows no merges, only tokens with ranks, and joins what
+# makes the token of lowest rank. `_bpe_ranks` finds ranks for which the two are one and the same.
+
+
 def _last_merge(token, priority):
     """Plain BPE on one token: the rank of the merge that completes it, None if none does.
 
@@ -2099,7 +2110,8 @@ def _bpe_ranks(model, added):
                 for i, m in enumerate(model["merges"])}
     listed = {a + b: rank for (a, b), rank in priority.items()}
     # A byte without a token gets a rank but no id, and encode drops it, as `tokenizers` does
-    # (SmolLM2 lacks some control characters). Its neighbours inside a piece do not merge here.
+    # (SmolLM2 lacks some control characters). There it is gone before anything is merged, here its
+    # neighbours inside a piece do not merge: "-", U+0004, "-" are two tokens, there the one of "--".
     ranks, id_of_rank = {bytes([b]): b for b in range(256)}, {}
     for token, i in model["vocab"].items():
         if token in added and token not in listed and len(token) > 1:
@@ -2131,7 +2143,7 @@ _SEQUENCES = {
     "smiles": r"\[[^\[\]]*\]|Br|Cl|%[0-9]{2}|[\s\S]"}  # atoms and ring numbers stay whole
 
 
-def _one_of(texts):
+def one_of(texts):
     """A regex that finds the longest of some literal texts; (?!) never matches."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
@@ -2143,11 +2155,11 @@ class Tokenizer:
     about 25 microseconds for each token of the vocabulary (_bpe_ranks). If tokenizer_config.json
     names a tokenizer of sequences (`_SEQUENCES`: bytes, k-mers, SMILES), that one instead.
 
-    Attributes: path (of tokenizer.json, or vocab.txt), vocab_size (1 + the highest id; an embedding
-    may have more rows), bos_id (None if the family has none), adds_bos (encode's default), added
-    (added token -> id), special (the ids of those flagged so), separator_id (config.json's: the
-    token between the sequences of a family, or None), chat_templates (name -> Jinja text; empty if
-    the folder has none).
+    Attributes: folder, path (of tokenizer.json, or vocab.txt), vocab_size (1 + the highest id; an
+    embedding may have more rows), bos_id (None if the family has none), adds_bos (encode's
+    default), added (added token -> id), special (the ids of those flagged so), separator_id
+    (config.json's: the token between the sequences of a family, or None), chat_templates (name ->
+    Jinja text; empty if the folder has none).
 
     Raises FileNotFoundError, or ValueError naming the file and what is not supported.
     """
@@ -2168,6 +2180,7 @@ class Tokenizer:
                        if name.endswith("_token") and isinstance(x, (str, dict))}
         self.chat_templates = _read_chat_templates(folder, config)
         kind, self._nfc, self._pieces = str(config.get("tokenizer_class")), False, None
+        self.folder = folder
         self.path = str(folder / ("vocab.txt" if kind in _SEQUENCES else "tokenizer.json"))
         if kind != "bytes" and not os.path.exists(self.path):
             raise FileNotFoundError(f"{self.path} is missing: copy it from the teacher's folder "
@@ -2191,13 +2204,15 @@ class Tokenizer:
         # `tokenizers` first cuts the tokens that are "normalized": false out of the raw text, then
         # the others, in normalised spelling, out of what is left once that is normalised too.
         respelt = {self._normalise(token): self.added[token] for token in normalised}
-        self._cuts = _one_of(self.added.keys() - normalised), _one_of(respelt)
+        self._cuts = one_of(self.added.keys() - normalised), one_of(respelt)
         self._id_of = {**respelt, **self.added}
-        self._stops = _one_of(t for t, i in self.added.items() if i in self.special).pattern
+        self._stops = one_of(t for t, i in self.added.items() if i in self.special).pattern
 
     def _check_pattern(self, pattern):
-        """tiktoken loses what lies between matches. Tried on each pair of Unicode categories, one
-        character for each: a sample, which finds a class that the pattern forgot.
+        """Refuse a pattern that leaves characters unmatched, which tiktoken would lose.
+
+        Tried on each pair of Unicode categories, one character for each: a sample, which finds a
+        class that the pattern forgot.
         """
         kinds = {unicodedata.category(chr(c)): chr(c) for c in range(0x3000)}.values()
         for two in map("".join, itertools.product(kinds, repeat=2)):
@@ -2291,7 +2306,7 @@ class Tokenizer:
     def _cut(self, text, cut, specials):
         """Cut added tokens out: yield (the text before one, its id), at last (the rest, None).
 
-        Of several that begin at one place the longest is taken (`_one_of`).
+        Of several that begin at one place the longest is taken (`one_of`).
         """
         start = 0
         # A special token that must stay text still hides an ordinary one inside it, as there.
@@ -2345,7 +2360,7 @@ class Tokenizer:
         """
         if self.separator_id is None:
             raise ValueError("sequences of a family need a separator: add \"separator_id\", a "
-                             f"token's id, to {Path(self.path).with_name('config.json')}")
+                             f"token's id, to {self.folder / 'config.json'}")
         ids = self.encode(text, bos=False, specials=False)
         # A separator inside would make two members of one, and restart positions at it.
         if self.separator_id in ids:
@@ -2401,16 +2416,15 @@ class Tokenizer:
                 **self._marks, messages=messages, tools=tools, documents=None,
                 add_generation_prompt=generation_prompt, generation_marks=marks)
         except Exception as error:  # a template is a program of strangers: anything may come
-            raise ValueError(f"the chat template of {os.path.dirname(self.path)} refuses this "
-                             "conversation: " + " ".join(str(error).split())) from None
+            raise ValueError(f"the chat template of {self.folder} refuses this conversation: "
+                             + " ".join(str(error).split())) from None
 
     def _chat_template(self, tools):
         """The text of the chat template for conversations with these tools; ValueError if none."""
         name = "default" if tools is None or "tool_use" not in self.chat_templates else "tool_use"
         if name not in self.chat_templates:
-            raise ValueError(f"{os.path.dirname(self.path)} has no chat template: copy "
-                             "chat_template.jinja or tokenizer_config.json from the instruct "
-                             "model, or use plain text")
+            raise ValueError(f"{self.folder} has no chat template: copy chat_template.jinja or "
+                             "tokenizer_config.json from the instruct model, or use plain text")
         return self.chat_templates[name]
 
     def render_chat_parts(self, messages, *, tools=None):

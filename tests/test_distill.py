@@ -678,7 +678,8 @@ def prepare(folder, tokenizer):
         data = tokenise(path, tokenizer, 1023, folder / "data", 1)
         sources.append(Source(name, data, "train", 64))
     run = Namespace(teacher=TEACHER, targets=folder / "targets", context=64, topk=16,
-                    micro_batch=3, device=torch.device("cpu"), dtype=torch.float32)
+                    micro_batch=3, device=torch.device("cpu"), dtype=torch.float32, rank=0,
+                    world=1)
     return run, Mixture(sources, [1, 1], 2 * sources[0].num_rows + 6, seed=1)
 
 
@@ -710,7 +711,7 @@ def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, 
         head = torch.zeros(vocab_size, teacher.config.hidden_size)
         head[torch.randperm(vocab_size)[:1024]] = teacher.lm_head_weight.detach()
         teacher, mixture = LongHead(teacher, head), Mixture(mixture.sources, [1, 1], 6, seed=1)
-    cache = distill.prepare_targets(run, teacher, [mixture])
+    cache = distill.prepare_targets(run, teacher, [mixture], [])
     student = student_from_teacher(load_pretrained(TEACHER), window=8)
     weight = teacher.lm_head_weight.clone().requires_grad_()
     for start in (0, len(mixture.which) - 4):  # of a long mixture's second epoch
@@ -735,26 +736,26 @@ def test_cached_targets_give_the_online_loss_to_fp16_rounding(targets, teacher, 
 def test_a_short_run_makes_only_the_rows_it_draws_and_a_long_one_the_rest(targets, teacher):
     run, mixture = targets
     short = Mixture(mixture.sources, [1, 3], 16, seed=1)  # 4 and 12 rows
-    cache = distill.prepare_targets(run, teacher, [short])
+    cache = distill.prepare_targets(run, teacher, [short], [])
     first = everything_in(run.targets)
     assert len(first) == 1 + 16
     cache.rows([short.locate(i) for i in range(16)])
     again = Mixture(mixture.sources, [1, 1], 8, seed=9)  # another seed: other rows, the same files
-    cache = distill.prepare_targets(run, teacher, [again, mixture])
+    cache = distill.prepare_targets(run, teacher, [again, mixture], [])
     cache.rows([m.locate(i) for m in (again, mixture) for i in range(len(m.which))])
     assert first.items() < everything_in(run.targets).items()
 
 
 def test_processes_write_what_one_process_writes(targets, teacher, tmp_path):
     run, mixture = targets
-    distill.prepare_targets(run, teacher, [mixture])
+    distill.prepare_targets(run, teacher, [mixture], [])
     one = everything_in(run.targets)
 
-    def start(out, *args):
+    def start(out, rank, world):
         child = os.fork()
         if child == 0:
-            run.targets = tmp_path / out
-            distill.prepare_targets(run, teacher, [mixture], None, *args)
+            run.targets, run.rank, run.world = tmp_path / out, rank, world
+            distill.prepare_targets(run, teacher, [mixture], [])
             os._exit(0)
         return child
 
@@ -776,7 +777,7 @@ def test_processes_write_what_one_process_writes(targets, teacher, tmp_path):
 
 def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targets, teacher):
     run, mixture = targets
-    cache = distill.prepare_targets(run, teacher, [mixture])
+    cache = distill.prepare_targets(run, teacher, [mixture], [])
     whole = everything_in(run.targets)
     child = os.fork()
     if child == 0:  # dies by SIGKILL in the middle of a file
@@ -790,7 +791,7 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
                     os.kill(os.getpid(), signal.SIGKILL)
             return crc32(data)
         distill.zlib.crc32 = die_in_the_eighth
-        distill.prepare_targets(run, teacher, [mixture])
+        distill.prepare_targets(run, teacher, [mixture], [])
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     left = everything_in(run.targets)
@@ -802,7 +803,7 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill.TargetCache, "write", lambda self, run, where, teacher: (
             made.extend(where), write(self, run, where, teacher)))
-        distill.prepare_targets(run, teacher, [mixture])
+        distill.prepare_targets(run, teacher, [mixture], [])
     (run.targets / torn).unlink()
     assert len(made) == len(whole) - 1 - left and everything_in(run.targets) == whole
 
@@ -810,14 +811,14 @@ def test_a_killed_call_leaves_no_torn_file_and_the_next_makes_only_the_rest(targ
 def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher):
     run, mixture = targets
     with pytest.raises(distill.Stopped):
-        distill.prepare_targets(run, teacher, [mixture], stop=True)
+        distill.prepare_targets(run, teacher, [mixture], [signal.SIGTERM])
     before = everything_in(run.targets)
     assert len(before) == 1 + run.micro_batch
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a row needs 4 KB
     try:
         with pytest.raises(OSError, match="targets/a/000000/.* cannot be written .*to go on from"):
-            distill.prepare_targets(run, teacher, [mixture])
+            distill.prepare_targets(run, teacher, [mixture], [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert everything_in(run.targets) == before
@@ -826,12 +827,12 @@ def test_a_stop_and_a_full_disk_leave_whole_files_only(targets, teacher):
 def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tmp_path,
                                                            monkeypatch):
     run, mixture = targets
-    distill.prepare_targets(run, teacher, [mixture])
+    distill.prepare_targets(run, teacher, [mixture], [])
     before = everything_in(run.targets)
 
     def refused(match, mixture=mixture, error=ValueError, **changed):
         with pytest.raises(error, match=match):
-            distill.prepare_targets(Namespace(**{**vars(run), **changed}), teacher, [mixture])
+            distill.prepare_targets(Namespace(**{**vars(run), **changed}), teacher, [mixture], [])
         assert everything_in(run.targets) == before
 
     shutil.copytree(TEACHER, tmp_path / "other")
@@ -844,14 +845,15 @@ def test_targets_of_another_teacher_or_setting_are_refused(targets, teacher, tmp
     monkeypatch.setattr(distill.shutil, "disk_usage", lambda _: Namespace(free=10))
     small = tmp_path / "small"
     with pytest.raises(ValueError, match="small: .*B are to be written, 10.0B are free"):
-        distill.prepare_targets(Namespace(**{**vars(run), "targets": small}), teacher, [mixture])
+        distill.prepare_targets(Namespace(**{**vars(run), "targets": small}), teacher, [mixture],
+                                [])
     assert [p.name for p in small.rglob("*")] == ["manifest.json"]
-    distill.prepare_targets(run, teacher, [mixture])  # all there: needs no disk
+    distill.prepare_targets(run, teacher, [mixture], [])  # all there: needs no disk
 
 
 def test_a_damaged_row_is_named(targets, teacher):
     run, mixture = targets
-    cache = distill.prepare_targets(run, teacher, [mixture])
+    cache = distill.prepare_targets(run, teacher, [mixture], [])
     (first, second), path = map(mixture.locate, (0, 1)), cache.path(*mixture.locate(1))
     data = bytearray(path.read_bytes())
     data[40] ^= 1
