@@ -51,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import (MIXERS, Cache, HybridAttention, ModelConfig, Tokenizer, Transformer,
+from model import (MIXERS, PREFILL, Cache, HybridAttention, ModelConfig, Tokenizer, Transformer,
                    append_json, check_device, drop_torn_line, finite, generate, is_out_of_memory,
                    load_pretrained, load_with_tokenizer, model_sha256, naming, new_folder, number,
                    one_of, read_json, read_rows, reverse_complement, run_command, sha256, stream,
@@ -293,7 +293,6 @@ def needle_prompt(row, tokenizer):
 # would fill sinks and state. And what many continuations share is read once: a cache of constant
 # size is cheap to copy.
 
-PREFILL = 2048  # tokens of a prompt per forward pass: memory does not grow with the prompt
 LONG = 512      # a context of so many tokens is prefilled once for all its continuations
 ROWS = 16       # prompts generated from together
 TOKENS = 8192   # scored together on a GPU
@@ -997,10 +996,9 @@ def lm_eval_model(scorer):
 # log-probabilities, the perplexity of every member of a family.
 
 
-def compare(teacher, students):
+def make_report(teacher, students):
     """The paper's statistics of students against their teacher, as a dict for JSON.
 
-    Of tasks' scores; the KL on held-out text is `distill.compare`'s.
     teacher: results of `evaluate_rows`; students: name -> results on the same tasks. Recovery is
     given plain and above chance; None stands for infinite, which JSON does not know.
     """
@@ -1229,7 +1227,7 @@ def run_compare(run):
                              allow_code_execution=run.allow_code_execution)
 
     teacher = score(run.teacher, "the teacher")
-    report = compare(teacher, {str(path): score(path, str(path)) for path in run.student})
+    report = make_report(teacher, {str(path): score(path, str(path)) for path in run.student})
     show_report(report)
     write_json(run.out / "report.json", report)
     print(f"report: {run.out / 'report.json'}")

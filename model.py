@@ -1656,6 +1656,9 @@ def _compiled_step(cache, device):
     return torch.compile(decode_step, fullgraph=True, mode="reduce-overhead" if cuda else None)
 
 
+PREFILL = 2048  # tokens of a prompt per forward pass: memory does not grow with the prompt
+
+
 def finite(x):
     """x, unless some of it is not finite: ValueError. argmax, for one, would choose a NaN."""
     if not x.isfinite().all():
@@ -1690,10 +1693,10 @@ def stream(model, tokens, *, max_new_tokens, temperature=0.0, top_p=1.0, stop=No
     random.manual_seed(seed) if seed is not None else random.seed()
     cache = Cache(model, B, T + max_new_tokens) if cache is None else cache
     step = _compiled_step(cache, tokens.device) if compile else decode_step
-    # Prefill in pieces, so that memory does not grow with the prompt. The prompt's last token is
-    # not among them: it is the first step's, which gives the first logits that anyone needs.
-    for a in range(0, T - 1, 2048):
-        model.hidden(tokens[:, a:min(a + 2048, T - 1)], cache=cache)
+    # The prompt's last token is not prefilled: it is the first step's, which gives the first logits
+    # that anyone needs.
+    for a in range(0, T - 1, PREFILL):
+        model.hidden(tokens[:, a:min(a + PREFILL, T - 1)], cache=cache)
     new, done = tokens[:, -1].contiguous(), torch.zeros(B, dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         logits = finite(step(model, new, cache))

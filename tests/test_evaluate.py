@@ -574,8 +574,8 @@ def test_compare_fills_every_field():
     def rows(*scores, lost=0):
         return [{"score": s, "chance": 0.25, "lost_tokens": lost} for s in scores]
 
-    report = evaluate.compare({"a": rows(1, 1, 0, 0, lost=3), "b": rows(1, 1, 1, 1)},
-                              {"s": {"a": rows(1, 1, 0, 0), "b": rows(1, 1, 1, 0)}})
+    report = evaluate.make_report({"a": rows(1, 1, 0, 0, lost=3), "b": rows(1, 1, 1, 1)},
+                                  {"s": {"a": rows(1, 1, 0, 0), "b": rows(1, 1, 1, 0)}})
     s = report["students"]["s"]
     assert report["contexts_cut"] == 4 and report["rows"] == {"a": 4, "b": 4}
     assert report["teacher"] == {"a": 0.5, "b": 1.0} and s["scores"] == {"a": 0.5, "b": 0.75}
