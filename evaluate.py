@@ -1011,7 +1011,9 @@ def make_report(teacher, students):
     a_t, chance = mean_scores(teacher), mean_scores(teacher, "chance")
     report = {"teacher": a_t, "chance": chance, "students": {},
               "rows": {task: len(rows) for task, rows in teacher.items()},
-              "contexts_cut": sum(r["lost_tokens"] > 0 for rows in teacher.values() for r in rows)}
+              "contexts_cut": sum(any(result["lost_tokens"] for result in row) for task in teacher
+                                  for row in zip(teacher[task], *(
+                                      results[task] for results in students.values())))}
     for name, results in students.items():
         a_s = mean_scores(results)
         report["students"][name] = {
@@ -1042,7 +1044,8 @@ def show_report(report):
         print(f"alpha* = {s['critical_tolerance']:.4f}  95 % of draws: {tolerance[0]:.4f} to "
               f"{tolerance[1]:.4f}")
     if report["contexts_cut"]:
-        print(f"{report['contexts_cut']} contexts were too long and lost their left end")
+        print(f"{report['contexts_cut']} contexts were too long for one model or more, which lost "
+              "their left end")
 
 
 PICTURES = (".png", ".svg", ".pdf")  # to name others would need matplotlib
@@ -1242,6 +1245,8 @@ def run_gates(run):
     if run.picture and not (run.picture.parent.is_dir() and run.picture.suffix.lower() in PICTURES):
         raise ValueError(f"--picture {run.picture}: name a file that ends in one of "
                          f"{', '.join(PICTURES)}, in a folder that exists")
+    if run.data.suffix not in (".jsonl", ".txt"):
+        raise ValueError(f"--data {run.data}: name a .jsonl or .txt file")
     texts = (read_column(run.data, "text", str).values() if run.data.suffix == ".jsonl"
              else [naming(run.data, run.data.read_text, "utf-8-sig")])
     scorer = Scorer(run.student, run.device)

@@ -255,8 +255,10 @@ def write(experts, seed, weights, density, output, **record):
     experts, weights = zip(*[(e, w) for e, w in zip(experts, weights) if w > 0])
     with replacing_folder(output) as tmp:
         shards = {tensor.path.name for tensor in first.tensors.values()}
+        # Experts of one seed make a student of that seed; unless one's is not known.
+        lineage = ["lineage.json"] if all(expert.parent for expert in experts) else []
         for name in ("config.json", "model.safetensors.index.json", *tokenizer_files(first.path),
-                     *shards):
+                     *lineage, *shards):
             if (first.path / name).exists():
                 (tmp / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(first.path / name, tmp / name)  # its bytes, not its rights

@@ -2481,7 +2481,7 @@ class Tokenizer:
         if tools and render(messages) == text:
             raise ValueError("the chat template does not write the tools: leave them out")
         written = [i for i in range(len(messages)) if spans.get(i, True)]
-        for i, key in itertools.product(written, ("content", *_THINKING)):
+        for i, key in itertools.product(written, ("content", "function_call", *_THINKING)):
             value = messages[i].get(key)
             for x in (value, *(value if isinstance(value, list) else ())):
                 if not isinstance(x, str) and "'" in str(x) and str(x) in text:
@@ -2489,7 +2489,7 @@ class Tokenizer:
                                      f"Python shows it ({str(x)[:40]}): give a string")
             if not value or isinstance(value, str) and value.strip() in text:
                 continue
-            less = [*messages[:i], {**messages[i], key: ""}, *messages[i + 1:]]
+            less = [*messages[:i], {**messages[i], key: type(value)()}, *messages[i + 1:]]
             try:
                 left_out = render(less, tools=tools) == text
             except ValueError:
@@ -2527,13 +2527,15 @@ class Tokenizer:
             return dict(zip(turns, zip(ends[0::2], ends[1::2])))
         spans = {}
         for i in turns:
-            if i:
-                prompt = render(messages[:i], generation_prompt=True)
-            else:  # nothing to render before it: the header, found by what it adds to the end
+            prompt = render(messages[:i], generation_prompt=True) if i else ""
+            if all(m["role"] == "system" for m in messages[:i]):
+                # There is nothing to render before it, or Granite's template, say, adds no header
+                # to it: the first header, found by what it adds to the end.
                 longer = render(messages, generation_prompt=True)
-                # (Should a template add nothing, no turn of it starts where generation does.)
                 header = longer[len(os.path.commonprefix((text, longer))):]
-                prompt = header in text and text[:text.find(header) + len(header)]
+                # (Should a template add nothing, a text's first turn is not where generation starts.)
+                if not prompt.endswith(header):
+                    prompt = header in text and text[:text.find(header) + len(header)]
             end = prompt and self._end_of_turn(text, prompt, render(messages[:i + 1]))
             located = prompt and text.startswith(prompt) and end > len(prompt)
             spans[i] = (len(prompt), end) if located else None
@@ -2761,9 +2763,10 @@ def main(argv=None):
     option("--prompt", help="answer this one and leave")
     option("--raw", action="store_true", help="continue plain text, without the chat template")
     option("--temperature", type=float, default=0.0, help="0: always the most likely token")
-    option("--top-p", type=float, default=1.0, help="sample from so much of the probability")
+    option("--top-p", type=float, default=1.0, help="sample from so much of the probability "
+           "(beside --temperature)")
     option("--max-new-tokens", type=number(int, 1), default=256, help="an answer (default: 256)")
-    option("--seed", type=number(int, 0), help="of the sampling")
+    option("--seed", type=number(int, 0), help="of the sampling (beside --temperature)")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = parser.parse_args(argv)
     try:

@@ -304,7 +304,7 @@ def test_parts_that_the_template_leaves_out_are_not_learnt(chat, said):
     """As Qwen 3's templates do, which write a content only if it is a string."""
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
     tokenizer = chat("{% for m in messages %}<{{ m.role }}>{% if m.content is string %}"
-                     "{{ m.content }}{% endif %}<|end|>{% endfor %}"
+                     "[{{ m.content }}]{% endif %}<|end|>{% endfor %}"
                      "{% if add_generation_prompt %}<assistant>{% endif %}")
     assert learnt(tokenizer, messages)
     messages[said]["content"] = [{"type": "text", "text": "4"}]
@@ -314,7 +314,8 @@ def test_parts_that_the_template_leaves_out_are_not_learnt(chat, said):
 
 @pytest.mark.parametrize("dropped, said", [
     ({"role": "developer", "content": "In French."}, {}),
-    (None, {"reasoning_content": "Two and two."}), (None, {"thinking": "Two and two."})])
+    (None, {"reasoning_content": "Two and two."}), (None, {"thinking": "Two and two."}),
+    (None, {"content": "", "function_call": {"name": "add", "arguments": "2"}})])
 def test_what_the_template_leaves_out_is_not_passed_by(chat, dropped, said):
     """As Qwen 2.5's does with roles that it does not know and with thinking."""
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": " 4\n"}]
@@ -322,7 +323,7 @@ def test_what_the_template_leaves_out_is_not_passed_by(chat, dropped, said):
                      "{{ m.content | trim }}<|end|>{% endif %}{% endfor %}"
                      "{% if add_generation_prompt %}<assistant>{% endif %}")
     assert learnt(tokenizer, messages) == ["4<|end|>"]  # trimmed is not left out
-    with pytest.raises(ValueError, match="does not write the (content|reasoning_content|thinking)"):
+    with pytest.raises(ValueError, match="does not write the " + [*(said or ["content"])][-1]):
         tokenizer.render_chat_parts([*([dropped] if dropped else []), messages[0],
                                      {**messages[1], **said}])
 
@@ -429,6 +430,17 @@ def test_the_first_header_is_not_learnt_either(chat, name):
     ours = chat(template)
     assert learnt(ours, messages) == ["Welcome." + stop, "Yes?" + last]
     assert learnt(ours, messages[:1]) == ["Welcome." + last]
+
+
+def test_a_header_that_no_system_message_is_followed_by_is_not_learnt(chat):
+    """Granite's template writes the generation prompt in its loop, and not behind a system text."""
+    ours = chat("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>"
+                "{% if loop.last and add_generation_prompt and m.role != 'system' %}<assistant>"
+                "{% endif %}{% endfor %}")
+    messages = [{"role": role, "content": text} for role, text in (
+        ("system", "Be brief."), ("assistant", "Welcome."), ("user", "Hi"), ("assistant", "Yes?"))]
+    assert learnt(ours, messages) == ["Welcome.<|end|>", "Yes?<|end|>"]
+    assert learnt(chat(CHATML), messages) == ["Welcome.<|im_end|>", "Yes?<|im_end|>"]
 
 
 def test_generation_blocks_are_learnt_as_transformers_masks_them(chat):

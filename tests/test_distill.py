@@ -1,10 +1,12 @@
 """distill.py: packing, mixtures, losses against autograd, exact resume, and what it refuses."""
 
 import contextlib
+import copy
 import dataclasses
 import glob
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -1000,7 +1002,7 @@ def test_molecules_of_no_family_need_no_separator(tmp_path):
 
 
 def test_parts_of_another_run_are_not_taken_for_ones_own(tmp_path, corpus):
-    for i, part in enumerate(("student", "a/checkpoints", "generalist/student")):
+    for i, part in enumerate(("student", "a/checkpoints", "generalist/student", "config.json")):
         (tmp_path / f"{i}" / part).mkdir(parents=True)
         refused = command(*tiny(tmp_path / f"{i}", corpus))
         assert refused.returncode == 2 and f"parts of another run ({part})" in refused.stderr
@@ -1090,6 +1092,10 @@ def test_a_held_out_source_without_labels_has_no_number(teacher, tokenizer, corp
     found = distill.compare(run, teacher, teacher, [source, mute])
     assert found["b"] == {"ce": None, "kl": None, "top1": None} and found["all"] == found["a"]
     assert distill.compare(run, teacher, teacher, [mute])["all"]["ce"] is None
+    broken = copy.deepcopy(teacher)
+    broken.model["norm"].weight.data[0] = math.nan
+    with pytest.raises(ValueError, match="logits are not finite"):  # as of a stage that diverged
+        distill.compare(run, broken, teacher, [source])
 
 
 def test_a_step_without_labels_says_so_and_changes_nothing(tmp_path, corpus, monkeypatch, capsys):

@@ -575,9 +575,9 @@ def test_compare_fills_every_field():
         return [{"score": s, "chance": 0.25, "lost_tokens": lost} for s in scores]
 
     report = evaluate.make_report({"a": rows(1, 1, 0, 0, lost=3), "b": rows(1, 1, 1, 1)},
-                                  {"s": {"a": rows(1, 1, 0, 0), "b": rows(1, 1, 1, 0)}})
+                                  {"s": {"a": rows(1, 1, 0, 0), "b": rows(1, 1, 1, 0, lost=1)}})
     s = report["students"]["s"]
-    assert report["contexts_cut"] == 4 and report["rows"] == {"a": 4, "b": 4}
+    assert report["contexts_cut"] == 8 and report["rows"] == {"a": 4, "b": 4}
     assert report["teacher"] == {"a": 0.5, "b": 1.0} and s["scores"] == {"a": 0.5, "b": 0.75}
     assert s["recovery"] == {"a": 1.0, "b": 0.75}
     assert s["recovery_above_chance"] == {"a": 1.0, "b": pytest.approx(0.5 / 0.75)}
@@ -735,6 +735,7 @@ def test_bad_input_is_one_sentence(tmp_path, student_dir):
             ([*gates, str(data)], 'a.jsonl:2: expected "text"'),
             ([*gates, str(tmp_path / "b.txt")], "b.txt: 'utf-8' codec"),
             ([*gates, str(tmp_path / "c.txt")], "--data: the texts are empty"),
+            ([*gates, str(tmp_path / "d.csv")], "d.csv: name a .jsonl or .txt"),
             (["speed", "--teacher", str(tmp_path / "none"), "--out", out], "none"),
             (["speed", "--student", str(student_dir), "--window", "8", "--out", out],
              "--window is of an untrained student"),

@@ -306,7 +306,9 @@ def test_unknown_parent_is_said(pair, tmp_path, capsys):
     for folder in pair:
         (folder / "lineage.json").write_text('{"seed_sha256": "00"}')
     merge(pair, tmp_path / "again")
+    merge([tmp_path / "again", pair[0]], tmp_path / "further")  # its seed is its experts'
     assert "lineage.json" not in capsys.readouterr().out
+    assert not (tmp_path / "out/lineage.json").exists()  # theirs was not known
 
 
 # ------------------------------------------------------------------ memory
