@@ -1922,7 +1922,8 @@ def measure(run, results, name, model, teacher, heldout):
     """
     if name not in results:
         model = open_model(run, model) if isinstance(model, Path) else model
-        results[name] = compare(run, model, teacher or open_model(run, run.teacher), heldout)
+        results[name] = naming(name, compare, run, model, teacher or open_model(run, run.teacher),
+                               heldout)
         if run.rank == 0:
             write_json(run.out / "results.json", results)
     print(f"held-out, {name}: {show(results[name]['all'])}")

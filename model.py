@@ -1662,7 +1662,8 @@ PREFILL = 2048  # tokens of a prompt per forward pass: memory does not grow with
 def finite(x):
     """x, unless some of it is not finite: ValueError. argmax, for one, would choose a NaN."""
     if not x.isfinite().all():
-        raise ValueError("the model's logits are not finite: are its weights damaged?")
+        raise ValueError("the model's logits are not finite: are its weights damaged, or was it "
+                         "trained at too high a rate?")
     return x
 
 
