@@ -76,7 +76,7 @@ from tqdm import tqdm
 import evaluate
 from merge import merge
 from model import (MIXERS, Attention, ModelConfig, Place, Tokenizer, Transformer, append_json,
-                   check_device, drop_torn_line, finite, generate, is_new, list_tensors,
+                   check_device, drop_torn_line, generate, is_new, list_tensors,
                    load_pretrained, load_with_tokenizer, local_rows, model_sha256, naming,
                    new_folder, number, read_json, read_rows, replacing, reverse_complement,
                    run_command, save_pretrained, save_tensors, sha256, student_config,
@@ -963,7 +963,7 @@ def compare(run, student, teacher, sources):
 
             with autocast(run):
                 sums += teacher(tokens, document_ids=docs, head=agree)
-        *sums, count = finite(all_sum(sums)).tolist()
+        *sums, count = all_sum(sums).tolist()
         results[source.name] = {key: x / count if count else None for key, x in zip(METRICS, sums)}
     known = [r for r in results.values() if r["ce"] is not None]
     results["all"] = {key: sum(r[key] for r in known) / len(known) if known else None
@@ -1876,7 +1876,8 @@ def open_run(run):
                              "or name another folder")
         # What a run finds finished it does not do again, and these would be another's.
         folders = "", "generalist/", *(f"{file.stem}/" for file, _ in run.data)
-        names = "config.json", "seed", "merged", *(x + y for x in folders for y in ("student", "checkpoints"))
+        names = "config.json", "seed", "merged", *(
+            x + y for x in folders for y in ("student", "checkpoints"))
         parts = [name for name in names if (run.out / name).exists()]
         if parts:
             raise ValueError(f"--out {run.out} has parts of another run ({', '.join(parts)}) and "
@@ -1922,8 +1923,11 @@ def measure(run, results, name, model, teacher, heldout):
     """
     if name not in results:
         model = open_model(run, model) if isinstance(model, Path) else model
-        results[name] = naming(name, compare, run, model, teacher or open_model(run, run.teacher),
-                               heldout)
+        found = compare(run, model, teacher or open_model(run, run.teacher), heldout)
+        if not all(math.isfinite(x or 0) for x in found["all"].values()):
+            raise ValueError(f"{name}: the losses are not finite. Are weights damaged, or was a "
+                             "learning rate too high? Lower it in a new --out")
+        results[name] = found
         if run.rank == 0:
             write_json(run.out / "results.json", results)
     print(f"held-out, {name}: {show(results[name]['all'])}")

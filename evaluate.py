@@ -33,7 +33,6 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import os
 import random

@@ -245,7 +245,6 @@ def merge(directories, output, *, weights=None, method="linear", seed=None, dens
 
 def write(experts, seed, weights, density, output, **record):
     """Write the merged folder, checked before, and into its merge.json also `record`."""
-    first = experts[0]
     record["inputs"] = [{"directory": str(e.path), "weight": w, "sha256": e.sha256}
                         for e, w in zip(experts, weights)]
     record["method"] = "ties" if seed else "linear"
@@ -253,6 +252,7 @@ def write(experts, seed, weights, density, output, **record):
         record |= {"seed": str(seed.path), "seed_sha256": seed.sha256, "density": density}
     # An expert of weight 0 is left out, so weights (1, 0) give the first expert bit for bit.
     experts, weights = zip(*[(e, w) for e, w in zip(experts, weights) if w > 0])
+    first = experts[0]
     with replacing_folder(output) as tmp:
         shards = {tensor.path.name for tensor in first.tensors.values()}
         # Experts of one seed make a student of that seed; unless one's is not known.

@@ -1662,8 +1662,7 @@ PREFILL = 2048  # tokens of a prompt per forward pass: memory does not grow with
 def finite(x):
     """x, unless some of it is not finite: ValueError. argmax, for one, would choose a NaN."""
     if not x.isfinite().all():
-        raise ValueError("the model's logits are not finite: are its weights damaged, or was it "
-                         "trained at too high a rate?")
+        raise ValueError("the model's logits are not finite: are its weights damaged?")
     return x
 
 
@@ -2114,8 +2113,8 @@ def _bpe_ranks(model, added):
                 for i, m in enumerate(model["merges"])}
     listed = {a + b: rank for (a, b), rank in priority.items()}
     # A byte without a token gets a rank but no id, and encode drops it, as `tokenizers` does
-    # (SmolLM2 lacks some control characters). There it is gone before anything is merged, here its
-    # neighbours inside a piece do not merge: "-", U+0004, "-" are two tokens, there the one of "--".
+    # (SmolLM2 lacks some control characters). There it is gone before anything is merged; here its
+    # neighbours inside a piece do not merge: "-", U+0004, "-" are two tokens, there that of "--".
     ranks, id_of_rank = {bytes([b]): b for b in range(256)}, {}
     for token, i in model["vocab"].items():
         if token in added and token not in listed and len(token) > 1:
@@ -2490,15 +2489,20 @@ class Tokenizer:
                                      f"Python shows it ({str(x)[:40]}): give a string")
             if not value or isinstance(value, str) and value.strip() in text:
                 continue
-            less = [*messages[:i], {**messages[i], key: type(value)()}, *messages[i + 1:]]
-            try:
-                left_out = render(less, tools=tools) == text
-            except ValueError:
-                continue  # what the template refuses to miss it reads
-            if left_out:
-                raise ValueError(f"the chat template does not write the {key} of message {i} "
-                                 f"({messages[i]['role']}): {str(value)[:40]!r}. Leave it out, or "
-                                 "say it as the template can")
+            # Of a list a part may be left out: a picture, say, beside a text.
+            fewer = [value[:j] + value[j + 1:] for j, part in enumerate(value)
+                     if part != {"type": "text", "text": ""}] if isinstance(value, list) else [
+                         type(value)()]
+            for less in fewer:
+                changed = [*messages[:i], {**messages[i], key: less}, *messages[i + 1:]]
+                try:
+                    left_out = render(changed, tools=tools) == text
+                except ValueError:
+                    continue  # what the template refuses to miss it reads
+                if left_out:
+                    raise ValueError(f"the chat template does not write the {key} of message {i} "
+                                     f"({messages[i]['role']}), or not all: {str(value)[:60]!r}. "
+                                     "Leave out what it does not, or say it as the template can")
 
     def _turn_spans(self, text, messages, tools, turns):
         r"""Turn -> the (start, end) in text of what the assistant said there, or None.
@@ -2531,12 +2535,13 @@ class Tokenizer:
             prompt = render(messages[:i], generation_prompt=True) if i else ""
             if all(m["role"] == "system" for m in messages[:i]):
                 # There is nothing to render before it, or Granite's template, say, adds no header
-                # to it: the first header, found by what it adds to the end.
+                # to it: the first header behind it, found by what is added to the end. (Should a
+                # template add nothing, no first turn of it starts where generation does.)
                 longer = render(messages, generation_prompt=True)
                 header = longer[len(os.path.commonprefix((text, longer))):]
-                # (Should a template add nothing, a text's first turn is not where generation starts.)
+                at = text.find(header, len(prompt))
                 if not prompt.endswith(header):
-                    prompt = header in text and text[:text.find(header) + len(header)]
+                    prompt = at >= 0 and text[:at + len(header)]
             end = prompt and self._end_of_turn(text, prompt, render(messages[:i + 1]))
             located = prompt and text.startswith(prompt) and end > len(prompt)
             spans[i] = (len(prompt), end) if located else None

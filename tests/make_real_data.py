@@ -29,7 +29,6 @@ Run:  python tests/make_real_data.py --teacher /tmp/real/teacher --out /tmp/real
 
 import argparse
 import gzip
-import json
 import random
 import re
 import subprocess

@@ -312,6 +312,18 @@ def test_parts_that_the_template_leaves_out_are_not_learnt(chat, said):
         tokenizer.render_chat_parts(messages)
 
 
+def test_a_picture_beside_a_text_is_not_passed_by(chat):
+    tokenizer = chat("{% for m in messages %}<{{ m.role }}>{% for p in m.content %}"
+                     "{{ p.text }}{% endfor %}<|end|>{% endfor %}"
+                     "{% if add_generation_prompt %}<assistant>{% endif %}")
+    said = [{"type": "text", "text": "A cat."}, {"type": "text", "text": ""}]
+    messages = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
+    assert learnt(tokenizer, messages) == ["A cat.<|end|>"]
+    messages[0] = {"role": "user", "content": [*said, {"type": "image", "url": "cat.png"}]}
+    with pytest.raises(ValueError, match="does not write the content of message 0 .*, or not all"):
+        tokenizer.render_chat_parts(messages)
+
+
 @pytest.mark.parametrize("dropped, said", [
     ({"role": "developer", "content": "In French."}, {}),
     (None, {"reasoning_content": "Two and two."}), (None, {"thinking": "Two and two."}),
@@ -438,7 +450,7 @@ def test_a_header_that_no_system_message_is_followed_by_is_not_learnt(chat):
                 "{% if loop.last and add_generation_prompt and m.role != 'system' %}<assistant>"
                 "{% endif %}{% endfor %}")
     messages = [{"role": role, "content": text} for role, text in (
-        ("system", "Be brief."), ("assistant", "Welcome."), ("user", "Hi"), ("assistant", "Yes?"))]
+        ("system", "Say <assistant> often."), ("assistant", "Welcome."), ("user", "Hi"), ("assistant", "Yes?"))]
     assert learnt(ours, messages) == ["Welcome.<|end|>", "Yes?<|end|>"]
     assert learnt(chat(CHATML), messages) == ["Welcome.<|im_end|>", "Yes?<|im_end|>"]
 

@@ -309,6 +309,9 @@ def test_unknown_parent_is_said(pair, tmp_path, capsys):
     merge([tmp_path / "again", pair[0]], tmp_path / "further")  # its seed is its experts'
     assert "lineage.json" not in capsys.readouterr().out
     assert not (tmp_path / "out/lineage.json").exists()  # theirs was not known
+    (pair[0] / "lineage.json").unlink()
+    merge(pair, tmp_path / "one", weights=[0, 1])
+    assert (tmp_path / "one/lineage.json").exists()
 
 
 # ------------------------------------------------------------------ memory
