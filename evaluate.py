@@ -1075,7 +1075,9 @@ def draw_curves(report, figure, axes):
     alphas = np.linspace(0, 0.2, 401)
     for name, s in report["students"].items():
         rates = [win_and_tie(s["scores"], report["teacher"], alpha) for alpha in alphas]
-        axes.step(alphas, rates, where="post", label=f"{name}: {s['critical_tolerance']:.3f}")
+        # Folders differ at their ends; the whole of a long path would leave no room for the curves.
+        label = f"{name[-40:]}: {s['critical_tolerance']:.3f}"
+        axes.step(alphas, rates, where="post", label=label)
     axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="tolerance alpha", ylabel="Win-and-Tie rate", ylim=(0, 1.03))
     axes.legend(title="alpha*")

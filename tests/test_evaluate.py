@@ -585,6 +585,15 @@ def test_compare_fills_every_field():
     assert s["intervals"]["p_lossless"] == 1  # "a" ties in every draw, and half is enough
 
 
+@pytest.mark.filterwarnings("error")  # such as matplotlib's where the legend fills the picture
+def test_long_names_leave_room_for_the_curves(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = {"t": [{"score": 1.0, "chance": 0.0, "lost_tokens": 0}]}
+    students = {f"/{'long/' * 40}{i}": rows for i in range(6)}
+    evaluate.save_picture(tmp_path / "a.png", evaluate.draw_curves,
+                          evaluate.make_report(rows, students))
+
+
 def test_compare_command_reports_and_goes_on(tmp_path, student_dir, capsys):
     out = tmp_path / "report"
     command = ["compare", "--teacher", str(TEACHER), "--student", str(student_dir), "--limit", "2",
