@@ -53,7 +53,7 @@ from tqdm import tqdm
 from model import (MIXERS, PREFILL, Cache, HybridAttention, ModelConfig, Tokenizer, Transformer,
                    append_json, check_device, drop_torn_line, finite, generate, is_out_of_memory,
                    load_pretrained, load_with_tokenizer, model_sha256, naming, new_folder, number,
-                   one_of, read_json, read_rows, reverse_complement, run_command, sha256, stream,
+                   read_json, read_rows, reverse_complement, run_command, sha256, stream,
                    student_from_teacher, write_json)
 
 # ----------------------------------------------------------------------------------------------
@@ -467,8 +467,6 @@ class Scorer(Reader):
         in the harness. The beginning of a character whose other bytes have not come is held back.
         """
         eos, special = self.model.config.eos_ids, self.tokenizer.special
-        decode = self.tokenizer.decode
-        marks = one_of(decode([i]) for i in special)
 
         def cut(text, stops):
             return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
@@ -483,11 +481,11 @@ class Scorer(Reader):
                     if texts[b] is None:
                         if token not in eos:
                             new[b].append(token)
-                        whole = decode(new[b]).rstrip("\ufffd")
+                        whole = self.tokenizer.decode(new[b]).rstrip("\ufffd")
                         text = cut(whole, stops[b])
                         ended = token in eos or text != whole or len(new[b]) == most[b]
                         if special.intersection(new[b]):
-                            whole = marks.sub("", text)
+                            whole = self.tokenizer.special_pattern.sub("", text)
                             text = cut(whole, stops[b])
                         if ended or text != whole:
                             texts[b] = text
@@ -1007,12 +1005,12 @@ def make_report(teacher, students):
     def for_json(ratios):
         return {task: r if math.isfinite(r) else None for task, r in ratios.items()}
 
+    models = [teacher, *students.values()]
     a_t, chance = mean_scores(teacher), mean_scores(teacher, "chance")
     report = {"teacher": a_t, "chance": chance, "students": {},
               "rows": {task: len(rows) for task, rows in teacher.items()},
               "contexts_cut": sum(any(result["lost_tokens"] for result in row) for task in teacher
-                                  for row in zip(teacher[task], *(
-                                      results[task] for results in students.values())))}
+                                  for row in zip(*(model[task] for model in models)))}
     for name, results in students.items():
         a_s = mean_scores(results)
         report["students"][name] = {

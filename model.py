@@ -286,7 +286,7 @@ def _check_config(c):
         raise ValueError(f"head_dim, or hidden_size over {heads} heads, is not even")
     if c["hidden_act"] != "silu":
         raise ValueError(f"hidden_act {c['hidden_act']!r} is not supported, only 'silu'")
-    separator = c.get("separator_id", 0)
+    separator = c.get("separator_id")
     if separator is not None and not (type(separator) is int and 0 <= separator < c["vocab_size"]):
         raise ValueError(f"separator_id {separator!r} is no token id below vocab_size "
                          f"{c['vocab_size']}")
@@ -2146,7 +2146,7 @@ _SEQUENCES = {
     "smiles": r"\[[^\[\]]*\]|Br|Cl|%[0-9]{2}|[\s\S]"}  # atoms and ring numbers stay whole
 
 
-def one_of(texts):
+def _one_of(texts):
     """A regex that finds the longest of some literal texts; (?!) never matches."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
@@ -2160,9 +2160,9 @@ class Tokenizer:
 
     Attributes: folder, path (of tokenizer.json, or vocab.txt), vocab_size (1 + the highest id; an
     embedding may have more rows), bos_id (None if the family has none), adds_bos (encode's
-    default), added (added token -> id), special (the ids of those flagged so), separator_id
-    (config.json's: the token between the sequences of a family, or None), chat_templates (name ->
-    Jinja text; empty if the folder has none).
+    default), added (added token -> id), special (the ids of those flagged so), special_pattern (it
+    finds these in a text), separator_id (config.json's: the token between the sequences of a
+    family, or None), chat_templates (name -> Jinja text; empty if the folder has none).
 
     Raises FileNotFoundError, or ValueError naming the file and what is not supported.
     """
@@ -2207,9 +2207,9 @@ class Tokenizer:
         # `tokenizers` first cuts the tokens that are "normalized": false out of the raw text, then
         # the others, in normalised spelling, out of what is left once that is normalised too.
         respelt = {self._normalise(token): self.added[token] for token in normalised}
-        self._cuts = one_of(self.added.keys() - normalised), one_of(respelt)
+        self._cuts = _one_of(self.added.keys() - normalised), _one_of(respelt)
         self._id_of = {**respelt, **self.added}
-        self._stops = one_of(t for t, i in self.added.items() if i in self.special).pattern
+        self.special_pattern = _one_of(t for t, i in self.added.items() if i in self.special)
 
     def _check_pattern(self, pattern):
         """Refuse a pattern that leaves characters unmatched, which tiktoken would lose.
@@ -2309,7 +2309,7 @@ class Tokenizer:
     def _cut(self, text, cut, specials):
         """Cut added tokens out: yield (the text before one, its id), at last (the rest, None).
 
-        Of several that begin at one place the longest is taken (`one_of`).
+        Of several that begin at one place the longest is taken (`_one_of`).
         """
         start = 0
         # A special token that must stay text still hides an ordinary one inside it, as there.
@@ -2489,10 +2489,10 @@ class Tokenizer:
                                      f"Python shows it ({str(x)[:40]}): give a string")
             if not value or isinstance(value, str) and value.strip() in text:
                 continue
-            # Of a list a part may be left out: a picture, say, beside a text.
-            fewer = [value[:j] + value[j + 1:] for j, part in enumerate(value)
-                     if part != {"type": "text", "text": ""}] if isinstance(value, list) else [
-                         type(value)()]
+            fewer = [type(value)()]
+            if isinstance(value, list):  # a part may be left out: a picture, say, beside a text
+                fewer = [value[:j] + value[j + 1:] for j, part in enumerate(value)
+                         if part != {"type": "text", "text": ""}]
             for less in fewer:
                 changed = [*messages[:i], {**messages[i], key: less}, *messages[i + 1:]]
                 try:
@@ -2539,8 +2539,8 @@ class Tokenizer:
                 # template add nothing, no first turn of it starts where generation does.)
                 longer = render(messages, generation_prompt=True)
                 header = longer[len(os.path.commonprefix((text, longer))):]
-                at = text.find(header, len(prompt))
                 if not prompt.endswith(header):
+                    at = text.find(header, len(prompt))
                     prompt = at >= 0 and text[:at + len(header)]
             end = prompt and self._end_of_turn(text, prompt, render(messages[:i + 1]))
             located = prompt and text.startswith(prompt) and end > len(prompt)
@@ -2554,14 +2554,15 @@ class Tokenizer:
         the next turn: generation has ended by then. Where a template closes a turn by white space
         alone, that is the stop, and learnt.
         """
+        stops = self.special_pattern.pattern
         if text.startswith(turn):
-            if re.search(rf"(?:{self._stops})\s*\Z", turn[len(prompt):]):
+            if re.search(rf"(?:{stops})\s*\Z", turn[len(prompt):]):
                 return len(turn.rstrip())
             late = self._marks.get("eos_token") or ""  # comes with the next turn (Qwen 1.5)
             return len(turn) + (len(late) if text.startswith(late, len(turn)) else 0)
         # Olmo 3 ends the last turn with another stop token than earlier ones: compare without.
-        said = re.sub(rf"(?:\s|{self._stops})*\Z", "", turn[len(prompt):])
-        stop = re.compile(rf"\s*(?:{self._stops})").match(text, len(prompt + said))
+        said = re.sub(rf"(?:\s|{stops})*\Z", "", turn[len(prompt):])
+        stop = re.compile(rf"\s*(?:{stops})").match(text, len(prompt + said))
         return stop.end() if stop and text.startswith(prompt + said) else 0
 
 

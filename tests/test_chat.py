@@ -444,13 +444,14 @@ def test_the_first_header_is_not_learnt_either(chat, name):
     assert learnt(ours, messages[:1]) == ["Welcome." + last]
 
 
-def test_a_header_that_no_system_message_is_followed_by_is_not_learnt(chat):
+def test_the_first_header_behind_a_system_text_is_not_learnt(chat):
     """Granite's template writes the generation prompt in its loop, and not behind a system text."""
     ours = chat("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>"
                 "{% if loop.last and add_generation_prompt and m.role != 'system' %}<assistant>"
                 "{% endif %}{% endfor %}")
     messages = [{"role": role, "content": text} for role, text in (
-        ("system", "Say <assistant> often."), ("assistant", "Welcome."), ("user", "Hi"), ("assistant", "Yes?"))]
+        ("system", "Say <assistant> often."), ("assistant", "Welcome."), ("user", "Hi"),
+        ("assistant", "Yes?"))]
     assert learnt(ours, messages) == ["Welcome.<|end|>", "Yes?<|end|>"]
     assert learnt(chat(CHATML), messages) == ["Welcome.<|im_end|>", "Yes?<|im_end|>"]
 

@@ -17,7 +17,7 @@ import evaluate
 from evaluate import (Scorer, bootstrap, critical_tolerance, evaluate_rows, evaluate_tasks,
                       gate_map, is_right, needle_prompt, read_task, recovery, run_program,
                       win_and_tie)
-from model import generate, load_pretrained, save_pretrained, student_from_teacher
+from model import Tokenizer, generate, load_pretrained, save_pretrained, student_from_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tests/teacher"
@@ -244,7 +244,7 @@ def test_generation_is_greedy_and_cut_at_stops_in_the_text(scorer):
     assert both[0] == text[:text.find(stop)] and text.startswith(both[1])
 
 
-def test_special_tokens_end_a_text_but_are_no_part_of_it(scorer, monkeypatch):
+def test_special_tokens_end_a_text_but_are_no_part_of_it(scorer, monkeypatch, tmp_path):
     a, b = scorer.tokenizer.encode("a", bos=False)[0], scorer.tokenizer.encode("b", bos=False)[0]
     mark = scorer.tokenizer.added["<|begin_of_text|>"]
     monkeypatch.setattr(evaluate, "stream", lambda *args, **kwargs: (
@@ -253,12 +253,16 @@ def test_special_tokens_end_a_text_but_are_no_part_of_it(scorer, monkeypatch):
                         (["<|begin_of_text|>b"], "a"), (["a<|begin_of_text|>b"], "")):
         assert list(scorer.generate([([1], stops, 4)])) == [(0, text)]
     # Of two special tokens one may begin as the other: the longer one goes whole.
-    encode = scorer.tokenizer.encode
-    (short,), (long,) = encode("in", bos=False), encode("ing", bos=False)
-    monkeypatch.setattr(scorer.tokenizer, "special", {short, long})
+    spec = json.loads((TEACHER / "tokenizer.json").read_text())
+    token, short = spec["added_tokens"][0], scorer.tokenizer.vocab_size
+    spec["added_tokens"] += [{**token, "id": short, "content": "<|in"},
+                             {**token, "id": short + 1, "content": "<|ing|>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    monkeypatch.setattr(scorer, "tokenizer", Tokenizer(tmp_path))
     monkeypatch.setattr(evaluate, "stream", lambda *args, **kwargs: (
-        torch.tensor([i]) for i in (a, long, b)))
-    assert short < long and list(scorer.generate([([1], [], 3)])) == [(0, "ab")]
+        torch.tensor([i]) for i in (a, short + 1, b)))
+    assert scorer.tokenizer.special >= {short, short + 1}
+    assert list(scorer.generate([([1], [], 3)])) == [(0, "ab")]
 
 
 def test_half_a_character_is_held_back(scorer, monkeypatch):
@@ -357,7 +361,13 @@ def test_a_stopped_run_goes_on_and_foreign_results_are_left_aside(tmp_path, stud
         assert len(evaluate_rows(TEACHER, [path], samples=samples, limit=2)["t"]) == 2
     other = evaluate_rows(student_dir, [path], samples=samples)  # another model: all is scored
     assert "4 lines are not of this model" in capsys.readouterr().out
-    assert whole["t"][0]["model"].endswith(" on cpu")  # a GPU computes in bf16: another score
+    with monkeypatch.context() as patch:  # a GPU computes in bf16: another score
+        patch.setattr(evaluate, "Scorer", lambda folder, device: Scorer(folder))
+        on_cpu, *on_gpus = (
+            evaluate_rows(TEACHER, [path], device=device, samples=tmp_path / "more.jsonl",
+                          limit=1)["t"][0]["model"] for device in ("cpu", "cuda", "cuda:1"))
+    assert on_cpu not in on_gpus and len(set(on_gpus)) == 1
+    assert on_cpu == whole["t"][0]["model"]
     assert other == evaluate_rows(student_dir, [path], samples=samples)
     assert len(samples.read_bytes().splitlines()) == 8
     write_rows(path, [CHOICE])  # another version of the task
